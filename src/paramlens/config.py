@@ -1,0 +1,452 @@
+"""What a run is made of: frozen models in which every field states its unit, the paper's symbol and the paper's value.
+
+`load_config` reads a shipped name or a YAML file; every message names the field, the value and what to write instead.
+This module needs no torch, so a wrong configuration is refused at once.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from paramlens.errors import ConfigError
+
+
+def _refuse_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a number is needed, not true or false")
+    return value
+
+
+_Integer = Annotated[int, BeforeValidator(_refuse_bool), Field(strict=True)]
+_Number = Annotated[float, BeforeValidator(_refuse_bool), Field(strict=True)]
+Count = Annotated[_Integer, Field(ge=1)]
+Natural = Annotated[_Integer, Field(ge=0)]
+Positive = Annotated[_Number, Field(gt=0)]
+NonNegative = Annotated[_Number, Field(ge=0)]
+Share = Annotated[_Number, Field(ge=0, lt=1)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class TargetTraining(_Frozen):
+    """How a toy target is trained (Table 3)."""
+
+    optimizer: Literal["adam", "adamw"] = "adamw"
+    """Table 3: AdamW."""
+    lr: Positive = 1e-3
+    """Learning rate. Table 3: 0.001."""
+    weight_decay: NonNegative = 0.01
+    """Decoupled weight decay. Table 3: 0.01."""
+    batch: Count = 1024
+    """Sequences per step. Table 3: 1024."""
+    steps: Count = 100_000
+    """Steps of one attempt. Table 3: 100000."""
+    warmup: NonNegative = 1000
+    """Linear learning-rate warm-up: steps if 1 or more, a share of all steps if below 1. Table 3: 1000."""
+    settle: Natural = 0
+    """Steps of cosine decay to 0 that end an attempt, started once the phase change has passed; 0 trains all `steps` at a constant
+    rate, as Table 3 does."""
+    settle_from: Natural = 0
+    """Earliest step at which the decay starts; attention sharpens while the rate is high."""
+    settle_accuracy: Share = 0.995
+    """Accuracy (held-out sequences) that marks the phase change as passed."""
+    attempts: Count = 1
+    """Starts tried, each from other random weights, until a target has converged."""
+    converged_loss: Positive = 1e-3
+    """Cross-entropy (nats, last token, held-out sequences) below which the target counts as converged."""
+    converged_accuracy: Share = 0.999
+    """Accuracy (held-out sequences) at or above which the target counts as converged."""
+    window: Count | None = None
+    """Curriculum: sequences of this many tokens at a random offset in the position table, their first s drawn towards the start, where it
+    attends to itself and passes for m unless the model learns otherwise; none: full length, uniform, throughout."""
+    window_steps: Natural = 0
+    """Steps the curriculum lasts."""
+    check_every: Count = 100
+    """Steps between measurements on held-out sequences."""
+
+    @model_validator(mode="after")
+    def _attempt_can_settle(self) -> "TargetTraining":
+        if self.settle and self.settle_from + self.settle > self.steps:
+            raise ValueError(f"settle_from {self.settle_from} and settle {self.settle} do not fit into steps {self.steps}; raise steps")
+        return self
+
+    @model_validator(mode="after")
+    def _window_has_steps(self) -> "TargetTraining":
+        if (self.window is None) != (self.window_steps == 0):
+            raise ValueError(f"window ({self.window}) and window_steps ({self.window_steps}) go together: give both or neither")
+        if self.window is not None and self.window < 4:
+            raise ValueError(f"window must hold s1, m, a random token and s2: 4 tokens or more, not {self.window}")
+        return self
+
+
+class InductionTask(_Frozen):
+    """The induction-head task and its attention-only target (§5.1, Table 3)."""
+
+    kind: Literal["induction"] = "induction"
+    vocabulary: Annotated[Count, Field(ge=2)] = 128
+    """Ordinary tokens |V|; the special token s comes on top. Table 3: 128."""
+    length: Annotated[Count, Field(ge=4)] = 64
+    """Tokens per sequence, n. Table 3: 64."""
+    width: Count = 16
+    """Residual stream, d_model. Table 3: 16."""
+    blocks: Count = 2
+    """Transformer blocks (attention only). §5.1: 2."""
+    heads: Count = 1
+    """Attention heads per block. §5.1: 1."""
+    positions: Literal["learned", "sinusoidal"] = "learned"
+    """Position encodings; the paper does not say which."""
+    added: Literal["before", "after"] = "before"
+    """Encodings are added to the inputs of Q and K `before` projecting (Shortformer) or to the queries and keys `after` it."""
+    embedding_scale: Positive = 1.0
+    """Standard deviation of the token embedding at the start."""
+    position_scale: Positive = 1.0
+    """Standard deviation of learned position encodings at the start; factor on sinusoidal ones."""
+    training: TargetTraining = TargetTraining()
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> "InductionTask":
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
+        if self.training.window is not None and self.training.window > self.length:
+            raise ValueError(f"training.window {self.training.window} must not exceed length {self.length}")
+        return self
+
+
+class CustomTask(_Frozen):
+    """The caller's own model and batches, given to `paramlens.decompose` in Python."""
+
+    kind: Literal["custom"] = "custom"
+
+
+class Gamma(_Frozen):
+    """The causal-importance network γ (§4.1, eq. 4, Algorithm 1)."""
+
+    kind: Literal["scalar", "vector", "attention", "shared"] = "attention"
+    """What γ sees: one inner activation, the site's input, that and all other positions, or one network for a whole site."""
+    d_gate: Count = 16
+    """Hidden width of each MLP, d_gate. Table 4: 16. Figure 6: 64."""
+    max_length: Count | None = None
+    """Longest sequence the attention γ's position tables hold, tokens; none: the task's length."""
+    relative: Literal["offset", "query"] = "offset"
+    """r in eq. 4: one learned scalar per relative offset, or the 2s x d table contracted with the query."""
+    relative_init: Literal["zero", "local"] = "zero"
+    """Start of the per-offset scalars: zero, or -0.7 |offset| (to 8 and beyond) plus noise, so that neighbours are seen first."""
+    relative_lr: Positive = 1.0
+    """Factor on γ's learning rate for the relative encodings."""
+    output_bias: _Number = 0.0
+    """Start of the last bias; 1 starts with every subcomponent on."""
+
+    @model_validator(mode="after")
+    def _local_is_per_offset(self) -> "Gamma":
+        if self.relative == "query" and self.relative_init == "local":
+            raise ValueError("relative_init local needs relative offset: a table contracted with the query has no value per offset")
+        return self
+
+
+class Init(_Frozen):
+    """Where U and V start."""
+
+    kind: Literal["random", "svd", "svd_rotated"] = "random"
+    """`svd` and `svd_rotated` hold U V = W to rounding whenever C >= rank W; the second turns the factors by a random rotation."""
+    warmup_steps: Natural = 0
+    """Faithfulness-only steps on U and V before step 0 (for `random`)."""
+    warmup_lr: Positive = 1e-2
+    """Learning rate of those steps (Adam)."""
+
+
+class Losses(_Frozen):
+    """Coefficients β of Algorithm 3; a loss with coefficient 0 is not computed."""
+
+    stochastic_recon: NonNegative = 0.0
+    """eq. 2. Table 4: 1. Figure 6: 0.1."""
+    stochastic_recon_layerwise: NonNegative = 0.0
+    """eq. 3. Table 4: 1. Figure 6: 0.1."""
+    recon: NonNegative = 0.0
+    """Masks equal to the importances (§4). Table 4: 0.5. Figure 6: 0.1."""
+    recon_layerwise: NonNegative = 0.0
+    """As `recon`, each site alone (Table 1c)."""
+    recon_partial: NonNegative = 0.0
+    """eq. 5, 7. Figure 6: 10."""
+    stochastic_recon_partial: NonNegative = 0.0
+    """eq. 6, 8. Figure 6: 10."""
+    faithfulness: NonNegative = 0.0
+    """eq. 1. Table 4: 1000. Figure 6: 1e6."""
+    minimality: NonNegative = 0.0
+    """eq. 1. Table 4: 0.02. Figure 6: 0.05."""
+    p_start: Positive = 0.9
+    """Minimality's power p at the first step. Tables: 0.9."""
+    p_final: Positive = 0.1
+    """Power p at the last step, reached linearly. Tables: 0.1."""
+    minimality_eps: Positive = 1e-12
+    """ε in (g + ε)^p - ε^p, which bounds the slope at 0 by p ε^(p - 1)."""
+    samples: Count = 1
+    """S, mask samples per stochastic loss and step."""
+    partial_scope: Literal["forward", "sequence", "position"] = "forward"
+    """What shares one draw of the subset M of a partial loss; the paper's reading: one draw per forward."""
+
+    @model_validator(mode="after")
+    def _something_to_minimise(self) -> "Losses":
+        if self.p_start < self.p_final:
+            raise ValueError(f"p_start {self.p_start} is below p_final {self.p_final}; p is annealed downwards, so give p_start >= p_final")
+        if not any(getattr(self, name) for name in LOSS_NAMES):
+            raise ValueError(f"no loss is enabled; give at least one of {', '.join(LOSS_NAMES)} a coefficient above 0")
+        return self
+
+
+LIST_FIELDS = ("sites", "optim.betas")
+"""Fields that hold several values; on the command line, values apart."""
+
+RECONSTRUCTION_NAMES = (
+    "stochastic_recon",
+    "stochastic_recon_layerwise",
+    "recon",
+    "recon_layerwise",
+    "recon_partial",
+    "stochastic_recon_partial",
+)
+LOSS_NAMES = (*RECONSTRUCTION_NAMES, "faithfulness", "minimality")
+
+
+class Optim(_Frozen):
+    """The optimizer of U, V and γ."""
+
+    name: Literal["adam", "adamw"] = "adam"
+    """Table 4: Adam. Figure 6: AdamW."""
+    lr: Positive = 1e-3
+    """Learning rate of U and V, and of γ unless `gamma_lr` is given. Tables: 0.001."""
+    gamma_lr: Positive | None = None
+    """Learning rate of γ; none: `lr`."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    """Decay rates of Adam's two moments; the paper gives none."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay (AdamW only). Figure 6: 0.05."""
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    """Learning rate after the warm-up; the last two end at 0. Table 4: cosine. Figure 6: constant."""
+    warmup: NonNegative = 0.0
+    """Linear warm-up: steps if 1 or more, a share of all steps if below 1. Table 4: 0. Figure 6: 0.01."""
+
+    @model_validator(mode="after")
+    def _decay_has_an_effect(self) -> "Optim":
+        if self.weight_decay and self.name == "adam":
+            raise ValueError(f"weight_decay {self.weight_decay} is decoupled and needs name adamw, not adam")
+        return self
+
+
+class Checkpoint(_Frozen):
+    every: Count = 5000
+    """Steps between checkpoints; one is always written at the end."""
+    keep_last: Count = 2
+    """Checkpoints kept."""
+
+
+class Evaluate(_Frozen):
+    every: Count = 1000
+    """Steps between evaluations on held-out batches."""
+    batches: Count = 1
+    """Held-out batches per evaluation."""
+
+
+class Config(_Frozen):
+    """One run. Shipped examples: `paramlens/configs/*.yaml`."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "custom"
+    """The run's name; runs go to runs/<name>-s<seed>."""
+    seed: Natural = 0
+    """Seeds the target, the data, the start and every mask."""
+    steps: Count = 1000
+    """Decomposition steps. Table 4: 100000. Figure 6: 20000."""
+    batch: Count = 64
+    """Sequences per step. Table 4: 1024. Figure 6: 2."""
+    C: Count = 64
+    """Subcomponents per site. Table 4: 100. Figure 6: 768."""
+    sites: Annotated[tuple[str, ...], Field(min_length=1)] = ("*",)
+    """Patterns of the weight matrices to decompose, as module paths (* ? [] as in file names)."""
+    last_token_only: bool = False
+    """Loss on the last position only. Table 4: true. Figure 6: false."""
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?|mps)$")] = "cpu"
+    """Where the run computes: cpu, cuda, cuda:N or mps."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Floating-point type of everything trained."""
+    threads: Count | None = None
+    """CPU threads; none: one per core the process may use, four at most."""
+    task: InductionTask | CustomTask = Field(default=CustomTask(), discriminator="kind")
+    gamma: Gamma = Gamma()
+    init: Init = Init()
+    losses: Losses = Losses(stochastic_recon=1.0, stochastic_recon_layerwise=1.0, recon=0.5, faithfulness=1000.0, minimality=0.02)
+    optim: Optim = Optim()
+    checkpoint: Checkpoint = Checkpoint()
+    evaluate: Evaluate = Evaluate()
+    log_every: Count = 50
+    """Steps between lines of metrics.jsonl."""
+
+    @model_validator(mode="after")
+    def _table_holds_the_task(self) -> "Config":
+        table = self.gamma.max_length
+        if self.gamma.kind == "attention" and table is not None and isinstance(self.task, InductionTask) and table < self.task.length:
+            raise ValueError(
+                f"gamma.max_length {table} is below task.length {self.task.length}; "
+                f"the attention γ's table must hold the longest batch, so give at least {self.task.length}"
+            )
+        return self
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's floats: 1e-3 is a number, which YAML 1.1 reads as a string."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+
+
+def parse_value(text: str) -> Any:
+    """A field's value as YAML reads it: 3e-3 is a number, true a boolean, none and null nothing, the rest text."""
+    if text.lower() == "none":
+        return None
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        return text
+
+
+def shipped_configs() -> list[str]:
+    """Names of the configurations in the package."""
+    folder = resources.files("paramlens") / "configs"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_config(name_or_path: str | Path, *, overrides: Mapping[str, Any] | None = None) -> Config:
+    """The configuration of a shipped name or a YAML path, with dotted `overrides` ({"optim.lr": 3e-3}) on top.
+
+    Raises `ConfigError` for a name that is neither, a file that is no YAML mapping, or a field that does not hold.
+    """
+    source, text = _read(str(name_or_path))
+    try:
+        tree = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        place = getattr(error, "problem_mark", None)
+        line = f" line {place.line + 1}" if place else ""
+        raise ConfigError(f"{source}{line}: not YAML ({getattr(error, 'problem', None) or error})") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"{source}: a mapping of fields is needed, not {type(tree).__name__}; see the shipped {', '.join(shipped_configs())}"
+        )
+    for path, value in (overrides or {}).items():
+        _set(tree, path.split("."), value)
+    return make_config(tree, source=source)
+
+
+def make_config(tree: Mapping[str, Any], *, source: str = "config") -> Config:
+    """A `Config` from a nested mapping; raises `ConfigError` naming `source`, the field, the value and the remedy."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(explain(error, source=source)) from None
+
+
+def dump_config(config: Config) -> str:
+    """YAML that `load_config` reads back to an equal configuration."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def explain(error: ValidationError, *, source: str) -> str:
+    """The first problem of a validation error in one line, with the count of the others."""
+    problems = error.errors()
+    first = problems[0]
+    place = [str(part) for part in first["loc"] if part not in ("induction", "custom")]
+    field = ".".join(place)
+    if first["type"] == "extra_forbidden":
+        text = _unknown(place)
+    else:
+        given = "" if isinstance(first["input"], dict | BaseModel) else f" {first['input']!r}:"
+        text = f"{field}{':' if field else ''}{given} {_remedy(first)}".strip()
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{source}: {text}{more}"
+
+
+_REMEDIES = {
+    "greater_than": "give a number above {gt:g}",
+    "greater_than_equal": "give {ge:g} or more",
+    "less_than": "give a number below {lt:g}",
+    "finite_number": "give a finite number",
+    "float_type": "give a number",
+    "int_type": "give a whole number",
+    "bool_type": "give true or false",
+    "string_type": "give text",
+    "tuple_type": "give a list",
+    "too_short": "give at least {min_length}",
+    "literal_error": "give {expected}",
+    "string_pattern_mismatch": "does not match {pattern}",
+    "union_tag_invalid": "give {expected_tags}",
+    "model_type": "give a mapping of fields",
+    "model_attributes_type": "give a mapping of fields",
+}
+
+
+def _remedy(problem: Mapping[str, Any]) -> str:
+    known = _REMEDIES.get(problem["type"])
+    if known is not None:
+        return known.format(**problem.get("ctx", {}))
+    reason = problem["msg"].removeprefix("Value error, ")
+    return reason[:1].lower() + reason[1:]
+
+
+def _unknown(place: list[str]) -> str:
+    """An unknown field, with the nearest name that exists anywhere in the configuration."""
+    known = field_paths()
+    path = ".".join(place)
+    close = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
+    if not close:
+        by_leaf = {name.rsplit(".", 1)[-1]: name for name in known}
+        close = [by_leaf[leaf] for leaf in difflib.get_close_matches(place[-1], list(by_leaf), n=1, cutoff=0.6)]
+    if close:
+        return f"{path}: unknown field; did you mean {close[0]}?"
+    siblings = sorted({name.split(".")[len(place) - 1] for name in known if name.split(".")[: len(place) - 1] == place[:-1]})
+    return f"{path}: unknown field; known here: {', '.join(siblings)}"
+
+
+def field_paths() -> list[str]:
+    """Every field of a configuration as a dotted path."""
+
+    def walk(model: type[BaseModel], prefix: str) -> list[str]:
+        paths: list[str] = []
+        for name, field in model.model_fields.items():
+            inner = _models(field.annotation)
+            paths += [path for kind in inner for path in walk(kind, f"{prefix}{name}.")] or [f"{prefix}{name}"]
+        return paths
+
+    return list(dict.fromkeys(walk(Config, "")))
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    options = getattr(annotation, "__args__", (annotation,))
+    return [kind for kind in options if isinstance(kind, type) and issubclass(kind, BaseModel)]
+
+
+def _read(name_or_path: str) -> tuple[str, str]:
+    if name_or_path in shipped_configs():
+        return f"config {name_or_path}", (resources.files("paramlens") / "configs" / f"{name_or_path}.yaml").read_text(encoding="utf-8")
+    path = Path(name_or_path)
+    if path.is_file():
+        try:
+            return str(path), path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ConfigError(f"{path}: not a text file in UTF-8; give a YAML file") from None
+    close = difflib.get_close_matches(name_or_path, shipped_configs(), n=1, cutoff=0.5)
+    hint = f", did you mean {close[0]}?" if close else "."
+    raise ConfigError(f"no configuration {name_or_path!r}{hint} Give a YAML file or one of {', '.join(shipped_configs())}")
+
+
+def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
+    for part in path[:-1]:
+        node = tree.setdefault(part, {})
+        if not isinstance(node, dict):
+            tree[part] = node = {}
+        tree = node
+    tree[path[-1]] = value
