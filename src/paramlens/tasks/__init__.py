@@ -1,0 +1,66 @@
+"""A task: a target model and batches that are a pure function of (seed, stream, step)."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Inputs = Tensor | Mapping[str, Any] | tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the target is run on, and what is known of its positions.
+
+    inputs: passed to the target as `model(x)`, `model(*tuple)` or `model(**mapping)`; tensors lead with the batch axis.
+    roles: (batch, pos) indices into the task's role names, or none.
+    answers: (batch,) token expected after the last position, or none.
+    """
+
+    inputs: Inputs
+    roles: Tensor | None = None
+    answers: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> "Batch":
+        return replace(self, **{name: move(getattr(self, name), device) for name in ("inputs", "roles", "answers")})
+
+
+@dataclass(frozen=True)
+class Task:
+    """A target and its data. `batch(step, stream)`: streams are independent ("train", "evaluate")."""
+
+    model: nn.Module
+    batch: Callable[[int, str], Batch]
+    roles: tuple[str, ...] = ()
+    attention_patterns: tuple[str, ...] = ()
+    """Modules of the target whose output is an attention pattern (batch, head, query, key), rows summing to 1."""
+    last_token: Callable[[Inputs], Inputs] | None = None
+    """Inputs that make the target compute the logits of the last position only, where it can."""
+
+    def loss_inputs(self, inputs: Inputs, *, last_token_only: bool) -> Inputs:
+        """What a masked run is given: all that the loss needs of `inputs`, and no more where the target allows it."""
+        return self.last_token(inputs) if last_token_only and self.last_token is not None else inputs
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """`function` on every tensor of nested mappings, tuples and lists; everything else unchanged."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, Mapping):
+        return {key: map_tensors(function, value) for key, value in tree.items()}
+    if isinstance(tree, tuple | list):
+        return type(tree)(map_tensors(function, value) for value in tree)
+    return tree
+
+
+def move(tree: Any, device: torch.device | str) -> Any:
+    return map_tensors(lambda tensor: tensor.to(device), tree)
+
+
+def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A random generator that is a pure function of `key`, such as (seed, "masks", step)."""
+    digest = blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -1,0 +1,177 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from paramlens.config import Init
+from paramlens.decomposition import Decomposition, Replacement, call, initialise
+from paramlens.errors import BatchError, SiteError
+from paramlens.sites import find_sites
+from paramlens.tasks import generator
+from paramlens.tasks.induction import InductionTransformer
+
+PATTERN = ["blocks.*.attn.[qkv]"]
+
+
+def decomposed(model: nn.Module, kind: str, C: int = 6, patterns: list[str] = PATTERN) -> Decomposition:
+    decomposition = Decomposition(model, find_sites(model, patterns), C=C)
+    initialise(decomposition, Init(kind=kind), generator=generator(0))
+    return decomposition
+
+
+def tokens(batch: int = 3, seed: int = 0) -> torch.Tensor:
+    return torch.randint(7, (batch, 8), generator=generator("tokens", seed))
+
+
+def test_nothing_replaced_is_bit_equal(target):
+    decomposition = decomposed(target, "random")
+    x = tokens()
+    assert torch.equal(decomposition.target_run(x).logits, target(x))
+    assert torch.equal(decomposition.masked_run(x, [{}])[0], target(x))
+
+
+def test_target_run_gives_each_sites_input(target):
+    run = decomposed(target, "random").target_run(tokens())
+    assert torch.equal(run.inputs["blocks.0.attn.v"], target.embed(tokens()))
+    assert torch.equal(run.inputs["blocks.0.attn.q"], target.embed(tokens()) + target.positions)
+
+
+@pytest.mark.parametrize(("kind", "C"), [("svd", 4), ("svd", 9), ("svd_rotated", 4), ("svd_rotated", 9)])
+def test_svd_starts_hold_w_and_all_ones_masks_give_the_target(target, kind: str, C: int):
+    decomposition = decomposed(target, kind, C)
+    for site in decomposition.sites:
+        torch.testing.assert_close(decomposition.U[site.name] @ decomposition.V[site.name], site.W, atol=1e-6, rtol=1e-5)
+    ones = {name: Replacement(torch.ones(3, 8, C)) for name in decomposition.names}
+    torch.testing.assert_close(decomposition.masked_run(tokens(), [ones])[0], target(tokens()), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["svd", "svd_rotated"])
+def test_too_few_subcomponents_hold_the_largest_singular_values(target, kind: str):
+    decomposition = decomposed(target, kind, 2)
+    for site in decomposition.sites:
+        rest = torch.linalg.svdvals(site.W)[2:].norm()
+        error = (site.W - decomposition.U[site.name] @ decomposition.V[site.name]).norm()
+        torch.testing.assert_close(error, rest, rtol=1e-4, atol=1e-6)
+
+
+def test_rotated_start_favours_no_subcomponent(target):
+    decomposition = decomposed(target, "svd_rotated", 12)
+    norms = decomposition.U["blocks.0.attn.q"].norm(dim=0) * decomposition.V["blocks.0.attn.q"].norm(dim=1)
+    assert norms.min() > 0
+
+
+def test_random_start_has_the_weights_norm():
+    torch.manual_seed(0)
+    linear = nn.Linear(40, 60)
+    decomposition = decomposed(nn.Sequential(linear), "random", 50, ["0"])
+    norm = (decomposition.U["0"] @ decomposition.V["0"]).norm()
+    assert 0.8 < (norm / linear.weight.norm()).item() < 1.25
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.sets(st.integers(0, 5)), min_size=1, max_size=5), st.integers(0, 1000), st.booleans())
+def test_stacked_plans_equal_single_runs(chosen, seed: int, scoped: bool):
+    """Any mix of plans, scoped or not, gives what each gives alone; a plan that replaces nothing gives the target."""
+    model = InductionTransformer(_TASK)
+    decomposition = decomposed(model, "random")
+    x = tokens(seed=seed)
+    rng = generator("masks", seed)
+    names = decomposition.names
+    plans = [
+        {
+            names[i]: Replacement(
+                torch.rand(3, 8, 6, generator=rng), where=torch.rand(3, 8, generator=rng) < 0.5 if scoped and i % 2 else None
+            )
+            for i in plan
+        }
+        for plan in chosen
+    ]
+    stacked = decomposition.masked_run(x, plans)
+    for plan, logits in zip(plans, stacked, strict=True):
+        torch.testing.assert_close(logits, decomposition.masked_run(x, [plan])[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(decomposition.masked_run(x, [{}, *plans])[0], model(x), atol=1e-5, rtol=1e-5)
+
+
+def test_scoped_replacement_mixes_by_position(target):
+    """`where` everywhere is the full replacement, nowhere is the target."""
+    decomposition = decomposed(target, "random")
+    name, mask = "blocks.0.attn.v", torch.rand(3, 8, 6)
+    full = decomposition.masked_run(tokens(), [{name: Replacement(mask)}])
+    everywhere = decomposition.masked_run(tokens(), [{name: Replacement(mask, where=torch.ones(3, 8, dtype=torch.bool))}])
+    nowhere = decomposition.masked_run(tokens(), [{name: Replacement(mask, where=torch.zeros(3, 1, dtype=torch.bool))}])
+    torch.testing.assert_close(everywhere, full)
+    torch.testing.assert_close(nowhere[0], target(tokens()))
+    assert not torch.allclose(full[0], target(tokens()), atol=1e-3)
+
+
+def test_last_logits_alone_take_the_masks_last_positions(target):
+    decomposition = decomposed(target, "random")
+    plans = [{name: Replacement(torch.rand(3, 8, 6)) for name in decomposition.names}, {}]
+    full = decomposition.masked_run(tokens(), plans)
+    last = decomposition.masked_run({"tokens": tokens(), "last_token_only": True}, plans)
+    assert last.shape[-2] == 1
+    torch.testing.assert_close(last[..., -1, :], full[..., -1, :])
+
+
+def test_model_is_left_alone_after_an_error(target):
+    decomposition = decomposed(target, "random")
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    with pytest.raises(BatchError, match=r"mask has leading axes \(2, 8\), the site's input \(3, 8\)"):
+        decomposition.masked_run(tokens(), [{"blocks.0.attn.q": Replacement(torch.ones(2, 8, 6))}])
+    assert not any("forward" in module.__dict__ for module in target.modules())
+    assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
+
+
+def test_plan_with_an_unknown_site(target):
+    with pytest.raises(SiteError, match=r"plan names nope, which is no site"):
+        decomposed(target, "random").masked_run(tokens(), [{"nope": Replacement(torch.ones(3, 8, 6))}])
+
+
+def test_site_called_twice_is_refused():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.layer(self.layer(x))
+
+    with pytest.raises(SiteError, match=r"site layer: the model calls it 2 times"):
+        decomposed(Twice(), "random", patterns=["*"]).target_run(torch.ones(1, 2, 3))
+
+
+def test_batches_of_every_form():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x, *, shift):
+            return type("Output", (), {"logits": self.layer(x) + shift})()
+
+    model = Named()
+    x, shift = torch.randn(2, 4, 3), torch.randn(2, 4, 2)
+    decomposition = decomposed(model, "random", patterns=["layer"])
+    run = decomposition.target_run({"x": x, "shift": shift})
+    assert torch.equal(run.logits, model(x, shift=shift).logits)
+    stacked = decomposition.masked_run({"x": x, "shift": shift}, [{}, {"layer": Replacement(torch.ones(2, 4, 6))}])
+    torch.testing.assert_close(stacked[0], run.logits)
+    assert torch.equal(call(nn.Identity(), (x,)), x)
+
+    class Nothing(nn.Module):
+        def forward(self, x):
+            return None
+
+    with pytest.raises(BatchError, match="returned NoneType"):
+        call(Nothing(), x)
+
+
+def _task():
+    from conftest import TINY
+    from paramlens.config import make_config
+
+    return make_config(TINY).task
+
+
+_TASK = _task()
