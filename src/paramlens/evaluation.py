@@ -1,0 +1,65 @@
+"""What a decomposition scores on a held-out batch; the trainer and the analyses measure with this one function."""
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from paramlens.decomposition import Decomposition, Plan, Replacement, TargetRun
+from paramlens.importance import Importance, lower
+from paramlens.losses import faithfulness, kl_divergence, loss_positions, reconstruction_plans
+from paramlens.masks import rounded_mask
+from paramlens.tasks import Batch, Task, generator
+
+ACTIVE = 0.1
+"""A subcomponent is active on a token where its importance g exceeds this."""
+
+
+@torch.no_grad()
+def importances(decomposition: Decomposition, importance: Importance, batch: Batch) -> tuple[TargetRun, dict[str, Tensor]]:
+    """The target's run on `batch`, and g (batch, pos, C) in [0, 1] for every site."""
+    target = decomposition.target_run(batch.inputs)
+    return target, {name: lower(pre) for name, pre in importance(target.inputs, decomposition.U).items()}
+
+
+@torch.no_grad()
+def evaluate(
+    task: Task,
+    decomposition: Decomposition,
+    batch: Batch,
+    target: TargetRun,
+    g: Mapping[str, Float[Tensor, "*batch C"]],
+    *,
+    last_token_only: bool,
+    threshold: float = ACTIVE,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Faithfulness (eq. 1), reconstruction losses in nats, and accuracies where the batch has answers.
+
+    recon, recon_layerwise: masks g, all sites or each alone. stochastic_recon: one draw, from `seed`. recon_rounded: every
+    subcomponent with g > threshold fully on, all others off. Plans run one by one, so that memory does not grow with the sites.
+    """
+    inputs = task.loss_inputs(batch.inputs, last_token_only=last_token_only)
+
+    def logits(plan: Plan) -> Tensor:
+        return loss_positions(decomposition.masked_run(inputs, [plan]), last_token_only=last_token_only)
+
+    target_log_probs = loss_positions(target.logits, last_token_only=last_token_only).log_softmax(-1)
+    metrics = {"faithfulness": faithfulness(decomposition).item()}
+    for name in ("recon", "recon_layerwise", "stochastic_recon"):
+        plans = reconstruction_plans(name, g, generator=lambda: generator(seed, "evaluate", device=target.logits.device))
+        values = [kl_divergence(target_log_probs, logits(plan)).item() for plan in plans]
+        metrics[name] = sum(values) / len(values)
+    rounded = {site: Replacement(rounded_mask(value, threshold=threshold)) for site, value in g.items()}
+    metrics["recon_rounded"] = kl_divergence(target_log_probs, logits(rounded)).item()
+    if batch.answers is not None:
+        masked = logits({site: Replacement(value) for site, value in g.items()})[0, :, -1]
+        metrics["accuracy_target"] = (target.logits[:, -1].argmax(-1) == batch.answers).double().mean().item()
+        metrics["accuracy_masked"] = (masked.argmax(-1) == batch.answers).double().mean().item()
+    return metrics
+
+
+def active_counts(g: Mapping[str, Float[Tensor, "*batch C"]], *, threshold: float = ACTIVE) -> dict[str, float]:
+    """Site name → mean number of active subcomponents per position."""
+    return {name: (value > threshold).sum(-1, dtype=torch.float32).mean().item() for name, value in g.items()}

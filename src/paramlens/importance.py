@@ -1,0 +1,264 @@
+"""Causal importance g = σ(γ(x)) in [0, 1]: for every token, how much of each subcomponent the output needs (§4.1, eq. 4).
+
+γ maps what the *target* computes, never a masked run, to a pre-activation per subcomponent; the leaky-hard-sigmoid pair turns
+that into g (`lower`) and into what minimality pushes on (`upper`). Sites of the same shape form a group whose networks are
+computed together: parameters carry a leading `site` axis, and one batched product serves the group.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from paramlens.config import Gamma
+from paramlens.errors import BatchError, ConfigError
+
+LEAK = 0.01
+"""Slope of the leaky side of both sigmoids."""
+
+CPU_CHUNK = 2**18
+"""Hidden units of γ computed at once per CPU thread: 1 MiB in fp32."""
+
+GPU_CHUNK = 2**28
+"""Hidden units of γ computed at once on a GPU: 1 GiB in fp32."""
+
+
+class _Lower(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pre: Tensor) -> Tensor:
+        ctx.save_for_backward(pre)
+        return pre.clamp(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (pre,) = ctx.saved_tensors
+        below = LEAK * grad.clamp(max=0)  # a descent step along a negative gradient raises pre
+        return torch.where(pre <= 0, below, torch.where(pre <= 1, grad, 0))
+
+
+class _Upper(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pre: Tensor) -> Tensor:
+        ctx.save_for_backward(pre)
+        return torch.where(pre > 1, 1 + LEAK * (pre - 1), pre.clamp(min=0))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (pre,) = ctx.saved_tensors
+        return torch.where(pre <= 0, 0, torch.where(pre <= 1, grad, LEAK * grad))
+
+
+def lower(pre: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Importance g: `clamp(pre, 0, 1)`.
+
+    Gradient: 1 inside (0, 1], 0 above 1; at or below 0 it is 0.01 where descent would raise pre, and 0 otherwise. So below 0
+    only reconstruction can revive a subcomponent.
+    """
+    return _Lower.apply(pre)
+
+
+def upper(pre: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """What minimality sees: `1 + 0.01 (pre - 1)` above 1, `clamp(pre, 0, 1)` elsewhere; gradient 0 at or below 0.
+
+    So above 1 only minimality can pull a subcomponent back.
+    """
+    return _Upper.apply(pre)
+
+
+class Importance(nn.Module):
+    """γ of every site. `shapes`: site name → (d_in, C), in model order."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, int]], gamma: Gamma, *, max_length: int | None = None) -> None:
+        super().__init__()
+        length = gamma.max_length or max_length
+        if gamma.kind == "attention" and length is None:
+            raise ConfigError("gamma.max_length: the attention γ needs the longest sequence it will see, in tokens; give a number")
+        self.gamma = gamma
+        groups: dict[tuple[int, int], list[str]] = {}
+        for name, shape in shapes.items():
+            groups.setdefault(shape, []).append(name)
+        self.groups = nn.ModuleList(_Group(names, d_in=d_in, C=C, gamma=gamma, max_length=length) for (d_in, C), names in groups.items())
+
+    @property
+    def typed_groups(self) -> Sequence["_Group"]:
+        return cast("Sequence[_Group]", self.groups)
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """Fan-in normal weights, zero biases (the last: `gamma.output_bias`)."""
+        for group in self.typed_groups:
+            group.initialise(generator)
+
+    def forward(self, inputs: Mapping[str, Tensor], U: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "*batch C"]]:
+        """Pre-activations per site from the target's site inputs [batch, pos, d_in].
+
+        U is used by the scalar γ alone, whose input is the inner activation. Raises `BatchError` for a sequence longer than the
+        attention γ's tables.
+        """
+        pre: dict[str, Tensor] = {}
+        for group in self.typed_groups:
+            pre |= group(inputs, U)
+        return {name: pre[name] for name in inputs}
+
+    def site_parameters(self) -> dict[str, dict[str, Tensor]]:
+        """Site name → parameter name → that site's slice, as views: what `importance.safetensors` holds."""
+        return {
+            name: {key: parameter[i] for key, parameter in group.named_parameters()}
+            for group in self.typed_groups
+            for i, name in enumerate(group.names)
+        }
+
+
+class _Group(nn.Module):
+    """γ of same-shaped sites; every parameter leads with the site axis."""
+
+    def __init__(self, names: Sequence[str], *, d_in: int, C: int, gamma: Gamma, max_length: int | None) -> None:
+        super().__init__()
+        self.names, self.gamma, self.max_length = tuple(names), gamma, max_length
+        S, d, h = len(names), d_in, gamma.d_gate
+        width = {"scalar": 1, "vector": d, "attention": 2 * d, "shared": d}[gamma.kind]
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(S, *shape))
+
+        if gamma.kind == "attention":
+            assert max_length is not None
+            self.query, self.key, self.value = parameter(d, d), parameter(d, d), parameter(d, d)
+            self.absolute = parameter(max_length, d)
+            self.relative = parameter(2 * max_length) if gamma.relative == "offset" else parameter(2 * max_length, d)
+        if gamma.kind == "shared":
+            self.w_in, self.b_in = parameter(width, h), parameter(h)
+            self.w_out, self.b_out = parameter(h, C), parameter(C)
+        else:
+            self.w_in, self.b_in = parameter(C, width, h), parameter(C, h)
+            self.w_out, self.b_out = parameter(C, h), parameter(C)
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> None:
+        gamma, h = self.gamma, self.gamma.d_gate
+        fan_in = {"w_in": self.w_in.shape[-2], "w_out": h, "b_in": None, "b_out": None}
+        if gamma.kind == "attention":
+            d = self.query.shape[-1]
+            fan_in |= {"query": d, "key": d, "value": d, "absolute": d, "relative": None if gamma.relative == "offset" else d}
+        for name, parameter in self.named_parameters():
+            if fan_in[name] is None:
+                parameter.zero_()
+            else:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * fan_in[name] ** -0.5)
+        self.b_out.fill_(gamma.output_bias)
+        if gamma.kind == "attention" and gamma.relative_init == "local":
+            distance = (torch.arange(self.relative.shape[-1]) - self.absolute.shape[1]).abs().clamp(max=8)
+            noise = 0.3 * torch.randn(self.relative.shape, generator=generator)
+            self.relative.copy_(self.query.shape[-1] ** 0.5 * (noise - 0.7 * distance))
+
+    def forward(self, inputs: Mapping[str, Tensor], U: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        batch = inputs[self.names[0]].shape[:-1]
+        if self.gamma.kind == "scalar":
+            rows = torch.stack([(inputs[name] @ U[name]).flatten(0, -2) for name in self.names])  # (S, N, C)
+            pre = _scalar_mlps(rows, self.w_in, self.b_in, self.w_out) + self.b_out[:, None]
+        elif self.gamma.kind == "vector":
+            pre = self._per_subcomponent(torch.stack([inputs[name].flatten(0, -2) for name in self.names]))
+        elif self.gamma.kind == "shared":
+            rows = torch.stack([inputs[name].flatten(0, -2) for name in self.names])
+            hidden = F.gelu(torch.baddbmm(self.b_in[:, None], rows, self.w_in))
+            pre = torch.baddbmm(self.b_out[:, None], hidden, self.w_out)
+        else:
+            self._require_fitting(batch)
+            attended = self._attend(torch.stack([inputs[name] for name in self.names]))
+            pre = self._per_subcomponent(attended.flatten(1, -2))
+        return {name: site.unflatten(0, batch) for name, site in zip(self.names, pre, strict=True)}
+
+    def _require_fitting(self, batch: tuple[int, ...]) -> None:
+        if len(batch) != 2:
+            raise BatchError(
+                f"site {self.names[0]}: the attention γ needs inputs (batch, pos, d_in), but these lead with {tuple(batch)}; "
+                "use gamma.kind vector"
+            )
+        longest = self.absolute.shape[1]
+        if batch[1] > longest:
+            raise BatchError(
+                f"batch of {batch[1]} positions, but the attention γ's tables hold {longest}; "
+                f"raise gamma.max_length and decompose anew, or shorten the batch"
+            )
+
+    def _per_subcomponent(self, rows: Float[Tensor, "site row width"]) -> Float[Tensor, "site row C"]:
+        w_in = self.w_in.permute(0, 2, 1, 3).flatten(2)  # (S, width, C * d_gate)
+        return _Mlps.apply(rows, w_in, self.b_in.flatten(1), self.w_out) + self.b_out[:, None]
+
+    def _attend(self, x: Float[Tensor, "site batch pos d_in"]) -> Float[Tensor, "site batch pos two_d_in"]:
+        """Algorithm 1, lines 1-5: single-head attention over all positions, its output beside the positioned input."""
+        n, d = x.shape[-2:]
+        x_pos = x + self.absolute[:, None, :n]
+        q, k, v = (torch.einsum("sbnd,sde->sbne", t, w) for t, w in ((x, self.query), (x, self.key), (x_pos, self.value)))
+        offset = torch.arange(n, device=x.device)
+        index = offset[None, :] - offset[:, None] + self.absolute.shape[1]  # key position - query position, shifted to >= 1
+        if self.gamma.relative == "offset":
+            r = self.relative[:, index][:, None]  # (S, 1, n, n)
+        else:
+            per_offset = torch.einsum("sbnd,sod->sbno", q, self.relative)  # (S, B, n, 2s)
+            r = per_offset.gather(-1, index.expand(*per_offset.shape[:2], n, n))
+        attention = F.scaled_dot_product_attention(q, k, v, attn_mask=(r / d**0.5).expand(*q.shape[:2], n, n))
+        return torch.cat([attention, x_pos], dim=-1)
+
+
+class _Mlps(torch.autograd.Function):
+    """One MLP per subcomponent, all reading the same rows, as one product a chunk of rows; hidden units are never stored.
+
+    A chunk's hidden units stay in cache; the backward pass computes them again. The gain is not arithmetic but memory traffic:
+    the whole hidden tensor (site, row, C * d_gate) is written and read many times when it is kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Float[Tensor, "site row width"],
+        w_in: Float[Tensor, "site width C_times_d_gate"],
+        b_in: Float[Tensor, "site C_times_d_gate"],
+        w_out: Float[Tensor, "site C d_gate"],
+    ) -> Float[Tensor, "site row C"]:
+        ctx.save_for_backward(rows, w_in, b_in, w_out)
+        pre = rows.new_empty(*rows.shape[:2], w_out.shape[1])
+        for site in range(len(rows)):
+            for part in _chunks(rows, w_in):
+                hidden = F.gelu(torch.addmm(b_in[site], rows[site, part], w_in[site]))
+                torch.sum(hidden.unflatten(-1, w_out.shape[1:]).mul_(w_out[site]), dim=-1, out=pre[site, part])
+        return pre
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Float[Tensor, "site row C"]) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+        rows, w_in, b_in, w_out = ctx.saved_tensors
+        grad_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
+        grad_w_in, grad_b_in, grad_w_out = torch.zeros_like(w_in), torch.zeros_like(b_in), torch.zeros_like(w_out)
+        for site in range(len(rows)):
+            for part in _chunks(rows, w_in):
+                read, above = rows[site, part], grad[site, part, :, None]
+                before = torch.addmm(b_in[site], read, w_in[site])
+                hidden = F.gelu(before).unflatten(-1, w_out.shape[1:])
+                grad_w_out[site] += hidden.mul_(above).sum(0)
+                below = torch.ops.aten.gelu_backward((above * w_out[site]).flatten(1), before)
+                grad_w_in[site].addmm_(read.T, below)
+                grad_b_in[site] += below.sum(0)
+                if grad_rows is not None:
+                    torch.mm(below, w_in[site].T, out=grad_rows[site, part])
+        return grad_rows, grad_w_in, grad_b_in, grad_w_out
+
+
+def _chunks(rows: Tensor, w_in: Tensor) -> Iterator[slice]:
+    """Slices of rows whose hidden units fit into the cache of the cores at work, or on a GPU into a share of its memory."""
+    elements = CPU_CHUNK * torch.get_num_threads() if rows.device.type == "cpu" else GPU_CHUNK
+    size = max(1, elements // w_in.shape[-1])
+    return (slice(start, min(start + size, rows.shape[1])) for start in range(0, rows.shape[1], size))
+
+
+def _scalar_mlps(
+    rows: Float[Tensor, "site row C"],
+    w_in: Float[Tensor, "site C 1 d_gate"],
+    b_in: Float[Tensor, "site C d_gate"],
+    w_out: Float[Tensor, "site C d_gate"],
+) -> Float[Tensor, "site row C"]:
+    """One MLP per subcomponent, each reading its own number."""
+    hidden = F.gelu(rows[..., None] * w_in[:, None, :, 0] + b_in[:, None])
+    return (hidden * w_out[:, None]).sum(-1)

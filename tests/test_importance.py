@@ -1,0 +1,106 @@
+import pytest
+import torch
+
+from paramlens.config import Gamma
+from paramlens.errors import BatchError, ConfigError
+from paramlens.importance import Importance, lower
+from paramlens.tasks import generator
+
+SHAPES = {"a": (4, 5), "b": (6, 5), "c": (4, 5)}
+
+
+def make(max_length: int | None = 8, **fields: object) -> Importance:
+    importance = Importance(SHAPES, Gamma(d_gate=3, **fields), max_length=max_length)
+    importance.initialise(generator(0))
+    return importance
+
+
+def inputs(n: int = 8) -> dict[str, torch.Tensor]:
+    return {name: torch.randn(2, n, d, generator=generator(name)) for name, (d, _) in SHAPES.items()}
+
+
+U = {name: torch.randn(d, C, generator=generator("U", name)) for name, (d, C) in SHAPES.items()}
+
+
+def test_same_shapes_share_a_group_and_order_is_kept():
+    importance = make(kind="vector")
+    assert [group.names for group in importance.groups] == [("a", "c"), ("b",)]
+    assert list(importance(inputs(), U)) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("kind", ["scalar", "vector", "attention", "shared"])
+def test_shapes_and_independence_of_sites(kind: str):
+    """A site's importance is a function of that site's input and parameters alone."""
+    importance = make(kind=kind)
+    pre = importance(inputs(), U)
+    assert all(value.shape == (2, 8, 5) for value in pre.values())
+    (gradient,) = torch.autograd.grad(pre["a"].square().sum(), importance.groups[0].w_in)
+    assert gradient[0].abs().sum() > 0
+    assert gradient[1].abs().sum() == 0
+
+
+@pytest.mark.parametrize(("kind", "sees"), [("vector", False), ("scalar", False), ("attention", True)])
+def test_only_attention_sees_other_positions(kind: str, sees: bool):
+    importance, x = make(kind=kind), inputs()
+    changed = x | {"a": x["a"].clone()}
+    changed["a"][:, 2] += 1.0
+    difference = (importance(x, U)["a"] - importance(changed, U)["a"]).abs().amax((0, 2))
+    assert difference[2] > 0
+    assert bool((difference[[0, 1, 3, 4, 5, 6, 7]] > 0).all()) is sees
+
+
+def test_attention_is_bidirectional_and_knows_positions():
+    importance = make(kind="attention")
+    same = {name: torch.ones(1, 8, d) for name, (d, _) in SHAPES.items()}
+    pre = importance(same, U)["a"][0]
+    assert not torch.allclose(pre[0], pre[5]), "equal tokens at different positions differ"
+
+
+def test_shorter_batches_fit_and_longer_ones_are_refused():
+    importance = make(kind="attention", max_length=8)
+    assert importance(inputs(3), U)["b"].shape == (2, 3, 5)
+    with pytest.raises(BatchError, match=r"batch of 9 positions, but the attention γ's tables hold 8; raise gamma.max_length"):
+        importance(inputs(9), U)
+
+
+def test_attention_needs_a_length_and_a_position_axis():
+    with pytest.raises(ConfigError, match=r"gamma\.max_length"):
+        make(max_length=None, kind="attention")
+    with pytest.raises(
+        BatchError, match=r"site a: the attention γ needs inputs \(batch, pos, d_in\), but these lead with \(3,\); use gamma.kind vector"
+    ):
+        make(kind="attention")({name: torch.ones(3, d) for name, (d, _) in SHAPES.items()}, U)
+
+
+def test_scalar_gradient_reaches_u():
+    importance = make(kind="scalar")
+    reads = {name: value.clone().requires_grad_() for name, value in U.items()}
+    importance(inputs(), reads)["a"].sum().backward()
+    assert reads["a"].grad.abs().sum() > 0
+
+
+def test_starts():
+    on = make(kind="vector", output_bias=1.0)
+    assert torch.equal(on.groups[0].b_out, torch.ones(2, 5))
+    assert on.groups[0].b_in.abs().sum() == 0
+    local = make(kind="attention", relative_init="local").groups[0].relative.mean(0)
+    assert local[8] > local[4] > local[0], "nearer offsets start higher"
+    wide = Importance({"a": (400, 5)}, Gamma(kind="vector", d_gate=50), max_length=None)
+    wide.initialise(generator(0))
+    assert wide.groups[0].w_in.std().item() == pytest.approx(400**-0.5, rel=0.02)
+    assert wide.groups[0].w_out.std().item() == pytest.approx(50**-0.5, rel=0.15)
+
+
+def test_site_parameters_are_views():
+    importance = make(kind="vector")
+    with torch.no_grad():
+        importance.site_parameters()["c"]["b_out"].fill_(7.0)
+    assert importance.groups[0].b_out[1].tolist() == [7.0] * 5
+    assert importance.groups[0].b_out[0].tolist() == [0.0] * 5
+
+
+def test_dead_importance_is_revived_only_by_reconstruction():
+    pre = torch.full((1, 1, 2), -0.5, requires_grad=True)
+    g = lower(pre)
+    (-(g[..., 0]) + g[..., 1]).sum().backward()
+    assert pre.grad.flatten().tolist() == pytest.approx([-0.01, 0.0])

@@ -1,0 +1,123 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from conftest import tiny_with
+from paramlens.config import Losses
+from paramlens.decomposition import Decomposition
+from paramlens.importance import lower, upper
+from paramlens.losses import RECONSTRUCTIONS, annealed_p, faithfulness, kl_divergence, minimality, reconstruction_plans
+from paramlens.masks import rounded_mask, site_subsets, stochastic_mask, subset_shape
+from paramlens.sites import find_sites
+from paramlens.tasks import generator
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(-1e4, 1e4), min_size=1, max_size=20))
+def test_importance_lies_in_0_1_and_masks_in_g_1(values: list[float]):
+    g = lower(torch.tensor(values, dtype=torch.float64))
+    assert ((g >= 0) & (g <= 1)).all()
+    mask = stochastic_mask(g, generator(1))
+    assert ((mask >= g) & (mask <= 1)).all()
+    assert (upper(torch.tensor(values, dtype=torch.float64)) >= 0).all()
+
+
+def test_stochastic_mask_is_uniform_above_g():
+    mask = stochastic_mask(torch.full((200_000,), 0.6), generator(2))
+    assert mask.mean().item() == pytest.approx(0.8, abs=2e-3)
+    assert mask.var().item() == pytest.approx(0.16 / 12, rel=0.02)
+
+
+def test_masks_are_a_pure_function_of_the_generator():
+    g = torch.rand(5, 3)
+    assert torch.equal(stochastic_mask(g, generator(0, "a", 1)), stochastic_mask(g, generator(0, "a", 1)))
+    assert not torch.equal(stochastic_mask(g, generator(0, "a", 1)), stochastic_mask(g, generator(0, "a", 2)))
+
+
+def test_rounded_mask():
+    assert rounded_mask(torch.tensor([0.0, 0.1, 0.1001, 1.0]), threshold=0.1).tolist() == [0, 0, 1, 1]
+
+
+def test_subsets_have_uniform_size_and_members():
+    """k ~ U{1..4}, so each site is in with probability mean(k) / 4 = 0.625."""
+    inside = site_subsets(4, (40_000,), generator(3))
+    sizes = torch.bincount(inside.sum(0), minlength=5)[1:] / 40_000
+    assert sizes.tolist() == pytest.approx([0.25] * 4, abs=0.01)
+    assert inside.float().mean(1).tolist() == pytest.approx([0.625] * 4, abs=0.01)
+
+
+def test_subset_shapes():
+    assert subset_shape("forward", (2, 5)) == ()
+    assert subset_shape("sequence", (2, 5)) == (2, 1)
+    assert subset_shape("position", (2, 5)) == (2, 5)
+
+
+@pytest.mark.parametrize("scope", ["sequence", "position"])
+def test_partial_plans_by_scope(scope):
+    g = {name: torch.rand(6, 5, 3) for name in "abc"}
+    (plan,) = reconstruction_plans("recon_partial", g, partial_scope=scope, generator=lambda: generator(0))
+    inside = torch.stack([plan[name].where.expand(6, 5) for name in "abc"])
+    assert inside.any(0).all(), "every draw replaces one site at least"
+    constant = (inside == inside[:, :, :1]).all()
+    assert constant if scope == "sequence" else not constant
+
+
+def test_plans_per_loss():
+    g = {name: torch.rand(2, 4, 3) for name in "abc"}
+    counts = {name: len(list(reconstruction_plans(name, g, samples=2, generator=lambda: generator(0)))) for name in RECONSTRUCTIONS}
+    assert counts == {
+        "stochastic_recon": 2,
+        "stochastic_recon_layerwise": 6,
+        "recon": 1,
+        "recon_layerwise": 3,
+        "recon_partial": 1,
+        "stochastic_recon_partial": 2,
+    }
+
+
+def test_divergence_by_hand():
+    """KL((3/4, 1/4) ‖ (1/2, 1/2)) = 3/4 ln 3/2 + 1/4 ln 1/2, and 0 of a distribution to itself."""
+    target = torch.tensor([[[0.75, 0.25]]]).log()
+    logits = torch.stack([torch.zeros(1, 1, 2), target])
+    expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert kl_divergence(target, logits).tolist() == pytest.approx([expected, 0.0], abs=1e-7)
+
+
+def test_faithfulness_by_hand():
+    linear = nn.Linear(2, 1, bias=False)
+    decomposition = Decomposition(nn.Sequential(linear), find_sites(nn.Sequential(linear), ["0"]), C=1)
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[3.0, 5.0]]))
+        decomposition.U["0"].copy_(torch.tensor([[1.0], [1.0]]))
+        decomposition.V["0"].fill_(4.0)
+    assert faithfulness(decomposition).item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("eps", [1e-12, 1e-6])
+@pytest.mark.parametrize("p", [0.9, 0.1])
+def test_minimality_has_no_constant_and_a_finite_slope(p: float, eps: float):
+    pre = torch.tensor([[[-1.0, 0.0, 1e-30, 0.25, 1.0]]], dtype=torch.float64, requires_grad=True)
+    zeros = minimality({"site": upper(torch.zeros(1, 1, 100, dtype=torch.float64))}, p=p, eps=eps)
+    assert zeros.item() == 0.0
+    value = minimality({"site": upper(pre)}, p=p, eps=eps)
+    assert value.item() == pytest.approx(sum((g + eps) ** p - eps**p for g in (0, 0, 1e-30, 0.25, 1.0)), rel=1e-12)
+    (slope,) = torch.autograd.grad(value, pre)
+    assert torch.isfinite(slope).all()
+    assert slope[0, 0, :2].tolist() == [0, 0]
+    assert slope[0, 0, 3].item() == pytest.approx(p * (0.25 + eps) ** (p - 1))
+
+
+def test_minimality_is_a_mean_over_positions_and_a_sum_over_sites():
+    g = torch.ones(2, 3, 4)
+    assert minimality({"a": g, "b": g}, p=0.5, eps=1e-12).item() == pytest.approx(8.0, rel=1e-5)
+
+
+def test_p_is_annealed_linearly_over_the_run():
+    losses = Losses(recon=1.0, p_start=0.9, p_final=0.1)
+    assert [annealed_p(losses, step, 5) for step in range(5)] == pytest.approx([0.9, 0.7, 0.5, 0.3, 0.1])
+    assert annealed_p(losses, 0, 1) == 0.9
+    assert annealed_p(tiny_with().losses, 11, 12) == pytest.approx(0.1)

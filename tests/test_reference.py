@@ -1,0 +1,214 @@
+"""The library equals the slow transcription in tests/reference.py: values and gradients, every γ kind, every loss."""
+
+import pytest
+import torch
+
+import reference
+from conftest import tiny_with
+from paramlens import importance as importance_module
+from paramlens.config import RECONSTRUCTION_NAMES, Init
+from paramlens.decomposition import Decomposition, Replacement, call, initialise
+from paramlens.importance import Importance, lower, upper
+from paramlens.losses import RECONSTRUCTIONS, faithfulness, minimality
+from paramlens.sites import at_rest, find_sites, swapped_in
+from paramlens.tasks import generator
+from paramlens.tasks.induction import InductionTransformer, induction_task
+from paramlens.train import training_step
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+KINDS = [("scalar", "offset"), ("vector", "offset"), ("attention", "offset"), ("attention", "query"), ("shared", "offset")]
+
+
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return ((ours.double() - theirs.double()).norm() / theirs.double().norm().clamp(min=1e-30)).item()
+
+
+def make(kind: str, relative: str, dtype: torch.dtype, **losses: float):
+    """A decomposition of a tiny target with every subcomponent's γ spread around both kinks."""
+    config = tiny_with(
+        gamma={"kind": kind, "d_gate": 3, "relative": relative},
+        losses=losses or {"recon": 1.0},
+        dtype=str(dtype).removeprefix("torch."),
+        last_token_only=False,
+    )
+    torch.manual_seed(1)
+    model = InductionTransformer(config.task).to(dtype)
+    sites = find_sites(model, config.sites)
+    decomposition = Decomposition(model, sites, C=config.C, dtype=dtype)
+    initialise(decomposition, Init(kind="random"), generator=generator("test"))
+    importance = Importance({site.name: (site.d_in, config.C) for site in sites}, config.gamma, max_length=config.task.length).to(dtype)
+    importance.initialise(generator("γ"))
+    with torch.no_grad():
+        for parameter in importance.parameters():
+            parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator("noise", *parameter.shape), dtype=dtype))
+    task = induction_task(config.task, model, seed=0, batch=3)
+    return config, task, decomposition, importance
+
+
+def reference_pre(config, decomposition, importance, inputs):
+    parameters = importance.site_parameters()
+    return {
+        name: reference.gamma(
+            config.gamma.kind, config.gamma.relative, inputs[name], decomposition.U[name], parameters[name], config.task.length
+        )
+        for name in decomposition.names
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("kind", "relative"), KINDS)
+def test_gamma(kind: str, relative: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(importance_module, "CPU_CHUNK", 100)  # several uneven chunks
+    config, task, decomposition, importance = make(kind, relative, dtype)
+    target = decomposition.target_run(task.batch(0, "train").inputs)
+    ours = importance(target.inputs, decomposition.U)
+    theirs = reference_pre(config, decomposition, importance, target.inputs)
+    parameters = [*importance.parameters(), *([decomposition.U[name] for name in decomposition.names] if kind == "scalar" else [])]
+    weights = {name: torch.randn(value.shape, generator=generator(name), dtype=dtype) for name, value in ours.items()}
+    gradients = [torch.autograd.grad(sum((weights[name] * pre[name]).sum() for name in weights), parameters) for pre in (ours, theirs)]
+    for name in ours:
+        assert relative_error(ours[name], theirs[name]) < TOLERANCE[dtype]
+    for mine, other in zip(*gradients, strict=True):
+        assert relative_error(mine, other) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(lower, reference.lower), (upper, reference.upper)])
+def test_sigmoid_pair(ours, theirs):
+    pre = torch.tensor([-2.0, -0.3, 0.0, 1e-9, 0.4, 1.0, 1.2, 5.0], dtype=torch.float64).repeat(2, 1).requires_grad_()
+    slope = torch.stack([torch.linspace(0.5, 1.5, 8), -torch.linspace(0.5, 1.5, 8)]).double()
+    results = [(function(pre), torch.autograd.grad((slope * function(pre)).sum(), pre)[0]) for function in (ours, theirs)]
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=0)
+
+
+def test_sigmoid_pair_by_hand():
+    pre = torch.tensor([-1.0, 0.5, 3.0], requires_grad=True)
+    assert lower(pre).tolist() == [0.0, 0.5, 1.0]
+    assert upper(pre).tolist() == pytest.approx([0.0, 0.5, 1.02])
+    (raising,) = torch.autograd.grad(lower(pre).sum() * -1, pre)  # descent would raise g
+    (lowering,) = torch.autograd.grad(lower(pre).sum(), pre)
+    assert raising.tolist() == pytest.approx([-0.01, -1.0, 0.0])
+    assert lowering.tolist() == pytest.approx([0.0, 1.0, 0.0])
+    (minimal,) = torch.autograd.grad(upper(pre).sum(), pre)
+    assert minimal.tolist() == pytest.approx([0.0, 1.0, 0.01])
+
+
+def reference_masks(name, g, config, step):
+    """The masks of a loss, from the same random numbers in the same order, and the plans they make."""
+    rng = generator(config.seed, "masks", name, step)
+    kind = RECONSTRUCTIONS[name]
+    plans = []
+    for _ in range(config.losses.samples if kind.mask == "stochastic" else 1):
+        masks = {}
+        for site, value in g.items():
+            if kind.mask == "stochastic":
+                u = torch.rand(value.shape, generator=rng, dtype=value.dtype)
+                masks[site] = value + (1 - value) * u
+            else:
+                masks[site] = value
+        if kind.sites == "all":
+            plans.append(masks)
+        elif kind.sites == "each":
+            plans += [{site: mask} for site, mask in masks.items()]
+        else:
+            k = int(torch.randint(1, len(masks) + 1, (), generator=rng))
+            keys = torch.rand(len(masks), generator=rng)
+            chosen = set(keys.argsort()[:k].tolist())
+            plans.append({site: mask for i, (site, mask) in enumerate(masks.items()) if i in chosen})
+    return plans
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("last_token_only", [False, True])
+@pytest.mark.parametrize("name", [*RECONSTRUCTION_NAMES, "all together"])
+def test_step(name: str, last_token_only: bool, dtype: torch.dtype):
+    """Losses, total and the gradients of U, V and γ of a whole step, against one pass per plan."""
+    names = RECONSTRUCTION_NAMES if name == "all together" else (name,)
+    coefficients = {loss: 0.3 + i for i, loss in enumerate(names)} | {
+        "faithfulness": 10.0,
+        "minimality": 0.1,
+        "p_start": 0.9,
+        "p_final": 0.1,
+    }
+    check_step("attention", "offset", dtype, coefficients | {"samples": 2}, last_token_only)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("kind", "relative"), KINDS)
+def test_step_of_every_gamma(kind: str, relative: str, dtype: torch.dtype):
+    losses = {"stochastic_recon": 1.0, "stochastic_recon_layerwise": 1.0, "recon": 0.5, "faithfulness": 10.0, "minimality": 0.1}
+    check_step(kind, relative, dtype, losses, last_token_only=False)
+
+
+def check_step(kind: str, relative: str, dtype: torch.dtype, losses: dict[str, float], last_token_only: bool):
+    config, task, decomposition, importance = make(kind, relative, dtype, **losses)
+    config = config.model_copy(update={"last_token_only": last_token_only})
+    step = 7 if dtype == torch.float64 else 1  # a low p is ill-conditioned near g = 0: single precision is compared at p = 0.83
+    inputs = task.batch(0, "train").inputs
+    parameters = {f"U {n}": v for n, v in decomposition.U.items()} | {f"V {n}": v for n, v in decomposition.V.items()}
+    parameters |= {f"γ {n}": v for n, v in importance.named_parameters()}
+
+    with at_rest(task.model):
+        ours = training_step(config, task, decomposition, importance, inputs, step)
+        our_gradients = torch.autograd.grad(ours.total, parameters.values(), allow_unused=True)
+
+        target = decomposition.target_run(inputs)
+        pre = reference_pre(config, decomposition, importance, target.inputs)
+        g = {site: reference.lower(value) for site, value in pre.items()}
+
+        def run(plan):
+            forwards = {}
+            for site in decomposition.sites:
+                if site.name in plan:
+                    forwards[site.module] = lambda x, s=site: reference.masked_site(
+                        x, decomposition.U[s.name], decomposition.V[s.name], plan[s.name], s.bias
+                    )
+            with swapped_in(forwards):
+                return call(task.model, inputs)
+
+        values = {
+            name: reference.reconstruction(run, target.logits, reference_masks(name, g, config, step), last_token_only)
+            for name in RECONSTRUCTION_NAMES
+            if getattr(config.losses, name)
+        }
+    W = {site.name: site.W for site in decomposition.sites}
+    values["faithfulness"] = reference.faithfulness(W, decomposition.U, decomposition.V)
+    p = 0.9 - 0.8 * step / (config.steps - 1)
+    values["minimality"] = reference.minimality(pre, p, config.losses.minimality_eps)
+    total = sum(getattr(config.losses, name) * value for name, value in values.items())
+    their_gradients = torch.autograd.grad(total, parameters.values(), allow_unused=True)
+
+    assert set(ours.losses) == set(values)
+    for name, value in values.items():
+        assert relative_error(ours.losses[name], value) < TOLERANCE[dtype], name
+    for name, mine, other in zip(parameters, our_gradients, their_gradients, strict=True):
+        assert relative_error(mine, other) < TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_faithfulness_and_minimality(dtype: torch.dtype):
+    _, task, decomposition, importance = make("vector", "offset", dtype)
+    W = {site.name: site.W for site in decomposition.sites}
+    expected = reference.faithfulness(W, decomposition.U, decomposition.V)
+    assert relative_error(faithfulness(decomposition), expected) < TOLERANCE[dtype]
+    pre = importance(decomposition.target_run(task.batch(0, "train").inputs).inputs, decomposition.U)
+    for p in (0.9, 0.1):
+        ours = minimality({name: upper(value) for name, value in pre.items()}, p=p, eps=1e-12)
+        assert relative_error(ours, reference.minimality(pre, p, 1e-12)) < TOLERANCE[dtype]
+
+
+def test_masked_site_by_hand():
+    """x = (1, 2), one subcomponent reading their sum and one the difference, masked by 1/2 and 1."""
+    U = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+    V = torch.tensor([[10.0, 0.0], [0.0, 1.0]])
+    linear = torch.nn.Linear(2, 2, bias=True)
+    (site,) = find_sites(torch.nn.Sequential(linear), ["0"])
+    decomposition = Decomposition(torch.nn.Sequential(linear), [site], C=2)
+    with torch.no_grad():
+        decomposition.U["0"].copy_(U)
+        decomposition.V["0"].copy_(V)
+        linear.bias.copy_(torch.tensor([100.0, 200.0]))
+    mask = torch.tensor([[[0.5, 1.0]]])
+    out = decomposition.masked_run(torch.tensor([[[1.0, 2.0]]]), [{"0": Replacement(mask)}])
+    assert out.tolist() == [[[[115.0, 199.0]]]]
+    assert reference.masked_site(torch.tensor([[[1.0, 2.0]]]), U, V, mask, linear.bias).tolist() == [[[115.0, 199.0]]]
