@@ -1,0 +1,38 @@
+"""ParamLens takes a Transformer's weights apart into rank-1 subcomponents, shows which of them matter where, and edits them."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from paramlens.analysis.circuit import circuit
+    from paramlens.config import load_config
+    from paramlens.decomposition import Decomposition
+    from paramlens.page import report
+    from paramlens.rundir import Run, open_run
+    from paramlens.runs import decompose, decompose_config
+
+_HOME = {
+    "decompose": "paramlens.runs",
+    "decompose_config": "paramlens.runs",
+    "open_run": "paramlens.rundir",
+    "load_config": "paramlens.config",
+    "circuit": "paramlens.analysis.circuit",
+    "report": "paramlens.page",
+    "Decomposition": "paramlens.decomposition",
+    "Run": "paramlens.rundir",
+}
+
+__all__ = ["Decomposition", "Run", "__version__", "circuit", "decompose", "decompose_config", "load_config", "open_run", "report"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `import paramlens` needs no torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'paramlens' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

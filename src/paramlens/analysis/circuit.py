@@ -1,0 +1,194 @@
+"""The circuit of a run: which subcomponents are active at which role of token, and how well they stand for the model (Table 1)."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from paramlens.decomposition import Decomposition, Plan, Replacement
+from paramlens.evaluation import ACTIVE, evaluate, importances
+from paramlens.rundir import Run
+from paramlens.sites import at_rest
+from paramlens.tasks import Batch
+
+ALL_POSITIONS = "all"
+"""The one role of a task whose positions have none."""
+
+
+@dataclass(frozen=True)
+class SiteCircuit:
+    """One row of Tables 1a and 1b."""
+
+    active: dict[str, float]
+    """Role → mean number of subcomponents with g > threshold at positions of that role."""
+    importance: dict[str, float]
+    """Role → mean over positions of Σ_c g."""
+    unique: int
+    """Subcomponents active at one evaluated position at least."""
+    subcomponents: dict[str, list[float]]
+    """Role → mean importance of each of the C subcomponents, in [0, 1]."""
+    silent: str | None
+    """What it means that no subcomponent is active anywhere; none if one is."""
+
+
+@dataclass(frozen=True)
+class ExampleSequence:
+    """One held-out sequence: its tokens and roles, and at each site and position the summed importance Σ_c g."""
+
+    tokens: list[int]
+    roles: list[str]
+    importance: dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Circuit:
+    """Table 1 of a run. metrics: faithfulness (eq. 1), reconstructions and attention_kl in nats, accuracies in [0, 1]."""
+
+    run: str
+    step: int
+    threshold: float
+    sequences: int
+    roles: list[str]
+    sites: dict[str, SiteCircuit]
+    metrics: dict[str, float]
+    attention_kl: dict[str, dict[str, float]]
+    """Attention pattern → KL(target ‖ masked) in nats, mean over heads and queries: of all positions, and of each role."""
+    example: ExampleSequence
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def circuit(run: Run, *, threshold: float = ACTIVE, batches: int = 16) -> Circuit:
+    """Table 1 of `run` on `batches` held-out batches: a (active by role), b (unique), c (metrics).
+
+    The roles of a task without any are one, "all". attention_kl needs a task that names its attention patterns.
+    """
+    task = run.task
+    assert task is not None, "open_run rebuilds the task or refuses"
+    decomposition, importance, config = run.decomposition, run.importance, run.config
+    roles = list(task.roles) or [ALL_POSITIONS]
+    held_out = [task.batch(index, "circuit").to(config.device) for index in range(batches)]
+    rows: list[dict[str, float]] = []
+    divergences: list[dict[str, Tensor]] = []
+    gs: list[dict[str, Tensor]] = []
+    with at_rest(task.model):
+        for batch in held_out:
+            target, g = importances(decomposition, importance, batch)
+            scores = evaluate(
+                task, decomposition, batch, target, g, last_token_only=config.last_token_only, threshold=threshold, seed=config.seed
+            )
+            rows.append(scores)
+            gs.append(g)
+            if task.attention_patterns:
+                divergences.append(attention_divergence(decomposition, batch, g, task.attention_patterns))
+    positions = [_role_index(batch, g) for batch, g in zip(held_out, gs, strict=True)]
+    role_index = torch.cat(positions)
+    metrics = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    attention = {
+        name: _by_role(torch.cat([divergence[name] for divergence in divergences]), role_index, roles) for name in task.attention_patterns
+    }
+    if attention:
+        metrics["attention_kl"] = sum(block[ALL_POSITIONS] for block in attention.values()) / len(attention)
+    return Circuit(
+        run=str(run.path),
+        step=run.step,
+        threshold=threshold,
+        sequences=len(role_index),
+        roles=roles,
+        sites={
+            name: _site(name, torch.cat([g[name] for g in gs]), role_index, roles, threshold, model=task.model)
+            for name in decomposition.names
+        },
+        metrics=metrics,
+        attention_kl=attention,
+        example=_example(held_out[0], gs[0], positions[0], roles),
+    )
+
+
+def _role_index(batch: Batch, g: Mapping[str, Tensor]) -> Tensor:
+    if batch.roles is not None:
+        return batch.roles
+    first = next(iter(g.values()))
+    return torch.zeros(first.shape[:-1], dtype=torch.long, device=first.device)
+
+
+def _site(
+    name: str, g: Float[Tensor, "batch pos C"], role_index: Tensor, roles: Sequence[str], threshold: float, *, model: nn.Module
+) -> SiteCircuit:
+    active = g > threshold
+    unique = int(active.flatten(0, -2).any(0).sum())
+    counts, sums = active.sum(-1, dtype=torch.float64), g.sum(-1, dtype=torch.float64)
+    return SiteCircuit(
+        active={role: _mean(counts[role_index == i]) for i, role in enumerate(roles)},
+        importance={role: _mean(sums[role_index == i]) for i, role in enumerate(roles)},
+        unique=unique,
+        subcomponents={role: [round(v, 5) for v in g[role_index == i].mean(0).tolist()] for i, role in enumerate(roles)},
+        silent=silence(name, has_bias=getattr(model.get_submodule(name), "bias", None) is not None) if unique == 0 else None,
+    )
+
+
+def silence(site: str, *, has_bias: bool) -> str:
+    """What a site with no active subcomponent still does (footnote 3): it is not unused."""
+    output = "its bias alone" if has_bias else "zero"
+    leaf = site.rsplit(".", 1)[-1]
+    if leaf in ("q", "k", "q_proj", "k_proj", "query", "key"):
+        return f"writes {output}, so every attention score is the same: attention is uniform over what it may see, not off"
+    return f"writes {output} everywhere; the model runs on without what it carried"
+
+
+def attention_divergence(
+    decomposition: Decomposition, batch: Batch, g: Mapping[str, Tensor], names: Sequence[str]
+) -> dict[str, Float[Tensor, "batch query"]]:
+    """KL(target ‖ masked) of every query's attention in nats, mean over heads; masks are g at all sites (Table 1c)."""
+    target = attention_patterns(decomposition, batch, [{}], names)
+    masked = attention_patterns(decomposition, batch, [{site: Replacement(value) for site, value in g.items()}], names)
+    return {name: (torch.xlogy(p, p) - torch.xlogy(p, masked[name])).sum(-1).mean(1) for name, p in target.items()}
+
+
+@torch.no_grad()
+def attention_patterns(
+    decomposition: Decomposition, batch: Batch, plans: Sequence[Plan], names: Sequence[str]
+) -> dict[str, Float[Tensor, "batch head query key"]]:
+    """The attention patterns of a masked run, by module name; an empty plan is the target itself."""
+    with _captured(decomposition.model, names) as seen:
+        decomposition.masked_run(batch.inputs, plans)
+    return seen
+
+
+@contextmanager
+def _captured(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    seen: dict[str, Tensor] = {}
+
+    hooks = [model.get_submodule(name).register_forward_hook(partial(_keep, seen, name)) for name in names]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _keep(seen: dict[str, Tensor], name: str, _module: nn.Module, _args: object, pattern: Tensor) -> None:
+    seen[name] = pattern
+
+
+def _by_role(values: Float[Tensor, "batch pos"], role_index: Tensor, roles: Sequence[str]) -> dict[str, float]:
+    means = {role: _mean(values[role_index == i]) for i, role in enumerate(roles)}
+    return means | {ALL_POSITIONS: _mean(values)}
+
+
+def _example(batch: Batch, g: Mapping[str, Tensor], role_index: Tensor, roles: Sequence[str]) -> ExampleSequence:
+    tokens = batch.inputs[0].tolist() if isinstance(batch.inputs, Tensor) else []
+    return ExampleSequence(
+        tokens=tokens,
+        roles=[str(roles[i]) for i in role_index[0].tolist()],
+        importance={name: [round(v, 5) for v in value[0].sum(-1).tolist()] for name, value in g.items()},
+    )
+
+
+def _mean(values: Tensor) -> float:
+    return values.double().mean().item() if values.numel() else 0.0

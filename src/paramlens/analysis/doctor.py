@@ -1,0 +1,64 @@
+"""What a configuration will need, told before anything is started: parameters and bytes by part."""
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+from paramlens.config import Config
+from paramlens.importance import Importance
+from paramlens.sites import Site
+
+_ADAM_STATE = 2
+"""Moments per parameter."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """parameters, bytes: part → count. bytes holds weights, gradients, optimizer state, and an estimate of one step's activations."""
+
+    sites: int
+    parameters: dict[str, int]
+    bytes: dict[str, int]
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def diagnose(config: Config, sites: tuple[Site, ...], *, length: int, vocabulary: int) -> Diagnosis:
+    """Count U, V and γ of `sites` and estimate a step's memory at `config.batch` sequences of `length` tokens.
+
+    Activations: γ's hidden layers (kept for the backward pass, three copies), masks and inner activations of every plan, logits of
+    every plan and their log-probabilities. Attention inside the target is not counted.
+    """
+    with torch.device("meta"):
+        shapes = {site.name: (site.d_in, config.C) for site in sites}
+        gamma = sum(value.numel() for value in Importance(shapes, config.gamma, max_length=length).parameters())
+    factors = sum((site.d_in + site.d_out) * config.C for site in sites)
+    word = torch.finfo(getattr(torch, config.dtype)).bits // 8
+    positions = config.batch * length
+    hidden = config.gamma.d_gate * (1 if config.gamma.kind == "shared" else config.C)
+    samples, losses = config.losses.samples, config.losses
+    whole = samples * bool(losses.stochastic_recon) + bool(losses.recon)
+    partial = samples * bool(losses.stochastic_recon_partial) + bool(losses.recon_partial)
+    each = len(sites) * (samples * bool(losses.stochastic_recon_layerwise) + bool(losses.recon_layerwise))
+    plans = whole + partial + each
+    replaced = (whole + partial) * len(sites) + each
+    seen = config.batch if config.last_token_only else positions
+    activations = {
+        "gamma activations": 3 * len(sites) * positions * hidden * word,
+        "masks and inner activations": 3 * replaced * positions * config.C * word,
+        "logits": 3 * plans * (positions if not config.last_token_only else seen) * vocabulary * word,
+    }
+    trained = factors + gamma
+    return Diagnosis(
+        sites=len(sites),
+        parameters={"U and V": factors, "gamma": gamma, "trained": trained, "decomposed weights": sum(s.d_in * s.d_out for s in sites)},
+        bytes={
+            "U and V": factors * word,
+            "gamma": gamma * word,
+            "gradients": trained * word,
+            "optimizer": _ADAM_STATE * trained * word,
+            **activations,
+            "total": (2 + _ADAM_STATE) * trained * word + sum(activations.values()),
+        },
+    )

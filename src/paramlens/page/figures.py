@@ -1,0 +1,111 @@
+"""The page's figures, from the JSON of a run directory."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+
+_COLOURS = ["#3366aa", "#cc6633", "#339966", "#884499", "#bb3355", "#777733", "#2299bb", "#555555"]
+
+
+def role_figure(circuit: Mapping[str, Any]) -> go.Figure:
+    """Sites × roles, mean Σ_c g."""
+    sites, roles = list(circuit["sites"]), circuit["roles"]
+    z = [[circuit["sites"][site]["importance"][role] for role in roles] for site in sites]
+    return _map(z, x=roles, y=sites, texts=[[f"{value:.2f}" for value in row] for row in z], hover="%{y}, %{x}: %{z:.3f}")
+
+
+def example_figure(circuit: Mapping[str, Any]) -> go.Figure:
+    """Sites × positions of one sequence; positions with a role of their own carry its name."""
+    example = circuit["example"]
+    common = max(set(example["roles"]), key=example["roles"].count)
+    ticks = [i for i, role in enumerate(example["roles"]) if role != common]
+    tokens = example["tokens"] or [""] * len(example["roles"])
+    labels = [[f"position {i}, token {token}, {role}" for i, (token, role) in enumerate(zip(tokens, example["roles"], strict=True))]]
+    sites = list(example["importance"])
+    figure = _map(
+        [example["importance"][site] for site in sites], x=list(range(len(tokens))), y=sites, hover="%{y}, %{customdata}: %{z:.3f}"
+    )
+    figure.data[0].customdata = labels * len(sites)
+    figure.update_xaxes(tickvals=ticks, ticktext=[f"{i}<br>{example['roles'][i]}" for i in ticks], title="position")
+    return figure
+
+
+def losses_figure(metrics: Sequence[Mapping[str, Any]]) -> go.Figure:
+    """Training losses and held-out reconstruction over steps."""
+    figure = go.Figure()
+    trained = [line for line in metrics if "losses" in line]
+    held_out = [line for line in metrics if "evaluation" in line]
+    for colour, name in zip(_COLOURS, trained[-1]["losses"] if trained else [], strict=False):
+        _line(figure, name, [line["step"] for line in trained], [line["losses"][name] for line in trained], colour)
+    if held_out:
+        _line(
+            figure,
+            "recon, held out",
+            [line["step"] for line in held_out],
+            [line["evaluation"]["recon"] for line in held_out],
+            "#000000",
+            dash="dot",
+        )
+    figure.update_yaxes(type="log", exponentformat="power")
+    figure.update_xaxes(title="step")
+    return _styled(figure, height=380)
+
+
+def attention_figure(circuit: Mapping[str, Any]) -> go.Figure:
+    """Patterns × roles of the query, KL in nats."""
+    patterns = list(circuit["attention_kl"])
+    roles = [*circuit["roles"], "all"] if "all" not in circuit["roles"] else circuit["roles"]
+    z = [[circuit["attention_kl"][pattern][role] for role in roles] for pattern in patterns]
+    return _map(z, x=roles, y=patterns, texts=[[f"{value:.3f}" for value in row] for row in z], hover="%{y}, query %{x}: %{z:.4f} nats")
+
+
+def target_figure(target: Mapping[str, Any]) -> go.Figure:
+    """Cross-entropy, accuracy and the two attentions over the target's training."""
+    checks = target["checks"]
+    steps = [check["step"] for check in checks]
+    figure = go.Figure()
+    _line(figure, "loss, nats", steps, [check["loss"] for check in checks], _COLOURS[0])
+    for colour, (key, name) in zip(
+        _COLOURS[1:], {"accuracy": "accuracy", "attention_m_s1": "attention m→s1", "attention_s2_m": "attention s2→m"}.items(), strict=False
+    ):
+        _line(figure, name, steps, [check[key] for check in checks], colour, axis="y2")
+    figure.update_layout(
+        xaxis={"title": "step"}, yaxis={"title": "nats"}, yaxis2={"overlaying": "y", "side": "right", "range": [0, 1.05], "showgrid": False}
+    )
+    return _styled(figure, height=340)
+
+
+def _map(z: list[list[float]], *, x: Sequence[Any], y: Sequence[str], hover: str, texts: list[list[str]] | None = None) -> go.Figure:
+    heatmap = go.Heatmap(
+        z=z,
+        x=list(x),
+        y=list(y),
+        text=texts,
+        texttemplate="%{text}" if texts else None,
+        hovertemplate=hover + "<extra></extra>",
+        colorscale=[[0, "#f4f6fa"], [0.15, "#b9cde8"], [0.5, "#4d80bf"], [1, "#12305c"]],
+        zmin=0,
+        colorbar={"thickness": 10},
+    )
+    figure = go.Figure(heatmap)
+    figure.update_yaxes(autorange="reversed", automargin=True)
+    return _styled(figure, height=90 + 34 * len(y))
+
+
+def _line(figure: go.Figure, name: str, x: list[int], y: list[float], colour: str, *, axis: str = "y", dash: str = "solid") -> None:
+    figure.add_scatter(x=x, y=y, name=name, mode="lines", line={"color": colour, "width": 1.5, "dash": dash}, yaxis=axis)
+
+
+def _styled(figure: go.Figure, *, height: int) -> go.Figure:
+    figure.update_layout(
+        height=height,
+        margin={"l": 10, "r": 10, "t": 10, "b": 10},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        legend={"orientation": "h", "y": -0.25},
+        font={"family": "system-ui, sans-serif", "size": 13},
+    )
+    figure.update_xaxes(automargin=True)
+    figure.update_yaxes(automargin=True)
+    return figure

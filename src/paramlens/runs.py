@@ -1,0 +1,245 @@
+"""From a model or a configuration to a finished run directory: `decompose` and `decompose_config`."""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from paramlens.config import Config, InductionTask, load_config, make_config
+from paramlens.decomposition import Decomposition, initialise
+from paramlens.errors import BatchError, ConfigError, DivergedError, RunDirError
+from paramlens.importance import Importance
+from paramlens.layout import checkpoints, default_out, require_free
+from paramlens.losses import faithfulness
+from paramlens.rundir import Run, RunDirectory, load_target, load_target_history, model_sha256, open_run
+from paramlens.sites import at_rest, find_sites
+from paramlens.tasks import Batch, Inputs, Task, generator
+from paramlens.tasks.induction import InductionTransformer, TargetCheck, TargetHistory, induction_task, train_target
+from paramlens.tracking import Silent, Tracker
+from paramlens.train import make_optimizer, restore, train
+
+Batches = Callable[[int], Inputs] | Sequence[Inputs] | Iterable[Inputs]
+
+
+def decompose(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    sites: Sequence[str] = ("*",),
+    C: int = 64,
+    steps: int = 1000,
+    out: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    tracker: Tracker | None = None,
+    **fields: Any,
+) -> Run:
+    """Decompose any `nn.Module` that maps a batch to logits (a tensor, or an output with `.logits`).
+
+    batches: a function of the step, a sequence (cycled), or an iterable (iterated anew when exhausted; such a run cannot be resumed).
+    A batch is passed as `model(x)`, `model(*tuple)` or `model(**mapping)`; tensors lead with the batch axis.
+    out: the run directory; none: a new temporary one. fields: any field of `Config`, nested ones as mappings (`optim={"lr": 3e-3}`).
+    The model comes back exactly as it was. Raises `ConfigError`, `SiteError`, `BatchError`, `RunDirError`, `DivergedError`.
+    """
+    device = str(next(model.parameters()).device)
+    tree = {"device": device, **fields, "sites": list(sites), "C": C, "steps": steps}
+    config = make_config(tree, source="decompose")
+    if resume and not (callable(batches) or isinstance(batches, Sequence)):
+        raise ConfigError("resume: batches from an iterable cannot be taken up at a step; give a function of the step or a sequence")
+    task = Task(model=model, batch=_batch_function(batches))
+    path = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="paramlens-"))
+    return _run(config, task, path, resume=resume, overwrite=overwrite, tracker=tracker or Silent())
+
+
+def decompose_config(
+    config: Config,
+    *,
+    out: str | Path | None = None,
+    target: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    tracker: Tracker | None = None,
+) -> Run:
+    """The run that a configuration describes, its toy target trained first unless `target` names a directory that holds one.
+
+    out: the run directory; none: runs/<name>-s<seed>. Raises as `decompose` does.
+    """
+    tracker = tracker or Silent()
+    if not isinstance(config.task, InductionTask):
+        raise ConfigError("task.kind custom: your own model and batches are given in Python, paramlens.decompose(model, batches, ...)")
+    find_sites(InductionTransformer(config.task), config.sites)
+    path = Path(out) if out is not None else default_out(config)
+    if resume:
+        _require_resumable(config, path)
+        source: Path | None = path
+    else:
+        require_free(path, overwrite=overwrite)
+        source = None if target is None else Path(target)
+    if source is None:
+        with torch_threads(config.threads):
+            model, history = trained_target(config, tracker=tracker)
+    else:
+        model, history = load_target(source, config.task), load_target_history(source)
+    model = model.to(device=config.device, dtype=getattr(torch, config.dtype))
+    task = induction_task(config.task, model, seed=config.seed, batch=config.batch)
+    return _run(config, task, path, resume=resume, overwrite=overwrite, tracker=tracker, history=history)
+
+
+def trained_target(config: Config, *, tracker: Tracker) -> tuple[InductionTransformer, TargetHistory]:
+    """Train the toy target of a configuration, telling its progress and whether it converged."""
+    assert isinstance(config.task, InductionTask)
+    tracker.message(f"training the target: {config.task.blocks} attention blocks, up to {config.task.training.steps} steps an attempt")
+    seen = 0
+
+    def on_check(check: TargetCheck) -> None:
+        nonlocal seen
+        seen += 1
+        if seen % 5 == 1:
+            tracker.message(_describe_check(check))
+
+    model, history = train_target(config.task, seed=config.seed, device=config.device, on_check=on_check)
+    last = history.checks[-1]
+    verdict = (
+        "converged"
+        if history.converged
+        else "has NOT converged: read what follows as the circuit of a half-trained model, or raise task.training.steps"
+    )
+    attempts = f" in attempt {history.attempts}" if history.attempts > 1 else ""
+    tracker.message(f"target {verdict}{attempts} at step {last.step}: {_describe_check(last)}")
+    return model, history
+
+
+def _describe_check(check: TargetCheck) -> str:
+    return (
+        f"target step {check.step}  loss {check.loss:.2e} nats  accuracy {check.accuracy:.4f}  "
+        f"attention m→s1 {check.attention_m_s1:.3f}  s2→m {check.attention_s2_m:.3f}"
+    )
+
+
+def _batch_function(batches: Batches) -> Callable[[int, str], Batch]:
+    if callable(batches):
+        return lambda step, _: Batch(batches(step))
+    if isinstance(batches, Sequence):
+        if not len(batches):
+            raise BatchError("batches: an empty sequence; give at least one batch")
+        return lambda step, _: Batch(batches[step % len(batches)])
+    endless = _repeated(batches)
+    first = next(endless)
+    return lambda step, stream: Batch(next(endless) if stream == "train" and step > 0 else first)
+
+
+def _repeated(batches: Iterable[Inputs]) -> Iterator[Inputs]:
+    while True:
+        empty = True
+        for batch in batches:
+            empty = False
+            yield batch
+        if empty:
+            raise BatchError(
+                "batches: the iterable is exhausted; give one that can be iterated again, a sequence, or a function of the step"
+            )
+
+
+def _require_resumable(config: Config, path: Path) -> None:
+    """Raise unless `path` holds a checkpoint of a run with this very configuration."""
+    if not (path / "config.yaml").is_file():
+        raise RunDirError(f"{path}: nothing to resume there; leave --resume out to start anew")
+    saved = load_config(path / "config.yaml")
+    ours, theirs = _leaves(config.model_dump()), _leaves(saved.model_dump())
+    changed = [f"{name} {theirs.get(name)!r} → {ours.get(name)!r}" for name in ours if ours[name] != theirs.get(name)]
+    if changed:
+        raise ConfigError(
+            f"{path}: was started with another configuration ({'; '.join(changed)}); resume with the same one or give another --out"
+        )
+    if not checkpoints(path):
+        raise RunDirError(f"{path}: holds no finished checkpoint to resume from; --overwrite starts anew")
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return leaves
+
+
+def _run(
+    config: Config,
+    task: Task,
+    path: Path,
+    *,
+    resume: bool,
+    overwrite: bool,
+    tracker: Tracker,
+    history: TargetHistory | None = None,
+) -> Run:
+    """Train `task` into `path`. Everything that a user can get wrong is checked before a directory is made or replaced."""
+    if resume:
+        _require_resumable(config, path)
+    with torch_threads(config.threads), at_rest(task.model):
+        decomposition, importance = _built(config, task)
+        optimizer = make_optimizer(config, decomposition, importance)
+        if resume:
+            directory = RunDirectory(path)
+            start = restore(checkpoints(path)[-1], decomposition, importance, optimizer)
+            directory.cut_metrics(start)
+        else:
+            directory = RunDirectory.create(path, config, overwrite=overwrite)
+            start = 0
+            _start_values(config, decomposition, importance)
+            if history is not None:
+                directory.save_target(task.model, history)
+            directory.describe(decomposition, importance)
+            identity = {"id": f"{config.name} toy target" if history else type(task.model).__qualname__, "sha256": model_sha256(task.model)}
+            directory.record(device=config.device, dtype=config.dtype, seed=config.seed, target=identity, seconds=0.0)
+        if start == config.steps:
+            tracker.message(f"{path}: already finished at step {start}")
+        else:
+            directory.record(status="running", threads=torch.get_num_threads())
+            train(config, task, decomposition, importance, optimizer, directory, start=start, tracker=tracker)
+    return open_run(path, model=None if history is not None else task.model)
+
+
+def _built(config: Config, task: Task) -> tuple[Decomposition, Importance]:
+    dtype = getattr(torch, config.dtype)
+    sites = find_sites(task.model, config.sites)
+    for site in sites:
+        if site.W.dtype != dtype:
+            raise ConfigError(f"dtype {config.dtype}: site {site.name} is {site.W.dtype}; convert the model or change dtype")
+    decomposition = Decomposition(task.model, sites, C=config.C, dtype=dtype)
+    target = decomposition.target_run(task.batch(0, "train").to(config.device).inputs)
+    if not torch.isfinite(target.logits).all():
+        raise DivergedError("the target's logits on the first batch are not finite; check the model and the batch")
+    longest = max(value.shape[1] for value in target.inputs.values())
+    max_length = config.task.length if isinstance(config.task, InductionTask) else longest
+    importance = Importance({site.name: (site.d_in, config.C) for site in sites}, config.gamma, max_length=max_length)
+    importance = importance.to(device=config.device, dtype=dtype)
+    with torch.no_grad():
+        importance(target.inputs, decomposition.U)
+    return decomposition, importance
+
+
+def _start_values(config: Config, decomposition: Decomposition, importance: Importance) -> None:
+    """Starting point of U, V and γ, with the faithfulness-only warm-up where the configuration asks for one."""
+    initialise(decomposition, config.init, generator=generator(config.seed, "init"))
+    importance.initialise(generator(config.seed, "gamma"))
+    optimizer = torch.optim.Adam(decomposition.parameters(), lr=config.init.warmup_lr)
+    for _ in range(config.init.warmup_steps):
+        optimizer.zero_grad()
+        faithfulness(decomposition).backward()
+        optimizer.step()
+
+
+@contextmanager
+def torch_threads(threads: int | None) -> Iterator[None]:
+    """While active, torch computes with `threads` CPU threads; none: one per core this process may use, four at most."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 4))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,101 @@
+"""What a user sees of a run while it trains: one small protocol, and the terminal's side of it.
+
+A live line with a bar on a terminal, plain lines elsewhere; always on stderr, so that stdout stays free for results.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+
+@dataclass(frozen=True)
+class LoggedStep:
+    """One logged step: losses as in METHOD's table (nats where reconstruction), p, and active subcomponents per position by site."""
+
+    step: int
+    losses: Mapping[str, float]
+    total: float
+    p: float
+    lr: float
+    active: Mapping[str, float]
+
+
+@runtime_checkable
+class Tracker(Protocol):
+    """Follows a run. `start` once per phase, `update` at logged steps, `message` for what a person should read, `close` at the end."""
+
+    def start(self, phase: str, *, steps: int, done: int) -> None: ...
+
+    def update(self, logged: LoggedStep) -> None: ...
+
+    def message(self, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Silent:
+    """Follows nothing."""
+
+    def start(self, phase: str, *, steps: int, done: int) -> None: ...
+
+    def update(self, logged: LoggedStep) -> None: ...
+
+    def message(self, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Terminal:
+    """A live bar on a terminal; elsewhere a line at most every `seconds` seconds."""
+
+    def __init__(self, console: Console | None = None, *, seconds: float = 5.0) -> None:
+        self.console = console or Console(stderr=True)
+        self.seconds = seconds
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._steps, self._done, self._started, self._printed = 0, 0, 0.0, -float("inf")
+
+    def start(self, phase: str, *, steps: int, done: int) -> None:
+        self.close()
+        self._steps, self._done, self._started, self._printed = steps, done, time.monotonic(), -float("inf")
+        if self.console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(compact=True),
+                TextColumn("{task.fields[state]}"),
+            )
+            self._progress = Progress(*columns, console=self.console, transient=True)
+            self._task = self._progress.add_task(phase, total=steps, completed=done, state="")
+            self._progress.start()
+
+    def update(self, logged: LoggedStep) -> None:
+        losses = "  ".join(f"{name} {value:.1e}" for name, value in logged.losses.items())
+        active = f"active {sum(logged.active.values()):.1f}"
+        if self._progress is not None and self._task is not None:
+            short = f"recon {logged.losses.get('recon', logged.total):.1e}  {active}"
+            self._progress.update(self._task, completed=logged.step, state=short)
+        elif time.monotonic() - self._printed >= self.seconds or logged.step == self._steps:
+            self._printed = time.monotonic()
+            rate = (self._printed - self._started) / max(1, logged.step - self._done)
+            left = round(rate * (self._steps - logged.step))
+            self._line(f"step {logged.step}/{self._steps}  {left // 60}:{left % 60:02d} left  {active}  {losses}")
+
+    def message(self, text: str) -> None:
+        if self._progress is not None:
+            self._progress.console.print(text, highlight=False, markup=False)
+        else:
+            self._line(text)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        self._progress, self._task = None, None
+
+    def _line(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)

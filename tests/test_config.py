@@ -1,0 +1,145 @@
+import pytest
+
+from conftest import TINY
+from paramlens.config import Config, dump_config, field_paths, load_config, make_config, parse_value, shipped_configs
+from paramlens.errors import ConfigError
+
+
+@pytest.mark.parametrize("name", ["induction", "induction-quick"])
+def test_shipped_configs_load_and_round_trip(name: str, tmp_path):
+    assert name in shipped_configs()
+    config = load_config(name)
+    file = tmp_path / "again.yaml"
+    file.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(file) == config
+
+
+def test_induction_is_tables_3_and_4():
+    config = load_config("induction")
+    training = config.task.training
+    assert (training.batch, training.optimizer, training.lr, training.weight_decay) == (1024, "adamw", 1e-3, 0.01)
+    assert (training.warmup, training.steps, training.settle) == (1000, 100_000, 0)
+    assert (config.task.width, config.task.vocabulary, config.task.length, config.task.added) == (16, 128, 64, "before")
+    assert (config.task.blocks, config.task.heads) == (2, 1)
+    assert (config.batch, config.optim.name, config.optim.lr, config.optim.schedule) == (1024, "adam", 1e-3, "cosine")
+    assert (config.optim.warmup, config.steps, config.C, config.gamma.d_gate, config.gamma.kind) == (0, 100_000, 100, 16, "attention")
+    losses = config.losses
+    assert (losses.stochastic_recon, losses.stochastic_recon_layerwise, losses.recon) == (1, 1, 0.5)
+    assert (losses.faithfulness, losses.minimality, losses.p_start, losses.p_final) == (1000, 0.02, 0.9, 0.1)
+    assert config.last_token_only
+    assert config.optim.gamma_lr is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("C", 0, "C: 0: give 1 or more"),
+        ("C", 2.5, "C: 2.5: give a whole number"),
+        ("C", True, "C: True: a number is needed, not true or false"),
+        ("steps", "abc", "steps: 'abc': give a whole number"),
+        ("optim.lr", float("nan"), "optim.lr: nan: give a finite number"),
+        ("optim.lr", float("inf"), "optim.lr: inf: give a finite number"),
+        ("optim.lr", 0, "optim.lr: 0: give a number above 0"),
+        ("losses.recon", -1, "losses.recon: -1: give 0 or more"),
+        ("losses.p_start", 0.05, "losses: p_start 0.05 is below p_final 0.1; p is annealed downwards, so give p_start >= p_final"),
+        ("losses.reco", 1, "losses.reco: unknown field; did you mean losses.recon?"),
+        ("lr", 1, "lr: unknown field; did you mean optim.lr?"),
+        ("zzz", 1, "zzz: unknown field; known here: C, batch,"),
+        ("gamma.kind", "vectr", "gamma.kind: 'vectr': give 'scalar', 'vector', 'attention' or 'shared'"),
+        ("gamma.max_length", 3, "gamma.max_length 3 is below task.length 8"),
+        ("task.kind", "inducton", "task: give 'induction', 'custom'"),
+        ("task.heads", 3, "task: width 4 must be a multiple of heads 3"),
+        ("task.length", 3, "task.length: 3: give 4 or more"),
+        ("task.training.window", 6, "window (6) and window_steps (0) go together"),
+        ("task.training.settle", 50, "settle_from 0 and settle 50 do not fit into steps 20"),
+        ("sites", [], "sites: []: give at least 1"),
+        ("sites", "blocks", "sites: 'blocks': give a list"),
+        ("device", "gpu", "device: 'gpu': does not match"),
+        ("optim.weight_decay", 0.1, "weight_decay 0.1 is decoupled and needs name adamw"),
+        ("optim.betas", [0.9, 1.0], "optim.betas.1: 1.0: give a number below 1"),
+        ("last_token_only", "maybe", "last_token_only: 'maybe': input should be a valid boolean"),
+        ("name", "../up", "name: '../up': does not match"),
+        ("losses", 3, "losses: 3: give a mapping of fields"),
+    ],
+)
+def test_wrong_value(field: str, value: object, message: str, tmp_path):
+    file = tmp_path / "wrong.yaml"
+    file.write_text(dump_config(make_config(TINY)), encoding="utf-8")
+    with pytest.raises(ConfigError) as error:
+        load_config(file, overrides={field: value})
+    text = str(error.value)
+    assert text.startswith(f"{file}: ")
+    assert message in text
+    assert "\n" not in text
+
+
+def test_no_loss_enabled():
+    with pytest.raises(ConfigError, match="no loss is enabled; give at least one of stochastic_recon,"):
+        make_config(TINY | {"losses": {}})
+
+
+def test_several_problems_are_counted():
+    with pytest.raises(ConfigError, match=r"steps: 0: give 1 or more \(and 1 more\)"):
+        make_config(TINY | {"C": 0, "steps": 0})
+
+
+def test_scientific_notation_is_a_number(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("optim: {lr: 1e-3}\nlosses: {faithfulness: 1e6}\n", encoding="utf-8")
+    config = load_config(file)
+    assert config.optim.lr == 1e-3
+    assert config.losses.faithfulness == 1e6
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- 1\n", "a mapping of fields is needed, not list"),
+        ("a: [1\n", "line 2: not YAML"),
+        ("", "a mapping of fields is needed, not NoneType"),
+    ],
+)
+def test_file_that_is_no_mapping(text: str, message: str, tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        load_config(file)
+
+
+def test_file_that_is_no_text(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="not a text file in UTF-8"):
+        load_config(file)
+
+
+def test_unknown_name_suggests_the_nearest():
+    with pytest.raises(ConfigError, match=r"no configuration 'induction-quik', did you mean induction-quick\?"):
+        load_config("induction-quik")
+
+
+@pytest.mark.parametrize(("text", "value"), [("3e-3", 3e-3), ("true", True), ("none", None), ("12", 12), ("[", "["), ("a b", "a b")])
+def test_values_on_the_command_line(text: str, value: object):
+    assert parse_value(text) == value
+
+
+def test_overrides_reach_absent_sections(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("name: a\n", encoding="utf-8")
+    assert load_config(file, overrides={"optim.lr": 0.5, "seed": 3}).optim.lr == 0.5
+
+
+def test_every_field_is_documented():
+    undocumented = []
+
+    def walk(model, prefix=""):
+        for name, field in model.model_fields.items():
+            inner = [kind for kind in getattr(field.annotation, "__args__", (field.annotation,)) if hasattr(kind, "model_fields")]
+            if not inner and not field.description and name != "kind":
+                undocumented.append(prefix + name)
+            for kind in inner:
+                walk(kind, f"{prefix}{name}.")
+
+    walk(Config)
+    assert undocumented == []
+    assert {"seed", "steps", "C", "sites", "optim.lr", "checkpoint.every", "device"} <= set(field_paths())
