@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -199,7 +200,10 @@ def _demo(options: Demo, _: list[str]) -> int:
         from paramlens.tracking import Terminal
 
         resume = not options.overwrite and bool(checkpoints(path))
-        decompose_config(config, out=path, resume=resume, overwrite=options.overwrite, tracker=Terminal(stderr))
+        try:
+            decompose_config(config, out=path, resume=resume, overwrite=options.overwrite, tracker=Terminal(stderr))
+        except KeyboardInterrupt:
+            return _interrupted(path, "paramlens demo" + (f" --seed {options.seed}" if options.seed else ""))
     _print_circuit(_circuit(path), Console())
     page = _report(path)
     Console().print(f"page: {page}", highlight=False, markup=False, soft_wrap=True)
@@ -240,11 +244,23 @@ def _decompose(options: Decompose, rest: list[str]) -> int:
     from paramlens.runs import decompose_config
     from paramlens.tracking import Terminal
 
-    run = decompose_config(config, out=path, target=options.target, resume=options.resume, overwrite=options.overwrite, tracker=Terminal())
+    try:
+        run = decompose_config(
+            config, out=path, target=options.target, resume=options.resume, overwrite=options.overwrite, tracker=Terminal()
+        )
+    except KeyboardInterrupt:
+        place = ["--out", str(options.out)] if options.out else []
+        return _interrupted(path, shlex.join(["paramlens", "decompose", options.config, "--resume", *rest, *place]))
     trained = [line for line in run.metrics if "losses" in line]
     document = {"run": str(path), "steps": run.step, "seconds": run.info["seconds"], "losses": trained[-1]["losses"] if trained else {}}
     _emit(document, as_json=options.json, text=f"run: {path}")
     return 0
+
+
+def _interrupted(path: Path, again: str) -> int:
+    hint = f"; resume with: {again}" if checkpoints(path) else " before the first checkpoint; nothing is kept"
+    Console(stderr=True).print(f"paramlens: interrupted{hint}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+    return 130
 
 
 def _circuit_command(options: ShowCircuit, _: list[str]) -> int:

@@ -57,8 +57,8 @@ def annealed_p(losses: Losses, step: int, steps: int) -> float:
     return losses.p_start + (losses.p_final - losses.p_start) * min(1.0, step / max(1, steps - 1))
 
 
-def loss_positions(logits: Float[Tensor, "*plan batch pos token"], *, last_token_only: bool) -> Tensor:
-    """The logits that the loss sees: all, or those of the last position (still with a position axis)."""
+def loss_positions(logits: Float[Tensor, "*batch token"], *, last_token_only: bool) -> Tensor:
+    """The logits that the loss sees: all, or those of the last position (the axis before the tokens, kept)."""
     return logits[..., -1:, :] if last_token_only else logits
 
 

@@ -214,6 +214,10 @@ def _built(config: Config, task: Task) -> tuple[Decomposition, Importance]:
     target = decomposition.target_run(task.batch(0, "train").to(config.device).inputs)
     if not torch.isfinite(target.logits).all():
         raise DivergedError("the target's logits on the first batch are not finite; check the model and the batch")
+    if config.last_token_only and target.logits.dim() != 3:
+        raise ConfigError(
+            f"last_token_only true: the model's logits {tuple(target.logits.shape)} have no position axis (batch, pos, token); give false"
+        )
     longest = max(value.shape[1] for value in target.inputs.values())
     max_length = config.task.length if isinstance(config.task, InductionTask) else longest
     importance = Importance({site.name: (site.d_in, config.C) for site in sites}, config.gamma, max_length=max_length)

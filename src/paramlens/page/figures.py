@@ -27,7 +27,8 @@ def example_figure(circuit: Mapping[str, Any]) -> go.Figure:
         [example["importance"][site] for site in sites], x=list(range(len(tokens))), y=sites, hover="%{y}, %{customdata}: %{z:.3f}"
     )
     figure.data[0].customdata = labels * len(sites)
-    figure.update_xaxes(tickvals=ticks, ticktext=[f"{i}<br>{example['roles'][i]}" for i in ticks], title="position")
+    named = [f"{'<br>' * (rank % 2)}{example['roles'][i]} ({i})" for rank, i in enumerate(ticks)]  # neighbours a line apart
+    figure.update_xaxes(tickvals=ticks, ticktext=named, tickangle=0, title="position")
     return figure
 
 
@@ -71,7 +72,9 @@ def target_figure(target: Mapping[str, Any]) -> go.Figure:
     ):
         _line(figure, name, steps, [check[key] for check in checks], colour, axis="y2")
     figure.update_layout(
-        xaxis={"title": "step"}, yaxis={"title": "nats"}, yaxis2={"overlaying": "y", "side": "right", "range": [0, 1.05], "showgrid": False}
+        xaxis={"title": "step"},
+        yaxis={"title": "nats"},
+        yaxis2={"overlaying": "y", "side": "right", "range": [0, 1.05], "dtick": 0.25, "showgrid": False},
     )
     return _styled(figure, height=340)
 

@@ -1,0 +1,84 @@
+import json
+
+import pytest
+import torch
+
+from paramlens.analysis.circuit import attention_divergence, circuit, silence
+from paramlens.evaluation import evaluate, importances
+from paramlens.tasks.induction import S1
+
+
+def test_counts_by_hand(tiny_run, monkeypatch: pytest.MonkeyPatch):
+    """Importances set by hand: subcomponents 0 and 1 on at s1, 2 at half the others, all else off."""
+
+    def by_hand(decomposition, importance, batch):
+        target, g = importances(decomposition, importance, batch)
+        made = torch.zeros_like(g["blocks.0.attn.q"])
+        made[batch.roles == S1] = torch.tensor([0.9, 0.2, 0.0, 0.0, 0.05])
+        return target, {name: made if name == "blocks.0.attn.q" else torch.zeros_like(made) for name in g}
+
+    monkeypatch.setattr("paramlens.analysis.circuit.importances", by_hand)
+    result = circuit(tiny_run, batches=2)
+    site = result.sites["blocks.0.attn.q"]
+    assert site.active == {"s1": 2.0, "m": 0.0, "s2": 0.0, "random": 0.0}
+    assert site.importance["s1"] == pytest.approx(1.15)
+    assert site.subcomponents["s1"] == pytest.approx([0.9, 0.2, 0.0, 0.0, 0.05])
+    assert (site.unique, site.silent) == (2, None)
+    assert circuit(tiny_run, batches=2, threshold=0.01).sites["blocks.0.attn.q"].unique == 3
+    key = result.sites["blocks.0.attn.k"]
+    assert (key.unique, key.silent) == (
+        0,
+        "writes zero, so every attention score is the same: attention is uniform over what it may see, not off",
+    )
+    assert "the model runs on" in result.sites["blocks.0.attn.v"].silent
+
+
+def test_silence_names_the_bias():
+    assert silence("h.0.mlp.c_fc", has_bias=True) == "writes its bias alone everywhere; the model runs on without what it carried"
+
+
+def test_circuit_json(tiny_run):
+    document = json.loads(json.dumps(circuit(tiny_run, batches=1).to_json()))
+    site = document["sites"]["blocks.1.attn.v"]
+    assert set(site["active"]) == {"s1", "m", "s2", "random"}
+    assert 0 <= site["unique"] <= 5
+    assert set(document["metrics"]) == {
+        *("faithfulness", "recon", "recon_layerwise", "stochastic_recon", "recon_rounded"),
+        *("accuracy_target", "accuracy_masked", "attention_kl"),
+    }
+    assert len(document["example"]["tokens"]) == len(document["example"]["roles"]) == 8
+    assert document["sequences"] == 4
+
+
+def test_metrics_of_a_perfect_decomposition(tiny_run):
+    """All importances 1 and U V = W: nothing is lost, in logits or in attention."""
+    decomposition, task = tiny_run.decomposition, tiny_run.task
+    batch = task.batch(0, "circuit")
+    saved = {name: (decomposition.U[name].clone(), decomposition.V[name].clone()) for name in decomposition.names}
+    with torch.no_grad():
+        for site in decomposition.sites:
+            decomposition.U[site.name].copy_(torch.eye(4, 5))
+            decomposition.V[site.name].copy_(torch.eye(5, 4) @ site.W)
+        target, g = importances(decomposition, tiny_run.importance, batch)
+        ones = {name: torch.ones_like(value) for name, value in g.items()}
+        metrics = evaluate(task, decomposition, batch, target, ones, last_token_only=True)
+        divergence = attention_divergence(decomposition, batch, ones, task.attention_patterns)
+        halves = attention_divergence(decomposition, batch, {n: v / 2 for n, v in ones.items()}, task.attention_patterns)
+        for name, (U, V) in saved.items():
+            decomposition.U[name].copy_(U)
+            decomposition.V[name].copy_(V)
+    for name in ("faithfulness", "recon", "recon_layerwise", "stochastic_recon", "recon_rounded"):
+        assert metrics[name] == pytest.approx(0, abs=1e-6)
+    assert metrics["accuracy_masked"] == metrics["accuracy_target"]
+    assert all(value.abs().max() < 1e-6 for value in divergence.values())
+    assert all(value.max() > 1e-5 for value in halves.values())
+    assert divergence["blocks.0.attn.pattern"].shape == (4, 8)
+
+
+def test_attention_divergence_is_a_mean_over_queries(tiny_run):
+    result = circuit(tiny_run, batches=2)
+    blocks = result.attention_kl
+    assert result.metrics["attention_kl"] == pytest.approx(sum(block["all"] for block in blocks.values()) / 2)
+    block = blocks["blocks.0.attn.pattern"]
+    weights = {"s1": 1, "m": 1, "s2": 1, "random": 5}
+    assert block["all"] == pytest.approx(sum(weights[role] * block[role] for role in weights) / 8, rel=1e-6)

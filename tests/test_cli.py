@@ -1,0 +1,182 @@
+"""The command as a user runs it: exit codes, one short message, one JSON document, and no torch where none is needed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from conftest import TINY
+from paramlens.cli import main
+from paramlens.config import dump_config, load_config, make_config
+
+
+def run(*words: str, cwd=None, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", "-c", "from paramlens.cli import entry; entry()", *words]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+@pytest.fixture
+def config(tmp_path):
+    file = tmp_path / "tiny.yaml"
+    file.write_text(dump_config(make_config(TINY)), encoding="utf-8")
+    return str(file)
+
+
+def test_alone_it_explains_itself(capsys: pytest.CaptureFixture[str]):
+    assert main([]) == 0
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) <= 12
+    assert all(len(line) <= 130 for line in text.splitlines())
+    for command in ("demo", "train-target", "decompose", "circuit", "report", "doctor"):
+        assert command in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["frob"], "no command 'frob'. There are: demo,"),
+        (["decompos"], "no command 'decompos', did you mean decompose?"),
+        (["decompose", "nope"], "no configuration 'nope'. Give a YAML file or one of induction, induction-quick"),
+        (["decompose", "CONFIG", "--optim.lrr", "3"], "optim.lrr: unknown field; did you mean optim.lr?"),
+        (["decompose", "CONFIG", "--C", "0"], "C: 0: give 1 or more"),
+        (["decompose", "CONFIG", "--steps", "many"], "steps: 'many': give a whole number"),
+        (["decompose", "CONFIG", "--optim.lr", "nan"], "optim.lr: 'nan': give a number"),
+        (["decompose", "CONFIG", "--optim.lr=.inf"], "optim.lr: inf: give a finite number"),
+        (["decompose", "CONFIG", "--losses.p-start", "0.01"], "losses: p_start 0.01 is below p_final 0.1"),
+        (["decompose", "CONFIG", "--losses", "{}"], "no loss is enabled; give at least one of"),
+        (["decompose", "CONFIG", "--overwrit"], "decompose: unknown option --overwrit; did you mean --overwrite?"),
+        (["decompose", "CONFIG", "extra"], "unexpected argument 'extra'; fields are flags"),
+        (["decompose", "CONFIG", "--out", "DIR"], "exists; --resume continues it, --overwrite replaces it, --out DIR writes elsewhere"),
+        (["decompose", "CONFIG", "--out", "DIR", "--overwrite"], "is no run directory, so --overwrite leaves it alone"),
+        (["circuit", "DIR"], "not a run directory"),
+        (["circuit", "DIR/none"], "no such run; give the directory that decompose printed"),
+        (["circuit", "DIR", "--treshold", "1"], "circuit: unknown option --treshold; did you mean --threshold?"),
+        (["report", "DIR"], "not a run directory"),
+        (["train-target", "CONFIG", "--task.kind", "custom"], "task"),
+    ],
+)
+def test_wrong_input_is_one_short_message(words, message, config, tmp_path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "kept.txt").write_text("kept")
+    words = [word.replace("CONFIG", config).replace("DIR", str(tmp_path)) for word in words]
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+    assert out == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept.txt", "tiny.yaml"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["decompose", "induction-quick", "--optim.lrr", "1"], ["decompose", "induction-quick", "--out", "."], ["circuit", "nowhere"], []],
+)
+def test_what_needs_no_torch_loads_none(words: list[str], tmp_path):
+    """The reason that such messages come in under a second: the most expensive import never happens."""
+    (tmp_path / "something").write_text("")
+    code = f"import sys\nfrom paramlens.cli import main\ncode = main({words!r})\nassert 'torch' not in sys.modules\nsys.exit(code)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == (2 if words else 0), done.stderr
+
+
+def test_import_needs_no_torch():
+    code = (
+        "import sys, paramlens; assert 'torch' not in sys.modules; assert paramlens.load_config('induction').C == 100; paramlens.decompose"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("name", ["decompose", "circuit", "report", "open_run", "Decomposition", "Run", "load_config"])
+def test_public_names_are_what_they_say(name: str):
+    """Also after the submodules have been imported, which must not shadow them."""
+    import paramlens
+    import paramlens.analysis.circuit
+    import paramlens.page
+    import paramlens.runs
+
+    assert callable(getattr(paramlens, name))
+    assert name in dir(paramlens)
+
+
+def test_help_shows_every_field(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as done:
+        main(["decompose", "induction", "--help"])
+    assert done.value.code == 0
+    text = capsys.readouterr().out
+    assert "--optim.gamma-lr" in text
+    assert "--resume" in text
+    assert "Table 4" in text
+
+
+def test_the_whole_way(config, tmp_path):
+    """decompose, circuit, report and doctor in a process each, as scripts use them."""
+    place = str(tmp_path / "run")
+    done = run("decompose", config, "--out", place, "--json", "--seed", "1", "--optim.lr", "3e-3")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert (document["run"], document["steps"]) == (place, 12)
+    assert set(document["losses"]) == {"stochastic_recon", "stochastic_recon_layerwise", "recon", "faithfulness", "minimality"}
+    assert "target has NOT converged" in done.stderr
+    assert "step 12/12" in done.stderr
+    assert load_config(f"{place}/config.yaml").optim.lr == 3e-3
+
+    table = run("circuit", place, "--batches", "2", "--json")
+    assert table.returncode == 0, table.stderr
+    document = json.loads(table.stdout)
+    assert set(document["sites"]["blocks.0.attn.q"]["active"]) == {"s1", "m", "s2", "random"}
+    assert json.loads((tmp_path / "run/analysis/circuit.json").read_text()) == document
+
+    shown = run("circuit", place, "--batches", "2")
+    assert "blocks.1.attn.v" in shown.stdout
+    assert all(len(line) <= 80 for line in shown.stdout.splitlines())
+
+    page = run("report", place)
+    assert page.returncode == 0, page.stderr
+    assert (tmp_path / "run/report.html").is_file()
+
+    again = run("decompose", config, "--out", place)
+    assert again.returncode == 2
+    assert "exists" in again.stderr
+
+
+def test_train_target_then_decompose_it(config, tmp_path):
+    made = run("train-target", config, "--out", str(tmp_path / "target"), "--json")
+    assert made.returncode == 0, made.stderr
+    document = json.loads(made.stdout)
+    assert document["converged"] is False
+    assert document["step"] == 20
+    done = run("decompose", config, "--target", str(tmp_path / "target"), "--out", str(tmp_path / "run"), "--json")
+    assert done.returncode == 0, done.stderr
+    assert "training the target" not in done.stderr
+
+
+def test_doctor_counts_what_is_built(config, capsys: pytest.CaptureFixture[str], tiny_run):
+    assert main(["doctor", config, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    factors = sum(parameter.numel() for parameter in tiny_run.decomposition.parameters())
+    gamma = sum(parameter.numel() for parameter in tiny_run.importance.parameters())
+    assert document["parameters"] == {"U and V": factors, "gamma": gamma, "trained": factors + gamma, "decomposed weights": 6 * 16}
+    assert document["bytes"]["optimizer"] == 8 * (factors + gamma)
+    parts = {name: count for name, count in document["bytes"].items() if name != "total"}
+    assert document["bytes"]["total"] == sum(parts.values())
+    assert main(["doctor", config]) == 0
+    assert "gamma activations" in capsys.readouterr().out
+
+
+def test_ctrl_c_ends_with_130_and_a_run_to_resume(config, tmp_path):
+    place = tmp_path / "run"
+    command = [sys.executable, "-c", "from paramlens.cli import entry; entry()", "decompose", config, "--out", str(place)]
+    process = subprocess.Popen([*command, "--steps", "100000", "--log-every", "10"], stderr=subprocess.PIPE, text=True)
+    while not (place / "checkpoints").is_dir():
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"interrupted; resume with: paramlens decompose {config} --resume" in err
+    info = json.loads((place / "run.json").read_text())
+    assert info["status"] == "interrupted"
+    assert (place / "checkpoints" / f"step-{info['steps']:08d}" / "MANIFEST.json").is_file()

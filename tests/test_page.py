@@ -1,0 +1,99 @@
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from paramlens.analysis.circuit import circuit
+from paramlens.errors import RunDirError
+from paramlens.page import report
+
+CHROMIUM = Path("/usr/bin/chromium")
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
+
+
+@pytest.fixture
+def run(tiny_run, tmp_path):
+    path = tmp_path / "run"
+    shutil.copytree(tiny_run.path, path)
+    (path / "analysis").mkdir(exist_ok=True)
+    (path / "analysis/circuit.json").write_text(json.dumps(circuit(tiny_run, batches=1).to_json()))
+    return path
+
+
+def test_page_needs_the_circuit(tiny_run, tmp_path):
+    path = tmp_path / "bare"
+    shutil.copytree(tiny_run.path, path)
+    shutil.rmtree(path / "analysis", ignore_errors=True)
+    with pytest.raises(RunDirError, match=r"no analysis/circuit.json; run paramlens circuit"):
+        report(path)
+    with pytest.raises(RunDirError, match="not a run directory"):
+        report(tmp_path)
+
+
+def test_page_holds_the_tables(run):
+    html = report(run).read_text(encoding="utf-8")
+    numbers = json.loads((run / "analysis/circuit.json").read_text())
+    for name, site in numbers["sites"].items():
+        assert f"<tr><td>{name}</td>" in html
+        assert f"{site['active']['m']:.3f}" in html
+    assert f"{numbers['metrics']['recon']:.2e}" in html
+    assert "had not converged when its training ended" in html
+    assert len(html) < 8e6
+
+
+def test_silent_sites_are_explained(run):
+    file = run / "analysis/circuit.json"
+    numbers = json.loads(file.read_text())
+    numbers["sites"]["blocks.0.attn.k"]["silent"] = "writes zero, so every attention score is the same"
+    file.write_text(json.dumps(numbers))
+    assert "<b>blocks.0.attn.k</b> is silent: it writes zero, so every attention score is the same" in report(run).read_text()
+
+
+def test_text_from_files_stays_text(run):
+    file = run / "analysis/circuit.json"
+    hostile = "</script><script>document.title='owned'</script>"
+    file.write_text(file.read_text().replace("blocks.1.attn.v", hostile))
+    html = report(run).read_text(encoding="utf-8")
+    assert "<script>document.title" not in html
+    assert "</script><script>document" not in html
+
+
+def test_page_loads_nothing_from_elsewhere(run):
+    html = report(run).read_text(encoding="utf-8")
+    assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=", html)
+    assert "default-src 'none'" in html
+
+
+@pytest.mark.skipif(not CHROMIUM.exists(), reason="Debian's chromium is not installed, so no browser looks at the page")
+@pytest.mark.parametrize("width", [1000, 400])
+def test_page_in_a_browser(run, width: int):
+    """Every figure is drawn, the console stays silent, and no request leaves."""
+    from playwright.sync_api import sync_playwright
+
+    page_file = report(run)
+    complaints: list[str] = []
+    requests: list[str] = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        page.on("console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto(page_file.as_uri())
+        page.wait_for_selector("body[data-ready=true]")
+        drawn = page.eval_on_selector_all(".plot", "plots => plots.map(plot => plot.querySelectorAll('.main-svg').length > 0)")
+        fits = page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+        browser.close()
+    assert drawn == [True] * 5
+    assert complaints == []
+    assert [url for url in requests if not url.startswith(("file:", "data:", "blob:"))] == []
+    assert fits, "the page itself does not scroll sideways"

@@ -1,0 +1,178 @@
+import json
+import shutil
+from hashlib import sha256
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from conftest import tiny_with
+from paramlens.errors import RunDirError
+from paramlens.layout import checkpoints
+from paramlens.rundir import RunDirectory, model_sha256, open_run
+from paramlens.runs import decompose, decompose_config
+
+NAMES = ("components", "importance", "optimizer", "rng")
+
+
+@pytest.fixture
+def copy(tiny_run, tmp_path):
+    """A run directory that a test may damage."""
+    path = tmp_path / "copy"
+    shutil.copytree(tiny_run.path, path)
+    return path
+
+
+def test_layout(tiny_run):
+    files = {str(path.relative_to(tiny_run.path)) for path in tiny_run.path.rglob("*") if path.is_file()}
+    folders = ("checkpoints/step-00000008", "checkpoints/step-00000012")
+    assert files == {
+        *("config.yaml", "run.json", "model.json", "metrics.jsonl", "target.safetensors", "target.json"),
+        *(f"{folder}/{name}.safetensors" for folder in folders for name in NAMES),
+        *(f"{folder}/{name}" for folder in folders for name in ("state.json", "MANIFEST.json")),
+    }
+
+
+def test_the_sums_can_be_checked_without_the_library(tiny_run):
+    """W ≈ U @ V from the two files alone."""
+    components = load_file(tiny_run.path / "checkpoints/step-00000012/components.safetensors")
+    target = load_file(tiny_run.path / "target.safetensors")
+    for site in tiny_run.decomposition.names:
+        U, V = components[f"{site}.U"], components[f"{site}.V"]
+        assert (U.shape, V.shape) == ((4, 5), (5, 4))
+        W = target[f"{site}.weight"].T
+        assert (W - U @ V).norm() < 0.2 * W.norm()
+
+
+def test_manifest_names_every_file(tiny_run):
+    folder = tiny_run.path / "checkpoints/step-00000012"
+    manifest = json.loads((folder / "MANIFEST.json").read_text())
+    assert set(manifest) == {path.name for path in folder.iterdir()} - {"MANIFEST.json"}
+    for name, entry in manifest.items():
+        content = (folder / name).read_bytes()
+        assert entry == {"bytes": len(content), "sha256": sha256(content).hexdigest()}
+
+
+def test_run_json(tiny_run):
+    info = tiny_run.info
+    assert (info["format"], info["device"], info["dtype"], info["seed"], info["threads"]) == (1, "cpu", "float32", 0, 1)
+    assert (info["status"], info["steps"]) == ("finished", 12)
+    assert info["target"]["sha256"] == model_sha256(tiny_run.task.model)
+    assert set(info["versions"]) == {"paramlens", "torch", "python"}
+
+
+def test_model_json_is_enough_to_load(tiny_run):
+    model = json.loads((tiny_run.path / "model.json").read_text())
+    assert model["format"] == 1
+    assert model["sites"][0] == {"name": "blocks.0.attn.q", "d_in": 4, "d_out": 4}
+    assert model["gamma"] == {"kind": "attention", "d_gate": 3, "relative": "offset", "max_length": 8}
+
+
+def test_older_checkpoints_open_and_are_pruned(tiny_run):
+    assert [path.name for path in checkpoints(tiny_run.path)] == ["step-00000008", "step-00000012"]
+    older = open_run(tiny_run.path, checkpoint=8)
+    assert older.step == 8
+    assert not torch.equal(older.decomposition.U["blocks.0.attn.q"], tiny_run.decomposition.U["blocks.0.attn.q"])
+    with pytest.raises(RunDirError, match="no checkpoint at step 4; there are 8, 12"):
+        open_run(tiny_run.path, checkpoint=4)
+
+
+def test_unfinished_checkpoint_is_not_read(copy):
+    (copy / "checkpoints/step-00000099.part").mkdir()
+    assert open_run(copy).step == 12
+
+
+def test_paths_that_are_no_run(tmp_path):
+    with pytest.raises(RunDirError, match="no such run"):
+        open_run(tmp_path / "nothing")
+    with pytest.raises(RunDirError, match="not a run directory"):
+        open_run(tmp_path)
+
+
+def test_run_without_a_checkpoint(copy):
+    shutil.rmtree(copy / "checkpoints")
+    with pytest.raises(RunDirError, match="holds no finished checkpoint"):
+        open_run(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop("blocks.0.attn.q.U"), "tensor blocks.0.attn.q.U is missing"),
+        (lambda tensors: tensors.update(extra=torch.ones(1)), "tensor extra is unexpected"),
+        (
+            lambda tensors: tensors.update({"blocks.0.attn.q.U": torch.ones(4, 6)}),
+            r"blocks.0.attn.q.U has shape \(4, 6\), \(4, 5\) was expected",
+        ),
+    ],
+)
+def test_components_that_do_not_fit(copy, change, message: str):
+    file = copy / "checkpoints/step-00000012/components.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    with pytest.raises(RunDirError, match=message):
+        open_run(copy)
+
+
+def test_damaged_files_are_named(copy):
+    (copy / "checkpoints/step-00000012/importance.safetensors").write_bytes(b"\x80\x04pickle")
+    with pytest.raises(RunDirError, match=r"importance.safetensors: no safetensors file"):
+        open_run(copy)
+    (copy / "model.json").write_text("{")
+    with pytest.raises(RunDirError, match=r"model.json: not JSON"):
+        open_run(copy)
+
+
+def test_newer_format_is_refused(copy):
+    model = json.loads((copy / "model.json").read_text())
+    (copy / "model.json").write_text(json.dumps(model | {"format": 2}))
+    with pytest.raises(RunDirError, match="written in format 2, this version reads up to 1; upgrade paramlens"):
+        open_run(copy)
+
+
+def test_target_of_other_weights_is_refused(copy):
+    tensors = load_file(copy / "target.safetensors")
+    tensors["embed.weight"][0, 0] += 1
+    save_file(tensors, copy / "target.safetensors")
+    with pytest.raises(RunDirError, match="with other weights than this model's"):
+        open_run(copy)
+
+
+def test_run_on_your_own_model(tmp_path):
+    model = nn.Linear(3, 2)
+    fields = {"C": 2, "steps": 2, "gamma": {"kind": "vector", "d_gate": 2}}
+    wrapped = nn.Sequential(model)
+    decompose(wrapped, [torch.randn(4, 3)], out=tmp_path / "run", **fields)
+    with pytest.raises(RunDirError, match=r"a run on your own model.*open_run\(path, model=...\)"):
+        open_run(tmp_path / "run")
+    assert open_run(tmp_path / "run", model=wrapped).decomposition.names == ("0",)
+    with pytest.raises(RunDirError, match="with other weights"):
+        open_run(tmp_path / "run", model=nn.Sequential(nn.Linear(3, 2)))
+
+
+def test_overwrite_replaces_runs_and_nothing_else(tmp_path, tiny):
+    other = tmp_path / "thesis"
+    other.mkdir()
+    (other / "chapter.txt").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(RunDirError, match="thesis exists"):
+            RunDirectory.create(other, tiny, overwrite=overwrite)
+    assert (other / "chapter.txt").read_text() == "years of work"
+    run = decompose_config(tiny, out=tmp_path / "run")
+    again = decompose_config(tiny_with(seed=1), out=run.path, overwrite=True)
+    assert again.config.seed == 1
+
+
+def test_target_of_another_run_can_be_reused(tiny_run, tmp_path):
+    run = decompose_config(tiny_with(C=4), out=tmp_path / "run", target=tiny_run.path)
+    assert run.info["target"]["sha256"] == tiny_run.info["target"]["sha256"]
+    with pytest.raises(RunDirError, match=r"no target.safetensors; give a directory made by train-target or decompose"):
+        decompose_config(tiny_with(), out=tmp_path / "other", target=tmp_path)
+
+
+def test_unwritable_place(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunDirError, match="cannot be written"):
+        RunDirectory.create(tmp_path / "file" / "run", tiny_with())

@@ -1,0 +1,257 @@
+import os
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import tiny_with
+from paramlens import runs, train
+from paramlens.config import Optim
+from paramlens.errors import BatchError, ConfigError, DivergedError, SiteError
+from paramlens.layout import read_metrics
+from paramlens.runs import decompose, decompose_config
+from paramlens.tracking import Silent
+
+
+class Toy(nn.Module):
+    """Two sites, no positions, a dropout that must rest while the target runs."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.drop, self.second = nn.Linear(4, 6), nn.Dropout(0.5), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.second(self.drop(self.first(x)).relu())
+
+
+def batches(step: int) -> torch.Tensor:
+    return torch.randn(5, 2, 4, generator=torch.Generator().manual_seed(step))
+
+
+TOY = {
+    "C": 7,
+    "steps": 6,
+    "threads": 1,
+    "gamma": {"kind": "vector", "d_gate": 3},
+    "init": {"kind": "svd"},
+    "checkpoint": {"every": 3},
+    "evaluate": {"every": 3},
+    "log_every": 2,
+}
+
+
+def parameters(run) -> list[torch.Tensor]:
+    return [*run.decomposition.parameters(), *run.importance.parameters()]
+
+
+def test_rate():
+    cosine = Optim(schedule="cosine", warmup=2)
+    assert [train.rate(cosine, step, 6) for step in range(6)] == pytest.approx([1 / 3, 2 / 3, 1, 0.8535534, 0.5, 0.1464466])
+    assert [train.rate(Optim(schedule="linear"), step, 4) for step in range(4)] == pytest.approx([1, 0.75, 0.5, 0.25])
+    constant = Optim(schedule="constant", warmup=0.01)
+    assert [train.rate(constant, step, 200) for step in (0, 1, 2, 199)] == pytest.approx([1 / 3, 2 / 3, 1, 1])
+
+
+def test_any_module_is_decomposed_and_given_back(tmp_path):
+    model = Toy().train()
+    model.second.bias.requires_grad_(False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    flags = [(p.requires_grad, p.grad) for p in model.parameters()]
+    run = decompose(model, batches, out=tmp_path / "run", **TOY)
+    assert run.decomposition.names == ("first", "second")
+    assert run.step == 6
+    assert run.status == "finished"
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [(p.requires_grad, p.grad) for p in model.parameters()] == flags
+    assert model.training
+    assert model.drop.training
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", ["scalar", "vector", "shared"])
+def test_batches_without_positions(kind: str):
+    run = decompose(Toy(), lambda step: batches(step)[:, 0], **TOY | {"gamma": {"kind": kind, "d_gate": 3}})
+    assert run.step == 6
+
+
+def test_last_token_needs_positions():
+    with pytest.raises(ConfigError, match=r"last_token_only true: the model's logits \(5, 3\) have no position axis"):
+        decompose(Toy(), lambda step: batches(step)[:, 0], last_token_only=True, **TOY)
+
+
+def test_sequences_and_iterables_of_batches():
+    listed = [batches(step) for step in range(3)]
+    cycled = decompose(Toy(), listed, **TOY)
+    iterated = decompose(Toy(), iter_again(listed), **TOY)
+    assert all(torch.equal(a, b) for a, b in zip(parameters(cycled), parameters(iterated), strict=True))
+    with pytest.raises(BatchError, match="an empty sequence"):
+        decompose(Toy(), [], **TOY)
+    with pytest.raises(BatchError, match="the iterable is exhausted"):
+        decompose(Toy(), iter(listed), **TOY)
+    with pytest.raises(ConfigError, match="batches from an iterable cannot be taken up at a step"):
+        decompose(Toy(), iter_again(listed), resume=True, out="nowhere", **TOY)
+
+
+class iter_again:  # noqa: N801
+    def __init__(self, items):
+        self.items = items
+
+    def __iter__(self):
+        return iter(self.items)
+
+
+def test_fields_are_checked():
+    with pytest.raises(ConfigError, match="decompose: optim.lrr: unknown field; did you mean optim.lr"):
+        decompose(Toy(), batches, optim={"lrr": 1}, **TOY)
+    with pytest.raises(ConfigError, match=r"dtype float64: site first is torch.float32"):
+        decompose(Toy(), batches, dtype="float64", **TOY)
+
+
+def test_training_lowers_the_loss(tmp_path):
+    fields = TOY | {
+        "steps": 150,
+        "log_every": 1,
+        "losses": {"recon": 1.0, "faithfulness": 10.0, "minimality": 0.001},
+        "init": {"kind": "random"},
+    }
+    run = decompose(Toy(), batches, optim={"lr": 2e-2}, **fields)
+    lines = [line for line in run.metrics if "losses" in line]
+    assert lines[-1]["losses"]["faithfulness"] < 0.1 * lines[0]["losses"]["faithfulness"]
+    assert lines[-1]["losses"]["recon"] < 0.5 * lines[0]["losses"]["recon"]
+
+
+def test_warmup_fits_the_weights_before_the_first_step():
+    cold = decompose(Toy(), batches, **TOY | {"init": {"kind": "random"}, "log_every": 1})
+    warm = decompose(Toy(), batches, **TOY | {"init": {"kind": "random", "warmup_steps": 300}, "log_every": 1})
+    first = [next(line["losses"]["faithfulness"] for line in run.metrics if "losses" in line) for run in (cold, warm)]
+    assert first[1] < 0.01 * first[0]
+
+
+def test_same_seed_same_bytes_other_seed_other_run():
+    runs_ = [decompose(Toy(), batches, seed=seed, **TOY) for seed in (0, 0, 1)]
+    files = [(run.path / "checkpoints/step-00000006/components.safetensors").read_bytes() for run in runs_]
+    assert files[0] == files[1] != files[2]
+    assert (runs_[0].path / "metrics.jsonl").read_bytes() == (runs_[1].path / "metrics.jsonl").read_bytes()
+
+
+def test_metrics_lines(tiny_run):
+    trained = [line["step"] for line in tiny_run.metrics if "losses" in line]
+    evaluated = [line["step"] for line in tiny_run.metrics if "evaluation" in line]
+    assert trained == [3, 6, 9, 12]
+    assert evaluated == [6, 12]
+    line = next(line for line in tiny_run.metrics if "losses" in line)
+    assert set(line["losses"]) == {"stochastic_recon", "stochastic_recon_layerwise", "recon", "faithfulness", "minimality"}
+    coefficients = tiny_run.config.losses
+    assert line["total"] == pytest.approx(sum(getattr(coefficients, name) * value for name, value in line["losses"].items()), rel=1e-5)
+    assert set(line["active"]) == set(tiny_run.decomposition.names)
+
+
+def test_interrupt_finishes_the_step_saves_and_resumes_exactly(tmp_path):
+    """Ctrl-C at step 5: a checkpoint there, and after resuming the same bytes as an undisturbed run."""
+    config = tiny_with(steps=10, log_every=1)
+
+    class PressAtFive(Silent):
+        def update(self, logged):
+            if logged.step == 5:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    whole = decompose_config(config, out=tmp_path / "whole")
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        decompose_config(config, out=tmp_path / "cut", tracker=PressAtFive())
+    assert signal.getsignal(signal.SIGINT) is before
+    assert [path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()].count("step-00000005") == 1
+    assert '"interrupted"' in (tmp_path / "cut" / "run.json").read_text()
+    resumed = decompose_config(config, out=tmp_path / "cut", resume=True)
+    assert resumed.status == "finished"
+    assert all(torch.equal(a, b) for a, b in zip(parameters(whole), parameters(resumed), strict=True))
+    assert (tmp_path / "whole/metrics.jsonl").read_bytes() == (tmp_path / "cut/metrics.jsonl").read_bytes()
+
+
+def test_second_interrupt_stops_at_once():
+    with train.interrupts() as interrupted:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupted()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_resume_refuses_what_differs(tmp_path):
+    decompose_config(tiny_with(), out=tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"another configuration \(C 5 → 6; optim.lr 0.001 → 0.1\)"):
+        decompose_config(tiny_with(C=6, optim={"lr": 0.1}), out=tmp_path / "run", resume=True)
+    with pytest.raises(runs.RunDirError, match="nothing to resume there"):
+        decompose_config(tiny_with(), out=tmp_path / "other", resume=True)
+    assert decompose_config(tiny_with(), out=tmp_path / "run", resume=True).step == 12
+
+
+def test_non_finite_loss_stops_before_the_update(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """U goes bad before step 5: named with its site, nothing updated, the checkpoint of step 4 intact."""
+    seen = {}
+
+    def spoiled(*args, **kwargs):
+        decomposition, step = args[2], args[5]
+        if step == 5:
+            with torch.no_grad():
+                decomposition.U["blocks.1.attn.k"][0, 0] = float("nan")
+            seen["V"] = decomposition.V["blocks.0.attn.q"].clone()
+            seen["decomposition"] = decomposition
+        return original(*args, **kwargs)
+
+    original = train.training_step
+    monkeypatch.setattr(train, "training_step", spoiled)
+    with pytest.raises(DivergedError) as error:
+        decompose_config(tiny_with(), out=tmp_path / "run")
+    assert str(error.value).startswith(
+        "step 5: loss stochastic_recon, stochastic_recon_layerwise, recon, faithfulness is not finite (U or V at"
+    )
+    assert "blocks.1.attn.k" in str(error.value)
+    assert torch.equal(seen["decomposition"].V["blocks.0.attn.q"], seen["V"])
+    run = runs.open_run(tmp_path / "run")
+    assert (run.step, run.status) == (4, "diverged")
+
+
+def test_non_finite_gradient_stops_too(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    def spoiled(*args, **kwargs):
+        step = original(*args, **kwargs)
+        args[2].U["blocks.0.attn.v"].register_hook(lambda gradient: gradient * float("inf"))
+        return step
+
+    original = train.training_step
+    monkeypatch.setattr(train, "training_step", spoiled)
+    with pytest.raises(DivergedError, match=r"step 0: a gradient is not finite \(the gradient of U at blocks.0.attn.v\)"):
+        decompose_config(tiny_with(), out=tmp_path / "run")
+
+
+def test_non_finite_target_is_refused_before_anything_is_written(tmp_path):
+    model = Toy()
+    with torch.no_grad():
+        model.second.bias.fill_(float("nan"))
+    with pytest.raises(DivergedError, match="the target's logits on the first batch are not finite"):
+        decompose(model, batches, out=tmp_path / "run", **TOY)
+    assert not (tmp_path / "run").exists()
+
+
+def test_wrong_input_replaces_nothing(tmp_path):
+    decompose_config(tiny_with(), out=tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(runs.RunDirError, match="exists; --resume continues it"):
+        decompose_config(tiny_with(), out=tmp_path / "run")
+    with pytest.raises(SiteError, match="matches no weight matrix"):
+        decompose_config(tiny_with(sites=["nope"]), out=tmp_path / "run", overwrite=True)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_batch_longer_than_the_table(tmp_path):
+    with pytest.raises(BatchError, match="batch of 2 positions, but the attention γ's tables hold 1"):
+        decompose(Toy(), batches, out=tmp_path / "run", **TOY | {"gamma": {"kind": "attention", "max_length": 1}})
+    assert not (tmp_path / "run").exists()
+
+
+def test_held_out_metrics_are_means_over_batches(tiny_run):
+    config = tiny_run.config.model_copy(update={"evaluate": tiny_run.config.evaluate.model_copy(update={"batches": 3})})
+    three = train.held_out(config, tiny_run.task, tiny_run.decomposition, tiny_run.importance)
+    assert read_metrics(tiny_run.path)[-1]["evaluation"]["faithfulness"] == pytest.approx(three["faithfulness"])
+    assert 0 <= three["accuracy_masked"] <= 1
