@@ -53,6 +53,8 @@ def decompose(
         raise ConfigError("resume: batches from an iterable cannot be taken up at a step; give a function of the step or a sequence")
     task = Task(model=model, batch=_batch_function(batches))
     path = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="paramlens-"))
+    if resume:
+        _require_resumable(config, path)
     return _run(config, task, path, resume=resume, overwrite=overwrite, tracker=tracker or Silent())
 
 
@@ -178,8 +180,6 @@ def _run(
     history: TargetHistory | None = None,
 ) -> Run:
     """Train `task` into `path`. Everything that a user can get wrong is checked before a directory is made or replaced."""
-    if resume:
-        _require_resumable(config, path)
     with torch_threads(config.threads), at_rest(task.model):
         decomposition, importance = _built(config, task)
         optimizer = make_optimizer(config, decomposition, importance)

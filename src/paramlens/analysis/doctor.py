@@ -27,8 +27,9 @@ class Diagnosis:
 def diagnose(config: Config, sites: tuple[Site, ...], *, length: int, vocabulary: int) -> Diagnosis:
     """Count U, V and γ of `sites` and estimate a step's memory at `config.batch` sequences of `length` tokens.
 
-    Activations: γ's hidden layers (kept for the backward pass, three copies), masks and inner activations of every plan, logits of
-    every plan and their log-probabilities. Attention inside the target is not counted.
+    Activations are what the backward pass keeps: γ's inputs, pre-activations and importances (and its hidden layers where the kind
+    stores them), masks and inner activations of every replaced site in every plan, the sites' inputs and outputs in every plan,
+    logits of every plan and their log-probabilities. What the target keeps between its sites (attention patterns, say) is not counted.
     """
     with torch.device("meta"):
         shapes = {site.name: (site.d_in, config.C) for site in sites}
@@ -36,7 +37,9 @@ def diagnose(config: Config, sites: tuple[Site, ...], *, length: int, vocabulary
     factors = sum((site.d_in + site.d_out) * config.C for site in sites)
     word = torch.finfo(getattr(torch, config.dtype)).bits // 8
     positions = config.batch * length
-    hidden = config.gamma.d_gate * (1 if config.gamma.kind == "shared" else config.C)
+    kind, d_gate, C = config.gamma.kind, config.gamma.d_gate, config.C
+    read = sum({"scalar": C, "vector": site.d_in, "attention": 6 * site.d_in, "shared": site.d_in}[kind] for site in sites)
+    hidden = len(sites) * {"scalar": 3 * C * d_gate, "vector": 0, "attention": 2 * length, "shared": 2 * d_gate}[kind]
     samples, losses = config.losses.samples, config.losses
     whole = samples * bool(losses.stochastic_recon) + bool(losses.recon)
     partial = samples * bool(losses.stochastic_recon_partial) + bool(losses.recon_partial)
@@ -45,9 +48,10 @@ def diagnose(config: Config, sites: tuple[Site, ...], *, length: int, vocabulary
     replaced = (whole + partial) * len(sites) + each
     seen = config.batch if config.last_token_only else positions
     activations = {
-        "gamma activations": 3 * len(sites) * positions * hidden * word,
-        "masks and inner activations": 3 * replaced * positions * config.C * word,
-        "logits": 3 * plans * (positions if not config.last_token_only else seen) * vocabulary * word,
+        "gamma activations": (read + hidden + 3 * len(sites) * C) * positions * word,
+        "masks and inner activations": 3 * replaced * positions * C * word,
+        "site inputs and outputs": plans * sum(site.d_in + site.d_out for site in sites) * positions * word,
+        "logits": 3 * plans * seen * vocabulary * word,
     }
     trained = factors + gamma
     return Diagnosis(
