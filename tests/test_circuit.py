@@ -2,9 +2,13 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 from paramlens.analysis.circuit import attention_divergence, circuit, silence
+from paramlens.errors import ConfigError
 from paramlens.evaluation import evaluate, importances
+from paramlens.rundir import open_run
+from paramlens.runs import decompose
 from paramlens.tasks.induction import S1
 
 
@@ -82,3 +86,25 @@ def test_attention_divergence_is_a_mean_over_queries(tiny_run):
     block = blocks["blocks.0.attn.pattern"]
     weights = {"s1": 1, "m": 1, "s2": 1, "random": 5}
     assert block["all"] == pytest.approx(sum(weights[role] * block[role] for role in weights) / 8, rel=1e-6)
+
+
+def decompose_flat() -> list[str]:
+    """The same for inputs without a position axis."""
+    fields = {"C": 2, "steps": 1, "gamma": {"kind": "vector", "d_gate": 2}}
+    return circuit(decompose(nn.Sequential(nn.Linear(3, 2)), [torch.randn(5, 3)], **fields), batches=1).example.roles
+
+
+def test_circuit_of_your_own_model(tmp_path):
+    """One role, no attention, no answers; and a clear word where there is no data to look at."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    batches = [torch.randn(5, 6, 3)]
+    fields = {"C": 4, "steps": 3, "gamma": {"kind": "vector", "d_gate": 2}}
+    run = decompose(model, batches, out=tmp_path / "run", **fields)
+    result = circuit(run, batches=2)
+    assert result.roles == ["all"]
+    assert set(result.sites["0"].active) == {"all"}
+    assert (result.attention_kl, "accuracy_masked" in result.metrics) == ({}, False)
+    assert circuit(open_run(run.path, model=model, batches=batches), batches=2) == result
+    assert decompose_flat() == ["all"]
+    with pytest.raises(ConfigError, match=r"no data to look at; open_run\(path, model=..., batches=...\)"):
+        circuit(open_run(run.path, model=model))

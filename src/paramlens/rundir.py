@@ -45,7 +45,7 @@ from paramlens.layout import (
     write_text,
 )
 from paramlens.sites import find_sites
-from paramlens.tasks import Task
+from paramlens.tasks import Batches, Task, batch_function
 from paramlens.tasks.induction import InductionTransformer, TargetCheck, TargetHistory, induction_task
 
 
@@ -178,10 +178,11 @@ class Run:
         return path
 
 
-def open_run(path: str | Path, *, model: nn.Module | None = None, checkpoint: int | None = None) -> Run:
+def open_run(path: str | Path, *, model: nn.Module | None = None, batches: Batches | None = None, checkpoint: int | None = None) -> Run:
     """Open a run directory at its newest checkpoint, or at step `checkpoint`.
 
-    `model` is the target of a run on your own model; toy targets are in the directory. Raises `RunDirError` if the path is no run,
+    `model` is the target of a run on your own model, `batches` (as for `decompose`) what its analyses look at; toy targets and their
+    data are in the directory. Raises `RunDirError` if the path is no run,
     holds no checkpoint, needs a model that is not given, or was made from another model.
     """
     path = Path(path)
@@ -194,6 +195,8 @@ def open_run(path: str | Path, *, model: nn.Module | None = None, checkpoint: in
     if model is None:
         task = _rebuild_task(path, config)
         model = task.model
+    elif batches is not None:
+        task = Task(model, batch_function(batches))
     info = read_json(path / "run.json")
     if info["target"]["sha256"] != model_sha256(model):
         raise RunDirError(f"{path}: made from {info['target']['id']} with other weights than this model's; give the model it was made from")

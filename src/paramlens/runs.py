@@ -1,8 +1,9 @@
 """From a model or a configuration to a finished run directory: `decompose` and `decompose_config`."""
 
+import dataclasses
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,16 @@ from torch import nn
 
 from paramlens.config import Config, InductionTask, load_config, make_config
 from paramlens.decomposition import Decomposition, initialise
-from paramlens.errors import BatchError, ConfigError, DivergedError, RunDirError
+from paramlens.errors import ConfigError, DivergedError, RunDirError
 from paramlens.importance import Importance
 from paramlens.layout import checkpoints, default_out, require_free
 from paramlens.losses import faithfulness
 from paramlens.rundir import Run, RunDirectory, load_target, load_target_history, model_sha256, open_run
 from paramlens.sites import at_rest, find_sites
-from paramlens.tasks import Batch, Inputs, Task, generator
+from paramlens.tasks import Batches, Task, batch_function, generator
 from paramlens.tasks.induction import InductionTransformer, TargetCheck, TargetHistory, induction_task, train_target
 from paramlens.tracking import Silent, Tracker
 from paramlens.train import make_optimizer, restore, train
-
-Batches = Callable[[int], Inputs] | Sequence[Inputs] | Iterable[Inputs]
 
 
 def decompose(
@@ -51,7 +50,7 @@ def decompose(
     config = make_config(tree, source="decompose")
     if resume and not (callable(batches) or isinstance(batches, Sequence)):
         raise ConfigError("resume: batches from an iterable cannot be taken up at a step; give a function of the step or a sequence")
-    task = Task(model=model, batch=_batch_function(batches))
+    task = Task(model=model, batch=batch_function(batches))
     path = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="paramlens-"))
     if resume:
         _require_resumable(config, path)
@@ -123,30 +122,6 @@ def _describe_check(check: TargetCheck) -> str:
     )
 
 
-def _batch_function(batches: Batches) -> Callable[[int, str], Batch]:
-    if callable(batches):
-        return lambda step, _: Batch(batches(step))
-    if isinstance(batches, Sequence):
-        if not len(batches):
-            raise BatchError("batches: an empty sequence; give at least one batch")
-        return lambda step, _: Batch(batches[step % len(batches)])
-    endless = _repeated(batches)
-    first = next(endless)
-    return lambda step, stream: Batch(next(endless) if stream == "train" and step > 0 else first)
-
-
-def _repeated(batches: Iterable[Inputs]) -> Iterator[Inputs]:
-    while True:
-        empty = True
-        for batch in batches:
-            empty = False
-            yield batch
-        if empty:
-            raise BatchError(
-                "batches: the iterable is exhausted; give one that can be iterated again, a sequence, or a function of the step"
-            )
-
-
 def _require_resumable(config: Config, path: Path) -> None:
     """Raise unless `path` holds a checkpoint of a run with this very configuration."""
     if not (path / "config.yaml").is_file():
@@ -201,7 +176,7 @@ def _run(
         else:
             directory.record(status="running", threads=torch.get_num_threads())
             train(config, task, decomposition, importance, optimizer, directory, start=start, tracker=tracker)
-    return open_run(path, model=None if history is not None else task.model)
+    return dataclasses.replace(open_run(path, model=None if history is not None else task.model), task=task)
 
 
 def _built(config: Config, task: Task) -> tuple[Decomposition, Importance]:

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from paramlens.decomposition import Decomposition, Plan, Replacement
+from paramlens.errors import ConfigError
 from paramlens.evaluation import ACTIVE, evaluate, importances
 from paramlens.rundir import Run
 from paramlens.sites import at_rest
@@ -37,7 +38,7 @@ class SiteCircuit:
 
 @dataclass(frozen=True)
 class ExampleSequence:
-    """One held-out sequence: its tokens and roles, and at each site and position the summed importance Σ_c g."""
+    """One held-out sequence: tokens (where the input is tokens), roles, and at each site and position the summed importance Σ_c g."""
 
     tokens: list[int]
     roles: list[str]
@@ -66,10 +67,12 @@ class Circuit:
 def circuit(run: Run, *, threshold: float = ACTIVE, batches: int = 16) -> Circuit:
     """Table 1 of `run` on `batches` held-out batches: a (active by role), b (unique), c (metrics).
 
-    The roles of a task without any are one, "all". attention_kl needs a task that names its attention patterns.
+    The roles of a task without any are one, "all". attention_kl needs a task that names its attention patterns. Raises `ConfigError` for
+    a run on your own model that was opened without batches.
     """
     task = run.task
-    assert task is not None, "open_run rebuilds the task or refuses"
+    if task is None:
+        raise ConfigError(f"{run.path}: no data to look at; open_run(path, model=..., batches=...)")
     decomposition, importance, config = run.decomposition, run.importance, run.config
     roles = list(task.roles) or [ALL_POSITIONS]
     held_out = [task.batch(index, "circuit").to(config.device) for index in range(batches)]
@@ -118,7 +121,7 @@ def _role_index(batch: Batch, g: Mapping[str, Tensor]) -> Tensor:
 
 
 def _site(
-    name: str, g: Float[Tensor, "batch pos C"], role_index: Tensor, roles: Sequence[str], threshold: float, *, model: nn.Module
+    name: str, g: Float[Tensor, "*batch C"], role_index: Tensor, roles: Sequence[str], threshold: float, *, model: nn.Module
 ) -> SiteCircuit:
     active = g > threshold
     unique = int(active.flatten(0, -2).any(0).sum())
@@ -182,11 +185,12 @@ def _by_role(values: Float[Tensor, "batch pos"], role_index: Tensor, roles: Sequ
 
 
 def _example(batch: Batch, g: Mapping[str, Tensor], role_index: Tensor, roles: Sequence[str]) -> ExampleSequence:
-    tokens = batch.inputs[0].tolist() if isinstance(batch.inputs, Tensor) else []
+    inputs = batch.inputs
+    tokens = inputs[0].tolist() if isinstance(inputs, Tensor) and inputs.dim() == 2 and not inputs.is_floating_point() else []
     return ExampleSequence(
         tokens=tokens,
-        roles=[str(roles[i]) for i in role_index[0].tolist()],
-        importance={name: [round(v, 5) for v in value[0].sum(-1).tolist()] for name, value in g.items()},
+        roles=[str(roles[i]) for i in role_index[0].reshape(-1).tolist()],
+        importance={name: [round(v, 5) for v in value[0].sum(-1).reshape(-1).tolist()] for name, value in g.items()},
     )
 
 

@@ -1,6 +1,6 @@
 """A task: a target model and batches that are a pure function of (seed, stream, step)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any
@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paramlens.errors import BatchError
+
 Inputs = Tensor | Mapping[str, Any] | tuple[Any, ...]
+Batches = Callable[[int], Inputs] | Sequence[Inputs] | Iterable[Inputs]
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,34 @@ class Task:
     def loss_inputs(self, inputs: Inputs, *, last_token_only: bool) -> Inputs:
         """What a masked run is given: all that the loss needs of `inputs`, and no more where the target allows it."""
         return self.last_token(inputs) if last_token_only and self.last_token is not None else inputs
+
+
+def batch_function(batches: Batches) -> Callable[[int, str], Batch]:
+    """The caller's own batches as a task's: a function of the step, a sequence (cycled), or an iterable (iterated anew when exhausted).
+
+    Held-out streams see the same batches: the caller has no others.
+    """
+    if callable(batches):
+        return lambda step, _: Batch(batches(step))
+    if isinstance(batches, Sequence):
+        if not len(batches):
+            raise BatchError("batches: an empty sequence; give at least one batch")
+        return lambda step, _: Batch(batches[step % len(batches)])
+    endless = _repeated(batches)
+    first = next(endless)
+    return lambda step, stream: Batch(next(endless) if stream == "train" and step > 0 else first)
+
+
+def _repeated(batches: Iterable[Inputs]) -> Iterator[Inputs]:
+    while True:
+        empty = True
+        for batch in batches:
+            empty = False
+            yield batch
+        if empty:
+            raise BatchError(
+                "batches: the iterable is exhausted; give one that can be iterated again, a sequence, or a function of the step"
+            )
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
