@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from paramlens import circuit, load_config, open_run
-from paramlens.config import Config, parse_value
+from paramlens.config import Config
+from paramlens.configfile import parse_value
 from paramlens.layout import read_json
 from paramlens.runs import decompose_config, torch_threads
 from paramlens.tracking import Terminal

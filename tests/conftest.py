@@ -8,7 +8,8 @@ install_import_hook([f"paramlens.{name}" for name in SHAPED], "beartype.beartype
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from paramlens.config import Config, load_config, make_config  # noqa: E402
+from paramlens.config import Config  # noqa: E402
+from paramlens.configfile import load_config, make_config  # noqa: E402
 from paramlens.rundir import Run  # noqa: E402
 from paramlens.runs import decompose_config  # noqa: E402
 from paramlens.tasks.induction import InductionTransformer  # noqa: E402

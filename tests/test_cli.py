@@ -11,7 +11,7 @@ import pytest
 
 from conftest import TINY
 from paramlens.cli import main
-from paramlens.config import dump_config, load_config, make_config
+from paramlens.configfile import dump_config, load_config, make_config
 
 
 def run(*words: str, cwd=None, timeout: float = 120) -> subprocess.CompletedProcess[str]:

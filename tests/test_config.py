@@ -1,7 +1,8 @@
 import pytest
 
 from conftest import TINY
-from paramlens.config import Config, dump_config, field_paths, load_config, make_config, parse_value, shipped_configs
+from paramlens.config import Config
+from paramlens.configfile import dump_config, field_paths, load_config, make_config, parse_value, shipped_configs
 from paramlens.errors import ConfigError
 
 

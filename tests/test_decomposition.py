@@ -169,7 +169,7 @@ def test_batches_of_every_form():
 
 def _task():
     from conftest import TINY
-    from paramlens.config import make_config
+    from paramlens.configfile import make_config
 
     return make_config(TINY).task
 

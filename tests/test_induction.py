@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import TINY
-from paramlens.config import InductionTask, TargetTraining, make_config
+from paramlens.config import InductionTask, TargetTraining
+from paramlens.configfile import make_config
 from paramlens.tasks.induction import (
     RANDOM,
     ROLES,

@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from paramlens.analysis.circuit import circuit
-    from paramlens.config import load_config
+    from paramlens.configfile import load_config
     from paramlens.decomposition import Decomposition
     from paramlens.page import report
     from paramlens.rundir import Run, open_run
@@ -17,7 +17,7 @@ _HOME = {
     "decompose": "paramlens.runs",
     "decompose_config": "paramlens.runs",
     "open_run": "paramlens.rundir",
-    "load_config": "paramlens.config",
+    "load_config": "paramlens.configfile",
     "circuit": "paramlens.analysis.circuit",
     "report": "paramlens.page",
     "Decomposition": "paramlens.decomposition",

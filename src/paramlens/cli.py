@@ -16,7 +16,8 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from paramlens import __version__
-from paramlens.config import LIST_FIELDS, Config, InductionTask, field_paths, load_config, parse_value, shipped_configs
+from paramlens.config import Config, InductionTask
+from paramlens.configfile import LIST_FIELDS, field_paths, load_config, parse_value, shipped_configs
 from paramlens.errors import ConfigError, ParamLensError
 from paramlens.layout import checkpoints, default_out, read_json, require_free, require_run
 

@@ -1,20 +1,8 @@
-"""What a run is made of: frozen models in which every field states its unit, the paper's symbol and the paper's value.
+"""What a run is made of: frozen models in which every field states its unit, the paper's symbol and the paper's value."""
 
-`load_config` reads a shipped name or a YAML file; every message names the field, the value and what to write instead.
-This module needs no torch, so a wrong configuration is refused at once.
-"""
-
-import difflib
-import re
-from collections.abc import Mapping
-from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-
-from paramlens.errors import ConfigError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 def _refuse_bool(value: Any) -> Any:
@@ -201,9 +189,6 @@ class Losses(_Frozen):
         return self
 
 
-LIST_FIELDS = ("sites", "optim.betas")
-"""Fields that hold several values; on the command line, values apart."""
-
 RECONSTRUCTION_NAMES = (
     "stochastic_recon",
     "stochastic_recon_layerwise",
@@ -296,157 +281,3 @@ class Config(_Frozen):
                 f"the attention γ's table must hold the longest batch, so give at least {self.task.length}"
             )
         return self
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's floats: 1e-3 is a number, which YAML 1.1 reads as a string."""
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
-
-
-def parse_value(text: str) -> Any:
-    """A field's value as YAML reads it: 3e-3 is a number, true a boolean, none and null nothing, the rest text."""
-    if text.lower() == "none":
-        return None
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
-        return text
-
-
-def shipped_configs() -> list[str]:
-    """Names of the configurations in the package."""
-    folder = resources.files("paramlens") / "configs"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-
-
-def load_config(name_or_path: str | Path, *, overrides: Mapping[str, Any] | None = None) -> Config:
-    """The configuration of a shipped name or a YAML path, with dotted `overrides` ({"optim.lr": 3e-3}) on top.
-
-    Raises `ConfigError` for a name that is neither, a file that is no YAML mapping, or a field that does not hold.
-    """
-    source, text = _read(str(name_or_path))
-    try:
-        tree = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        place = getattr(error, "problem_mark", None)
-        line = f" line {place.line + 1}" if place else ""
-        raise ConfigError(f"{source}{line}: not YAML ({getattr(error, 'problem', None) or error})") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(
-            f"{source}: a mapping of fields is needed, not {type(tree).__name__}; see the shipped {', '.join(shipped_configs())}"
-        )
-    for path, value in (overrides or {}).items():
-        _set(tree, path.split("."), value)
-    return make_config(tree, source=source)
-
-
-def make_config(tree: Mapping[str, Any], *, source: str = "config") -> Config:
-    """A `Config` from a nested mapping; raises `ConfigError` naming `source`, the field, the value and the remedy."""
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(explain(error, source=source)) from None
-
-
-def dump_config(config: Config) -> str:
-    """YAML that `load_config` reads back to an equal configuration."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def explain(error: ValidationError, *, source: str) -> str:
-    """The first problem of a validation error in one line, with the count of the others."""
-    problems = error.errors()
-    first = problems[0]
-    place = [str(part) for part in first["loc"] if part not in ("induction", "custom")]
-    field = ".".join(place)
-    if first["type"] == "extra_forbidden":
-        text = _unknown(place)
-    else:
-        given = "" if isinstance(first["input"], dict | BaseModel) else f" {first['input']!r}:"
-        text = f"{field}{':' if field else ''}{given} {_remedy(first)}".strip()
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"{source}: {text}{more}"
-
-
-_REMEDIES = {
-    "greater_than": "give a number above {gt:g}",
-    "greater_than_equal": "give {ge:g} or more",
-    "less_than": "give a number below {lt:g}",
-    "finite_number": "give a finite number",
-    "float_type": "give a number",
-    "int_type": "give a whole number",
-    "bool_type": "give true or false",
-    "string_type": "give text",
-    "tuple_type": "give a list",
-    "too_short": "give at least {min_length}",
-    "literal_error": "give {expected}",
-    "string_pattern_mismatch": "does not match {pattern}",
-    "union_tag_invalid": "give {expected_tags}",
-    "model_type": "give a mapping of fields",
-    "model_attributes_type": "give a mapping of fields",
-}
-
-
-def _remedy(problem: Mapping[str, Any]) -> str:
-    known = _REMEDIES.get(problem["type"])
-    if known is not None:
-        return known.format(**problem.get("ctx", {}))
-    reason = problem["msg"].removeprefix("Value error, ")
-    return reason[:1].lower() + reason[1:]
-
-
-def _unknown(place: list[str]) -> str:
-    """An unknown field, with the nearest name that exists anywhere in the configuration."""
-    known = field_paths()
-    path = ".".join(place)
-    close = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
-    if not close:
-        by_leaf = {name.rsplit(".", 1)[-1]: name for name in known}
-        close = [by_leaf[leaf] for leaf in difflib.get_close_matches(place[-1], list(by_leaf), n=1, cutoff=0.6)]
-    if close:
-        return f"{path}: unknown field; did you mean {close[0]}?"
-    siblings = sorted({name.split(".")[len(place) - 1] for name in known if name.split(".")[: len(place) - 1] == place[:-1]})
-    return f"{path}: unknown field; known here: {', '.join(siblings)}"
-
-
-def field_paths() -> list[str]:
-    """Every field of a configuration as a dotted path."""
-
-    def walk(model: type[BaseModel], prefix: str) -> list[str]:
-        paths: list[str] = []
-        for name, field in model.model_fields.items():
-            inner = _models(field.annotation)
-            paths += [path for kind in inner for path in walk(kind, f"{prefix}{name}.")] or [f"{prefix}{name}"]
-        return paths
-
-    return list(dict.fromkeys(walk(Config, "")))
-
-
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    options = getattr(annotation, "__args__", (annotation,))
-    return [kind for kind in options if isinstance(kind, type) and issubclass(kind, BaseModel)]
-
-
-def _read(name_or_path: str) -> tuple[str, str]:
-    if name_or_path in shipped_configs():
-        return f"config {name_or_path}", (resources.files("paramlens") / "configs" / f"{name_or_path}.yaml").read_text(encoding="utf-8")
-    path = Path(name_or_path)
-    if path.is_file():
-        try:
-            return str(path), path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise ConfigError(f"{path}: not a text file in UTF-8; give a YAML file") from None
-    close = difflib.get_close_matches(name_or_path, shipped_configs(), n=1, cutoff=0.5)
-    hint = f", did you mean {close[0]}?" if close else "."
-    raise ConfigError(f"no configuration {name_or_path!r}{hint} Give a YAML file or one of {', '.join(shipped_configs())}")
-
-
-def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
-    for part in path[:-1]:
-        node = tree.setdefault(part, {})
-        if not isinstance(node, dict):
-            tree[part] = node = {}
-        tree = node
-    tree[path[-1]] = value

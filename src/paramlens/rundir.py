@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import paramlens
-from paramlens.config import Config, Gamma, InductionTask, dump_config, load_config
+from paramlens.config import Config, Gamma, InductionTask
+from paramlens.configfile import dump_config, load_config
 from paramlens.decomposition import Decomposition
 from paramlens.errors import RunDirError
 from paramlens.importance import Importance

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from paramlens.config import Config, InductionTask, load_config, make_config
+from paramlens.config import Config, InductionTask
+from paramlens.configfile import load_config, make_config
 from paramlens.decomposition import Decomposition, initialise
 from paramlens.errors import ConfigError, DivergedError, RunDirError
 from paramlens.importance import Importance

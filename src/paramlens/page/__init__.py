@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from paramlens.config import load_config
+from paramlens.configfile import load_config
 from paramlens.errors import RunDirError
 from paramlens.layout import read_json, read_metrics, require_run, write_text
 from paramlens.page.figures import attention_figure, example_figure, losses_figure, role_figure, target_figure
