@@ -10,8 +10,9 @@ from torch import nn
 from conftest import tiny_with
 from paramlens.errors import RunDirError
 from paramlens.layout import checkpoints
-from paramlens.rundir import RunDirectory, model_sha256, open_run
+from paramlens.rundir import RunDirectory, load_target_history, model_sha256, open_run, save_target
 from paramlens.runs import decompose, decompose_config
+from paramlens.tasks.induction import TargetHistory
 
 NAMES = ("components", "importance", "optimizer", "rng")
 
@@ -43,6 +44,12 @@ def test_the_sums_can_be_checked_without_the_library(tiny_run):
         assert (U.shape, V.shape) == ((4, 5), (5, 4))
         W = target[f"{site}.weight"].T
         assert (W - U @ V).norm() < 0.2 * W.norm()
+
+
+def test_target_history_survives(tiny_run, tmp_path):
+    history = TargetHistory(tiny_run.target_history.checks, converged=True, attempts=3)
+    save_target(tmp_path, tiny_run.task.model, history)
+    assert load_target_history(tmp_path) == history
 
 
 def test_manifest_names_every_file(tiny_run):

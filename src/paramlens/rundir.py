@@ -121,9 +121,8 @@ class RunDirectory:
         part = final.with_name(final.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        components = {f"{name}.U": U for name, U in decomposition.U.items()} | {f"{name}.V": V for name, V in decomposition.V.items()}
-        gammas = {f"{name}.{key}": value for name, parts in importance.site_parameters().items() for key, value in parts.items()}
-        for name, tensors in (("components", components), ("importance", gammas), ("optimizer", state.optimizer), ("rng", state.rng)):
+        contents = _parameters(decomposition, importance) | {"optimizer": state.optimizer, "rng": state.rng}
+        for name, tensors in contents.items():
             save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, part / f"{name}.safetensors")
         write_json(part / "state.json", {"format": FORMAT, "step": state.step})
         files = sorted(part.iterdir())
@@ -221,10 +220,8 @@ def build(described: Mapping[str, Any], model: nn.Module) -> tuple[Decomposition
 @torch.no_grad()
 def load_parameters(folder: Path, decomposition: Decomposition, importance: Importance) -> None:
     """Copy a checkpoint's U, V and γ in. Raises `RunDirError` naming the tensor that is missing or of another shape."""
-    targets = {f"{name}.U": U for name, U in decomposition.U.items()} | {f"{name}.V": V for name, V in decomposition.V.items()}
-    _copy_into(folder / "components.safetensors", targets)
-    gammas = {f"{name}.{key}": value for name, parts in importance.site_parameters().items() for key, value in parts.items()}
-    _copy_into(folder / "importance.safetensors", gammas)
+    for name, tensors in _parameters(decomposition, importance).items():
+        _copy_into(folder / f"{name}.safetensors", tensors)
 
 
 def load_state(folder: Path) -> CheckpointState:
@@ -253,7 +250,8 @@ def load_target(path: Path, task: InductionTask) -> InductionTransformer:
 
 def load_target_history(path: Path) -> TargetHistory:
     document = read_json(path / "target.json")
-    return TargetHistory(tuple(TargetCheck(**check) for check in document["checks"]), converged=document["converged"])
+    checks = tuple(TargetCheck(**check) for check in document["checks"])
+    return TargetHistory(checks, converged=document["converged"], attempts=document["attempts"])
 
 
 def model_sha256(model: nn.Module) -> str:
@@ -270,6 +268,15 @@ def _rebuild_task(path: Path, config: Config) -> Task:
         model = load_target(path, config.task).to(device=config.device, dtype=getattr(torch, config.dtype))
         return induction_task(config.task, model, seed=config.seed, batch=config.batch)
     raise RunDirError(f"{path}: a run on your own model, which the directory does not hold; open_run(path, model=...) from Python")
+
+
+def _parameters(decomposition: Decomposition, importance: Importance) -> dict[str, dict[str, Tensor]]:
+    """File stem → tensor name → U, V and γ as a checkpoint holds them, as views."""
+    U, V = decomposition.U, decomposition.V
+    return {
+        "components": {f"{name}.U": U[name] for name in U} | {f"{name}.V": V[name] for name in V},
+        "importance": {f"{name}.{key}": value for name, parts in importance.site_parameters().items() for key, value in parts.items()},
+    }
 
 
 def _copy_into(file: Path, targets: Mapping[str, Tensor]) -> None:
