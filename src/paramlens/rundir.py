@@ -152,7 +152,7 @@ class Run:
 
     @property
     def status(self) -> str:
-        """running, interrupted, diverged or finished."""
+        """running, interrupted, diverged, failed or finished."""
         return self.info["status"]
 
     @cached_property

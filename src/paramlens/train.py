@@ -65,6 +65,7 @@ def training_step(config: Config, task: Task, decomposition: Decomposition, impo
 
 
 def make_optimizer(config: Config, decomposition: Decomposition, importance: Importance) -> torch.optim.Optimizer:
+    """Adam or AdamW over U and V, γ, and γ's relative encodings; each group holds its full rate, which the schedule scales."""
     optim = config.optim
     gamma_lr = optim.gamma_lr or optim.lr
     relative = [value for name, value in importance.named_parameters() if name.endswith("relative")]
@@ -98,11 +99,16 @@ def train(
     start: int,
     tracker: Tracker,
 ) -> None:
+    """The loop of Algorithm 3 from step `start`, with logging, evaluation and checkpoints in `directory`.
+
+    Raises `DivergedError` before an update with a value that is not finite, and `KeyboardInterrupt` after a Ctrl-C, once the step
+    under way is finished and saved.
+    """
     began = time.monotonic()
     before = directory.info["seconds"]
     tracker.start("decomposing", steps=config.steps, done=start)
     save = partial(_save, config, decomposition, importance, optimizer, directory)
-    status, done = "running", start
+    status, done = "failed", start
     try:
         with interrupts() as interrupted:
             for step in range(start, config.steps):
@@ -124,7 +130,6 @@ def train(
                 if done % config.checkpoint.every == 0 or last or interrupted():
                     save(done)
                 if interrupted() and not last:
-                    status = "interrupted"
                     raise KeyboardInterrupt
         status = "finished"
     except DivergedError:
@@ -171,22 +176,26 @@ def _require_finite(result: Step, decomposition: Decomposition, importance: Impo
         return
 
     def broken(tensors: Mapping[str, Tensor | None]) -> str:
-        return ", ".join(name for name, value in tensors.items() if value is not None and not torch.isfinite(value).all())
+        names = [name for name, value in tensors.items() if value is not None and not torch.isfinite(value).all()]
+        return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
-    gradients = {name: U.grad for name, U in decomposition.U.items()}
-    slopes = {f"{name} {key}": value.grad for name, value in importance.named_parameters() for key in ["γ"]}
+    gradients = {f"U at {name}": U.grad for name, U in decomposition.U.items()}
+    gradients |= {f"V at {name}": V.grad for name, V in decomposition.V.items()}
+    for group in importance.typed_groups:
+        for i, site in enumerate(group.names):
+            gradients |= {f"γ's {key} at {site}": value.grad[i] for key, value in group.named_parameters() if value.grad is not None}
     losses = broken(result.losses)
     causes = [
-        ("the target's logits are not finite", broken({"logits": result.target_logits})),
-        ("U or V at", broken({**decomposition.U, **{f"{name} (V)": V for name, V in decomposition.V.items()}})),
+        ("the target's", broken({"logits": result.target_logits})),
+        ("U at", broken(decomposition.U)),
+        ("V at", broken(decomposition.V)),
         ("γ's pre-activation at", broken(result.pre)),
-        ("the gradient of U at", broken(gradients)),
-        ("the gradient of", broken(slopes)),
+        ("the gradient of", broken(gradients)),
     ]
-    where = "; ".join(f"{what} {names}" for what, names in causes if names) or "every site finite"
+    where = next((f"{what} {names}" for what, names in causes if names), "every site finite")  # the first is the origin
     raise DivergedError(
         f"step {step}: {'loss ' + losses if losses else 'a gradient'} is not finite ({where}); nothing was updated. "
-        f"Lower optim.lr, or resume from the last checkpoint with other data"
+        "Lower optim.lr and start anew; the last checkpoint is from before"
     )
 
 
