@@ -18,7 +18,7 @@ from paramlens import circuit, load_config, open_run
 from paramlens.config import Config
 from paramlens.configfile import parse_value
 from paramlens.layout import read_json
-from paramlens.runs import decompose_config, torch_threads
+from paramlens.runs import decompose_config
 from paramlens.tracking import Terminal
 
 BASE = "induction-quick"
@@ -45,8 +45,7 @@ def measure(config: Config) -> dict[str, object]:
         target = ROOT / "runs" / f"{BASE}-s{config.seed}"
         decompose_config(config, out=path, target=None if path == target else target, overwrite=True, tracker=Terminal(seconds=30))
     run = open_run(path)
-    with torch_threads(config.threads):
-        result = circuit(run)
+    result = circuit(run)
     history = run.target_history
     assert history is not None
     last = history.checks[-1]

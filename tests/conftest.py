@@ -2,7 +2,7 @@
 
 from jaxtyping import install_import_hook
 
-SHAPED = ("sites", "decomposition", "importance", "masks", "losses", "evaluation", "rundir", "train", "runs", "tasks", "analysis")
+SHAPED = ("sites", "decomposition", "importance", "masks", "losses", "evaluation", "rundir", "train", "tasks.induction", "analysis")
 install_import_hook([f"paramlens.{name}" for name in SHAPED], "beartype.beartype")
 
 import pytest  # noqa: E402

@@ -49,8 +49,18 @@ def test_alone_it_explains_itself(capsys: pytest.CaptureFixture[str]):
         (["decompose", "CONFIG", "--losses.p-start", "0.01"], "losses: p_start 0.01 is below p_final 0.1"),
         (["decompose", "CONFIG", "--losses", "{}"], "no loss is enabled; give at least one of"),
         (["decompose", "CONFIG", "--overwrit"], "decompose: unknown option --overwrit; did you mean --overwrite?"),
+        (["decompose", "CONFIG", "--steps=3", "extra"], "--steps: one value is needed, not 3 extra"),
+        (["decompose", "CONFIG", "--steps"], "--steps: give a value"),
+        (["decompose", "CONFIG", "--device", "cuda"], "device cuda: torch"),
+        (["decompose", "CONFIG", "--resume", "--overwrite"], "resume and overwrite exclude each other"),
+        (["decompose", "CONFIG", "--out", "CONFIG/x"], "tiny.yaml is no writable directory); give another --out"),
+        (["decompose"], "decompose: give a configuration, induction, induction-quick or a YAML file first, then options"),
+        (["decompose", "--steps", "3", "CONFIG"], "decompose: give a configuration"),
+        (["circuit"], "circuit: give a run directory first, then options"),
+        (["circuit", "DIR", "--threshold", "abc"], "circuit: Error parsing --threshold: could not convert string to float: 'abc'"),
+        (["demo", "--seed", "x"], "demo: Error parsing --seed:"),
         (["decompose", "CONFIG", "extra"], "unexpected argument 'extra'; fields are flags"),
-        (["decompose", "CONFIG", "--out", "DIR"], "exists; --resume continues it, --overwrite replaces it, --out DIR writes elsewhere"),
+        (["decompose", "CONFIG", "--out", "DIR"], "exists; --overwrite replaces it, --out DIR writes elsewhere"),
         (["decompose", "CONFIG", "--out", "DIR", "--overwrite"], "is no run directory, so --overwrite leaves it alone"),
         (["circuit", "DIR"], "not a run directory"),
         (["circuit", "DIR/none"], "no such run; give the directory that decompose printed"),
@@ -140,6 +150,22 @@ def test_the_whole_way(config, tmp_path):
     again = run("decompose", config, "--out", place)
     assert again.returncode == 2
     assert "exists" in again.stderr
+
+
+def test_lists_and_switches_on_the_command_line(config, tmp_path):
+    from paramlens.cli import _configuration
+
+    made = _configuration(config, ["--sites=a", "b", "--optim.betas", "0.9", "0.95", "--last-token-only", "--steps=7"])
+    assert (made.sites, made.optim.betas, made.last_token_only, made.steps) == (("a", "b"), (0.9, 0.95), True, 7)
+    made = _configuration(config, ["--sites", "[a, b]", "--optim.betas=[0.8, 0.9]", "--last_token_only", "false"])
+    assert (made.sites, made.optim.betas, made.last_token_only) == (("a", "b"), (0.8, 0.9), False)
+
+
+def test_a_reader_that_leaves_early(config):
+    command = f"{sys.executable} -c 'from paramlens.cli import entry; entry()' decompose {config} --help | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.startswith("usage: paramlens decompose")
+    assert done.stderr == ""
 
 
 def test_train_target_then_decompose_it(config, tmp_path):

@@ -97,6 +97,8 @@ def test_scientific_notation_is_a_number(tmp_path):
     [
         ("- 1\n", "a mapping of fields is needed, not list"),
         ("a: [1\n", "line 2: not YAML"),
+        ("C: 1\nC: 2\n", "C is given twice"),
+        ("seed: 2024-99-99\n", "not YAML"),
         ("", "a mapping of fields is needed, not NoneType"),
     ],
 )

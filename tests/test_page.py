@@ -29,12 +29,17 @@ def run(tiny_run, tmp_path):
     return path
 
 
-def test_page_needs_the_circuit(tiny_run, tmp_path):
-    path = tmp_path / "bare"
-    shutil.copytree(tiny_run.path, path)
-    shutil.rmtree(path / "analysis", ignore_errors=True)
-    with pytest.raises(RunDirError, match=r"no analysis/circuit.json; run paramlens circuit"):
-        report(path)
+def test_page_computes_the_circuit_where_it_is_missing_or_old(run, tmp_path):
+    file = run / "analysis/circuit.json"
+    fresh = file.read_text()
+    report(run)
+    assert file.read_text() == fresh
+    file.write_text(fresh.replace('"step": 12', '"step": 8'))
+    report(run)
+    assert json.loads(file.read_text())["step"] == 12
+    shutil.rmtree(run / "analysis")
+    report(str(run))
+    assert file.is_file()
     with pytest.raises(RunDirError, match="not a run directory"):
         report(tmp_path)
 

@@ -168,8 +168,13 @@ def test_overwrite_replaces_runs_and_nothing_else(tmp_path, tiny):
             RunDirectory.create(other, tiny, overwrite=overwrite)
     assert (other / "chapter.txt").read_text() == "years of work"
     run = decompose_config(tiny, out=tmp_path / "run")
+    (run.path / "notes.txt").write_text("kept")
+    (tmp_path / "link").symlink_to(run.path)
     again = decompose_config(tiny_with(seed=1), out=run.path, overwrite=True)
     assert again.config.seed == 1
+    assert (run.path / "notes.txt").read_text() == "kept"
+    through = decompose_config(tiny_with(seed=2), out=tmp_path / "link", overwrite=True)
+    assert (through.config.seed, open_run(run.path).config.seed) == (2, 2)
 
 
 def test_target_of_another_run_can_be_reused(tiny_run, tmp_path):
@@ -181,5 +186,5 @@ def test_target_of_another_run_can_be_reused(tiny_run, tmp_path):
 
 def test_unwritable_place(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunDirError, match="cannot be written"):
+    with pytest.raises(RunDirError, match=r"cannot be written \(.*file is no writable directory\); give another --out"):
         RunDirectory.create(tmp_path / "file" / "run", tiny_with())

@@ -8,7 +8,7 @@ from torch import nn
 from conftest import tiny_with
 from paramlens import runs, train
 from paramlens.config import Optim
-from paramlens.errors import BatchError, ConfigError, DivergedError, SiteError
+from paramlens.errors import BatchError, ConfigError, DivergedError, RunDirError, SiteError
 from paramlens.layout import read_metrics
 from paramlens.runs import decompose, decompose_config
 from paramlens.tracking import Silent
@@ -76,6 +76,51 @@ def test_batches_without_positions(kind: str):
     assert run.step == 6
 
 
+def test_resume_with_another_model_changes_nothing(tmp_path):
+    decompose(Toy(), batches, out=tmp_path / "run", **TOY)
+    other = Toy()
+    with torch.no_grad():
+        other.first.weight.mul_(2)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(RunDirError, match="with other weights than this model.s; resume with the same model"):
+        decompose(other, batches, out=tmp_path / "run", resume=True, **TOY)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_dataloaders_and_callers_without_gradients():
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(batches(0)), batch_size=2)
+    with torch.no_grad():
+        run = decompose(Toy(), loader, **TOY)
+    assert run.step == 6
+
+
+@pytest.mark.parametrize("wrong", [None, 5, "abc", torch.ones(3, 2, 4), {"x": torch.ones(1)}])
+def test_batches_that_are_none(wrong):
+    with pytest.raises(ConfigError, match=r"batches: \w+ is one batch or none; give a list of batches"):
+        decompose(Toy(), wrong, **TOY)
+
+
+def test_models_that_cannot_be_decomposed():
+    with pytest.raises(ConfigError, match="model: an nn.Module is needed, not function"):
+        decompose(batches, batches, **TOY)
+    with pytest.raises(SiteError, match="no nn.Linear"):
+        decompose(nn.Identity(), batches, **TOY)
+    normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)))
+    with pytest.raises(SiteError, match="site 0: its weight is computed"):
+        decompose(normed, batches, **TOY)
+    with pytest.raises(SiteError, match="'scond' matches no weight matrix; did you mean second"):
+        decompose(Toy(), batches, sites="scond", **TOY)
+
+
+def test_the_callers_random_state_is_left_alone():
+    model = Toy()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    decompose(model, batches, **TOY)
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_last_token_needs_positions():
     with pytest.raises(ConfigError, match=r"last_token_only true: the model's logits \(5, 3\) have no position axis"):
         decompose(Toy(), lambda step: batches(step)[:, 0], last_token_only=True, **TOY)
@@ -131,8 +176,9 @@ def test_warmup_fits_the_weights_before_the_first_step():
 
 def test_same_seed_same_bytes_other_seed_other_run():
     runs_ = [decompose(Toy(), batches, seed=seed, **TOY) for seed in (0, 0, 1)]
-    files = [(run.path / "checkpoints/step-00000006/components.safetensors").read_bytes() for run in runs_]
-    assert files[0] == files[1] != files[2]
+    files = [{path.name: path.read_bytes() for path in (run.path / "checkpoints/step-00000006").iterdir()} for run in runs_]
+    assert files[0] == files[1]
+    assert files[0]["components.safetensors"] != files[2]["components.safetensors"]
     assert (runs_[0].path / "metrics.jsonl").read_bytes() == (runs_[1].path / "metrics.jsonl").read_bytes()
 
 

@@ -1,8 +1,12 @@
 """The command line: parse, call, print. Results go to stdout, everything else to stderr."""
 
+import contextlib
 import dataclasses
 import difflib
+import io
+import itertools
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +21,9 @@ from tyro.conf import Positional
 
 from paramlens import __version__
 from paramlens.config import Config, InductionTask
-from paramlens.configfile import LIST_FIELDS, field_paths, load_config, parse_value, shipped_configs
-from paramlens.errors import ConfigError, ParamLensError
-from paramlens.layout import checkpoints, default_out, read_json, require_free, require_run
+from paramlens.configfile import LIST_FIELDS, SWITCHES, field_paths, load_config, parse_value, shipped_configs
+from paramlens.errors import ConfigError, ParamLensError, RunInterrupted
+from paramlens.layout import checkpoints, default_out, is_run, read_json, require_free, require_run
 
 if TYPE_CHECKING:
     from paramlens.analysis.circuit import Circuit
@@ -117,7 +121,11 @@ class Report:
 
 def entry() -> None:
     """The installed command `paramlens`."""
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except BrokenPipeError:  # the reader of stdout, such as head, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -140,17 +148,29 @@ def main(argv: Sequence[str]) -> int:
         console.print(f"paramlens: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return error.exit_code
     except KeyboardInterrupt:
-        console.print("paramlens: interrupted", style="yellow")
+        console.print("paramlens: interrupted before a checkpoint was written; nothing was changed", style="yellow")
         return 130
 
 
 def _parse(name: str, kind: type, argv: Sequence[str]) -> tuple[Any, list[str]]:
     """The command's own options, and the words that are not: overrides of configuration fields."""
     prog = f"paramlens {name}"
-    configured = "config" in {option.name for option in dataclasses.fields(kind)}
-    if configured and {"-h", "--help"} & set(argv):
+    first = next(iter(dataclasses.fields(kind))).name
+    configured = first == "config"
+    asks_help = bool({"-h", "--help"} & set(argv))
+    if asks_help and configured:
         tyro.cli(_with_fields(kind, argv), prog=prog, args=["--help"], config=(tyro.conf.AvoidSubcommands,))
-    options, rest = tyro.cli(kind, prog=prog, args=argv, return_unknown_args=True, config=(tyro.conf.FlagCreatePairsOff,))
+    if first in ("config", "run") and not asks_help and (not argv or argv[0].startswith("-")):
+        what = f"a configuration, {', '.join(shipped_configs())} or a YAML file" if configured else "a run directory"
+        raise ConfigError(f"{name}: give {what} first, then options")
+    if asks_help:
+        tyro.cli(kind, prog=prog, args=["--help"], config=(tyro.conf.FlagCreatePairsOff,))
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(complaint):
+            options, rest = tyro.cli(kind, prog=prog, args=argv, return_unknown_args=True, config=(tyro.conf.FlagCreatePairsOff,))
+    except SystemExit:
+        raise ConfigError(f"{name}: {_first_paragraph(complaint.getvalue())}") from None
     own = [option.name for option in dataclasses.fields(kind)]
     for word in rest:
         flag = word.partition("=")[0].removeprefix("--").replace("-", "_")
@@ -163,13 +183,19 @@ def _parse(name: str, kind: type, argv: Sequence[str]) -> tuple[Any, list[str]]:
     return options, rest
 
 
+def _first_paragraph(boxed: str) -> str:
+    """What a complaint of tyro's says first, without the box drawn around it: a title, a rule or not, then the text up to a rule."""
+    frame = " │╭╮╰╯─-"
+    body = itertools.dropwhile(lambda line: not line.strip(frame), boxed.splitlines()[1:])
+    return " ".join(line.strip(" │") for line in itertools.takewhile(lambda line: line.strip(frame), body))
+
+
 def _with_fields(kind: type, argv: Sequence[str]) -> type:
     """The command's options and every configuration field as a flag: what --help shows."""
     names = [word for word in argv if not word.startswith("-")]
     loaded = load_config(names[0] if names else DEMO_CONFIG)
-    shown = dataclasses.make_dataclass(
-        kind.__name__, [("overrides", Annotated[Config, tyro.conf.arg(name="")], field(default=loaded))], bases=(kind,), kw_only=True
-    )
+    overrides = tyro.conf.FlagConversionOff[Annotated[Config, tyro.conf.arg(name="")]]
+    shown = dataclasses.make_dataclass(kind.__name__, [("overrides", overrides, field(default=loaded))], bases=(kind,), kw_only=True)
     shown.__doc__ = kind.__doc__
     return shown
 
@@ -182,10 +208,15 @@ def _configuration(name: str, words: list[str]) -> Config:
         if not flag.startswith("--"):
             raise ConfigError(f"unexpected argument {words[0]!r}; fields are flags, such as --optim.lr 3e-3")
         end = next((i for i, word in enumerate(words[1:], 1) if word.startswith("--")), len(words))
-        values = [inline] if has_inline else words[1:end]
+        values = [inline, *words[1:end]] if has_inline else words[1:end]
         path = flag.removeprefix("--").replace("-", "_")
-        parsed = [parse_value(value) for value in values] or [True]
-        overrides[path] = parsed if path in LIST_FIELDS or len(parsed) > 1 else parsed[0]
+        parsed = [parse_value(value) for value in values]
+        if not parsed and path not in SWITCHES:
+            raise ConfigError(f"{flag}: give a value")
+        if len(parsed) > 1 and path not in LIST_FIELDS:
+            raise ConfigError(f"{flag}: one value is needed, not {' '.join(values)}")
+        listed = path in LIST_FIELDS and not (len(parsed) == 1 and isinstance(parsed[0], list))
+        overrides[path] = parsed if listed else parsed[0] if parsed else True
         words = words[end:]
     return load_config(name, overrides=overrides)
 
@@ -201,12 +232,16 @@ def _demo(options: Demo, _: list[str]) -> int:
         from paramlens.tracking import Terminal
 
         resume = not options.overwrite and bool(checkpoints(path))
+        overwrite = options.overwrite or (is_run(path) and not resume)  # what an interrupted demo left before its first checkpoint
         try:
-            decompose_config(config, out=path, resume=resume, overwrite=options.overwrite, tracker=Terminal(stderr))
-        except KeyboardInterrupt:
-            return _interrupted(path, "paramlens demo" + (f" --seed {options.seed}" if options.seed else ""))
+            decompose_config(config, out=path, resume=resume, overwrite=overwrite, tracker=Terminal(stderr))
+        except RunInterrupted:
+            place = ["--out", str(options.out)] if options.out else []
+            return _interrupted(["paramlens", "demo", *(["--seed", str(options.seed)] if options.seed else []), *place])
+    from paramlens.page import report
+
     _print_circuit(_circuit(path), Console())
-    page = _report(path)
+    page = report(path)
     Console().print(f"page: {page}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
@@ -224,7 +259,8 @@ def _train_target(options: TrainTarget, rest: list[str]) -> int:
         raise ConfigError(f"{options.config}: task.kind {config.task.kind} has no toy target to train")
     require_free(path, overwrite=options.overwrite)
     from paramlens.rundir import RunDirectory
-    from paramlens.runs import torch_threads, trained_target
+    from paramlens.runs import trained_target
+    from paramlens.threads import torch_threads
     from paramlens.tracking import Terminal
 
     with torch_threads(config.threads):
@@ -249,27 +285,23 @@ def _decompose(options: Decompose, rest: list[str]) -> int:
         run = decompose_config(
             config, out=path, target=options.target, resume=options.resume, overwrite=options.overwrite, tracker=Terminal()
         )
-    except KeyboardInterrupt:
+    except RunInterrupted:
         place = ["--out", str(options.out)] if options.out else []
-        return _interrupted(path, shlex.join(["paramlens", "decompose", options.config, "--resume", *rest, *place]))
+        return _interrupted(["paramlens", "decompose", options.config, "--resume", *rest, *place])
     trained = [line for line in run.metrics if "losses" in line]
     document = {"run": str(path), "steps": run.step, "seconds": run.info["seconds"], "losses": trained[-1]["losses"] if trained else {}}
     _emit(document, as_json=options.json, text=f"run: {path}")
     return 0
 
 
-def _interrupted(path: Path, again: str) -> int:
-    hint = f"; resume with: {again}" if checkpoints(path) else " before the first checkpoint; nothing is kept"
-    Console(stderr=True).print(f"paramlens: interrupted{hint}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+def _interrupted(again: list[str]) -> int:
+    text = f"paramlens: interrupted; resume with: {shlex.join(again)}"
+    Console(stderr=True).print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
     return 130
 
 
 def _circuit_command(options: ShowCircuit, _: list[str]) -> int:
     require_run(options.run)
-    if not 0 <= options.threshold < 1:
-        raise ConfigError(f"--threshold {options.threshold}: importances lie in [0, 1], so give a number from 0 to below 1")
-    if options.batches < 1:
-        raise ConfigError(f"--batches {options.batches}: give 1 or more")
     result = _circuit(options.run, threshold=options.threshold, batches=options.batches)
     if options.json:
         print(json.dumps(result.to_json()))
@@ -281,11 +313,9 @@ def _circuit_command(options: ShowCircuit, _: list[str]) -> int:
 def _circuit(path: Path, *, threshold: float = 0.1, batches: int = 16) -> "Circuit":
     from paramlens.analysis.circuit import circuit
     from paramlens.rundir import open_run
-    from paramlens.runs import torch_threads
 
     run = open_run(path)
-    with torch_threads(run.config.threads):
-        result = circuit(run, threshold=threshold, batches=batches)
+    result = circuit(run, threshold=threshold, batches=batches)
     run.save_analysis("circuit", result.to_json())
     return result
 
@@ -312,17 +342,11 @@ def _print_circuit(result: "Circuit", console: Console) -> None:
 
 def _report_command(options: Report, _: list[str]) -> int:
     require_run(options.run)
-    page = _report(options.run)
-    Console().print(f"page: {page}", highlight=False, markup=False, soft_wrap=True)
-    return 0
-
-
-def _report(path: Path) -> Path:
-    if not (path / "analysis" / "circuit.json").is_file():
-        _circuit(path)
     from paramlens.page import report
 
-    return report(path)
+    page = report(options.run)
+    Console().print(f"page: {page}", highlight=False, markup=False, soft_wrap=True)
+    return 0
 
 
 def _doctor(options: Doctor, rest: list[str]) -> int:

@@ -260,8 +260,8 @@ class Config(_Frozen):
     """Where the run computes: cpu, cuda, cuda:N or mps."""
     dtype: Literal["float32", "float64"] = "float32"
     """Floating-point type of everything trained."""
-    threads: Count | None = None
-    """CPU threads; none: one per core the process may use, four at most."""
+    threads: Annotated[Count, Field(le=256)] | None = None
+    """CPU threads, at most 256; none: one per core the process may use, four at most."""
     task: InductionTask | CustomTask = Field(default=CustomTask(), discriminator="kind")
     gamma: Gamma = Gamma()
     init: Init = Init()

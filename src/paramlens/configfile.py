@@ -19,9 +19,18 @@ from paramlens.errors import ConfigError
 LIST_FIELDS = ("sites", "optim.betas")
 """Fields that hold several values; on the command line, values apart."""
 
+SWITCHES = ("last_token_only",)
+"""Fields that are true or false; on the command line, the bare flag is true."""
+
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's floats: 1e-3 is a number, which YAML 1.1 reads as a string."""
+    """YAML 1.2's floats: 1e-3 is a number, which YAML 1.1 reads as a string; a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in {key for key in keys if keys.count(key) > 1}:
+            raise yaml.constructor.ConstructorError(problem=f"{key} is given twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep=deep)
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
@@ -33,7 +42,7 @@ def parse_value(text: str) -> Any:
         return None
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         return text
 
 
@@ -51,7 +60,7 @@ def load_config(name_or_path: str | Path, *, overrides: Mapping[str, Any] | None
     source, text = _read(str(name_or_path))
     try:
         tree = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         place = getattr(error, "problem_mark", None)
         line = f" line {place.line + 1}" if place else ""
         raise ConfigError(f"{source}{line}: not YAML ({getattr(error, 'problem', None) or error})") from None
@@ -86,7 +95,8 @@ def explain(error: ValidationError, *, source: str) -> str:
     if first["type"] == "extra_forbidden":
         text = _unknown(place)
     else:
-        given = "" if isinstance(first["input"], dict | BaseModel) else f" {first['input']!r}:"
+        shown = repr(first["input"])
+        given = "" if isinstance(first["input"], dict | BaseModel) else f" {shown if len(shown) <= 60 else shown[:57] + '...'}:"
         text = f"{field}{':' if field else ''}{given} {_remedy(first)}".strip()
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return f"{source}: {text}{more}"
@@ -96,6 +106,8 @@ _REMEDIES = {
     "greater_than": "give a number above {gt:g}",
     "greater_than_equal": "give {ge:g} or more",
     "less_than": "give a number below {lt:g}",
+    "less_than_equal": "give {le:g} or less",
+    "union_tag_not_found": "give its kind: {{kind: induction}}",
     "finite_number": "give a finite number",
     "float_type": "give a number",
     "int_type": "give a whole number",
@@ -121,8 +133,8 @@ def _remedy(problem: Mapping[str, Any]) -> str:
 
 def _unknown(place: list[str]) -> str:
     """An unknown field, with the nearest name that exists anywhere in the configuration."""
-    known = field_paths()
     path = ".".join(place)
+    known = [name for name in field_paths() if name != path]
     close = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
     if not close:
         by_leaf = {name.rsplit(".", 1)[-1]: name for name in known}

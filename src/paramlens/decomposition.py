@@ -89,7 +89,7 @@ class Decomposition(nn.Module):
     def target_run(self, inputs: Inputs) -> TargetRun:
         """The target as it is: logits bit-equal to calling it, and what every site was given."""
         seen: dict[str, list[Tensor]] = {site.name: [] for site in self.sites}
-        hooks = [site.module.register_forward_pre_hook(partial(_keep_input, seen[site.name])) for site in self.sites]
+        hooks = [site.module.register_forward_pre_hook(partial(_keep_input, seen[site.name], site.name)) for site in self.sites]
         try:
             with torch.no_grad():
                 logits = call(self.model, inputs)
@@ -151,7 +151,9 @@ def _product(replacement: Replacement | None) -> Literal["target", "masked", "sc
     return "masked" if replacement.where is None else "scoped"
 
 
-def _keep_input(seen: list[Tensor], _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+def _keep_input(seen: list[Tensor], name: str, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    if not args:
+        raise SiteError(f"site {name}: the model calls it with keywords; a site must be given its input as the first argument")
     seen.append(args[0])
 
 
@@ -178,7 +180,7 @@ def call(model: nn.Module, inputs: Inputs) -> Tensor:
     """The model's logits: its output, or the output's `.logits`."""
     if isinstance(inputs, Mapping):
         output: Any = model(**inputs)
-    elif isinstance(inputs, tuple):
+    elif isinstance(inputs, tuple | list):
         output = model(*inputs)
     else:
         output = model(inputs)

@@ -31,5 +31,9 @@ class RunDirError(ParamLensError):
     exit_code = 2
 
 
+class RunInterrupted(KeyboardInterrupt):
+    """Ctrl-C during training, after the step under way was finished and saved; not part of the family, as Ctrl-C is not an error."""
+
+
 class DivergedError(ParamLensError):
     """Training produced a value that is not finite; raised before the optimizer step."""

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -13,6 +14,11 @@ from paramlens.errors import RunDirError
 
 FORMAT = 1
 """Version of the directory's format that is written, and the newest that is read."""
+
+_CONTENTS = (
+    *("checkpoints", "analysis", "report.html", "metrics.jsonl", "model.json", "target.safetensors", "target.json"),
+    *("config.yaml", "run.json"),
+)
 
 _STEP = re.compile(r"step-(\d{8})")
 
@@ -35,13 +41,27 @@ def require_run(path: Path) -> None:
 
 
 def require_free(path: Path, *, overwrite: bool) -> None:
-    """Raise `RunDirError` if `path` holds anything; with `overwrite`, only if that is no run directory."""
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    """Raise `RunDirError` if `path` holds anything or cannot be written; with `overwrite`, only if that is no run directory."""
+    standing = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not standing.is_dir() or not os.access(standing, os.W_OK):
+        raise RunDirError(f"{path}: cannot be written ({standing} is no writable directory); give another --out")
+    if standing != path or not any(path.iterdir()):
         return
     if not overwrite:
-        raise RunDirError(f"{path} exists; --resume continues it, --overwrite replaces it, --out DIR writes elsewhere")
+        resume = "--resume continues it, " if checkpoints(path) else ""
+        raise RunDirError(f"{path} exists; {resume}--overwrite replaces it, --out DIR writes elsewhere")
     if not is_run(path):
         raise RunDirError(f"{path} exists and is no run directory, so --overwrite leaves it alone; give another --out")
+
+
+def clear(path: Path) -> None:
+    """Remove what a run directory holds, and nothing else that lies there."""
+    for name in _CONTENTS:
+        entry = path / name
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink(missing_ok=True)
 
 
 def checkpoint_path(path: Path, step: int) -> Path:

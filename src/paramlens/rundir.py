@@ -35,6 +35,7 @@ from paramlens.layout import (
     checkpoint_path,
     checkpoint_step,
     checkpoints,
+    clear,
     file_sha256,
     find_checkpoint,
     read_json,
@@ -70,9 +71,8 @@ class RunDirectory:
         """A new directory holding `config.yaml` and `run.json`. Raises `RunDirError` as `layout.require_free` does."""
         path = Path(path)
         require_free(path, overwrite=overwrite)
-        if path.exists():
-            shutil.rmtree(path)
         try:
+            clear(path)
             path.mkdir(parents=True, exist_ok=True)
             write_text(path / "config.yaml", dump_config(config))
             write_json(path / "run.json", {"format": FORMAT, "versions": _versions()})

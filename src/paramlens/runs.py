@@ -1,10 +1,8 @@
 """From a model or a configuration to a finished run directory: `decompose` and `decompose_config`."""
 
 import dataclasses
-import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from paramlens.rundir import Run, RunDirectory, load_target, load_target_history
 from paramlens.sites import at_rest, find_sites
 from paramlens.tasks import Batches, Task, batch_function, generator
 from paramlens.tasks.induction import InductionTransformer, TargetCheck, TargetHistory, induction_task, train_target
+from paramlens.threads import torch_threads
 from paramlens.tracking import Silent, Tracker
 from paramlens.train import make_optimizer, restore, train
 
@@ -30,7 +29,7 @@ def decompose(
     model: nn.Module,
     batches: Batches,
     *,
-    sites: Sequence[str] = ("*",),
+    sites: str | Sequence[str] = ("*",),
     C: int = 64,
     steps: int = 1000,
     out: str | Path | None = None,
@@ -42,17 +41,23 @@ def decompose(
     """Decompose any `nn.Module` that maps a batch to logits (a tensor, or an output with `.logits`).
 
     batches: a function of the step, a sequence (cycled), or an iterable (iterated anew when exhausted; such a run cannot be resumed).
-    A batch is passed as `model(x)`, `model(*tuple)` or `model(**mapping)`; tensors lead with the batch axis.
+    A batch is passed as `model(x)`, `model(*sequence)` or `model(**mapping)`; tensors lead with the batch axis.
     out: the run directory; none: a new temporary one. fields: any field of `Config`, nested ones as mappings (`optim={"lr": 3e-3}`).
     The model comes back exactly as it was. Raises `ConfigError`, `SiteError`, `BatchError`, `RunDirError`, `DivergedError`.
     """
-    device = str(next(model.parameters()).device)
-    tree = {"device": device, **fields, "sites": list(sites), "C": C, "steps": steps}
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model: an nn.Module is needed, not {type(model).__name__}")
+    if "task" in fields:
+        raise ConfigError("task: belongs to configurations; a model of your own comes with its batches")
+    device = str(next((parameter.device for parameter in model.parameters()), "cpu"))
+    tree = {"device": device, **fields, "sites": [sites] if isinstance(sites, str) else list(sites), "C": C, "steps": steps}
     config = make_config(tree, source="decompose")
+    task = Task(model=model, batch=batch_function(batches))
     if resume and not (callable(batches) or isinstance(batches, Sequence)):
         raise ConfigError("resume: batches from an iterable cannot be taken up at a step; give a function of the step or a sequence")
-    task = Task(model=model, batch=batch_function(batches))
     path = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="paramlens-"))
+    if resume and overwrite:
+        raise ConfigError("resume and overwrite exclude each other; leave one out")
     if resume:
         _require_resumable(config, path)
     return _run(config, task, path, resume=resume, overwrite=overwrite, tracker=tracker or Silent())
@@ -73,7 +78,14 @@ def decompose_config(
     """
     tracker = tracker or Silent()
     if not isinstance(config.task, InductionTask):
-        raise ConfigError("task.kind custom: your own model and batches are given in Python, paramlens.decompose(model, batches, ...)")
+        raise ConfigError(
+            "task: give {kind: induction}; a model of your own is decomposed in Python, paramlens.decompose(model, batches, ...)"
+        )
+    if resume and overwrite:
+        raise ConfigError("resume and overwrite exclude each other; leave one out")
+    if resume and target is not None:
+        raise ConfigError(f"target {target}: a resumed run has its target; leave one of --target and --resume out")
+    _require_device(config.device)
     find_sites(InductionTransformer(config.task), config.sites)
     path = Path(out) if out is not None else default_out(config)
     if resume:
@@ -138,6 +150,20 @@ def _require_resumable(config: Config, path: Path) -> None:
         raise RunDirError(f"{path}: holds no finished checkpoint to resume from; --overwrite starts anew")
 
 
+def _require_same_target(directory: RunDirectory, model: nn.Module) -> None:
+    info = directory.info
+    if info["target"]["sha256"] != model_sha256(model):
+        raise RunDirError(
+            f"{directory.path}: made from {info['target']['id']} with other weights than this model's; resume with the same model"
+        )
+
+
+def _require_device(device: str) -> None:
+    kind = torch.device(device).type
+    if kind != "cpu" and not getattr(torch, kind).is_available():
+        raise ConfigError(f"device {device}: torch {torch.__version__} finds none here; give cpu")
+
+
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
@@ -156,11 +182,13 @@ def _run(
     history: TargetHistory | None = None,
 ) -> Run:
     """Train `task` into `path`. Everything that a user can get wrong is checked before a directory is made or replaced."""
-    with torch_threads(config.threads), at_rest(task.model):
+    with torch_threads(config.threads), at_rest(task.model), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
         decomposition, importance = _built(config, task)
         optimizer = make_optimizer(config, decomposition, importance)
         if resume:
             directory = RunDirectory(path)
+            _require_same_target(directory, task.model)
             start = restore(checkpoints(path)[-1], decomposition, importance, optimizer)
             directory.cut_metrics(start)
         else:
@@ -212,14 +240,3 @@ def _start_values(config: Config, decomposition: Decomposition, importance: Impo
         optimizer.zero_grad()
         faithfulness(decomposition).backward()
         optimizer.step()
-
-
-@contextmanager
-def torch_threads(threads: int | None) -> Iterator[None]:
-    """While active, torch computes with `threads` CPU threads; none: one per core this process may use, four at most."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 4))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -54,7 +54,9 @@ def find_sites(model: nn.Module, patterns: Sequence[str]) -> tuple[Site, ...]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     for name, module in chosen.items():
-        places = owners[id(module.weight)]
+        places = owners.get(id(module.weight), [])
+        if not places:
+            raise SiteError(f"site {name}: its weight is computed (a parametrization), not a parameter; leave it out of sites")
         if len(places) > 1:
             raise SiteError(
                 f"site {name}: its weight is tied ({' = '.join(places)}), so replacing it would change both; leave it out of sites"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from paramlens.config import RECONSTRUCTION_NAMES, Config, Optim
 from paramlens.decomposition import Decomposition
-from paramlens.errors import DivergedError
+from paramlens.errors import DivergedError, RunInterrupted
 from paramlens.evaluation import active_counts, evaluate, importances
 from paramlens.importance import Importance, lower, upper
 from paramlens.losses import annealed_p, faithfulness, minimality, reconstruction_losses
@@ -101,7 +101,7 @@ def train(
 ) -> None:
     """The loop of Algorithm 3 from step `start`, with logging, evaluation and checkpoints in `directory`.
 
-    Raises `DivergedError` before an update with a value that is not finite, and `KeyboardInterrupt` after a Ctrl-C, once the step
+    Raises `DivergedError` before an update with a value that is not finite, and `RunInterrupted` after a Ctrl-C, once the step
     under way is finished and saved.
     """
     began = time.monotonic()
@@ -130,7 +130,7 @@ def train(
                 if done % config.checkpoint.every == 0 or last or interrupted():
                     save(done)
                 if interrupted() and not last:
-                    raise KeyboardInterrupt
+                    raise RunInterrupted
         status = "finished"
     except DivergedError:
         status = "diverged"

@@ -15,6 +15,7 @@ from paramlens.evaluation import ACTIVE, evaluate, importances
 from paramlens.rundir import Run
 from paramlens.sites import at_rest
 from paramlens.tasks import Batch
+from paramlens.threads import torch_threads
 
 ALL_POSITIONS = "all"
 """The one role of a task whose positions have none."""
@@ -73,13 +74,17 @@ def circuit(run: Run, *, threshold: float = ACTIVE, batches: int = 16) -> Circui
     task = run.task
     if task is None:
         raise ConfigError(f"{run.path}: no data to look at; open_run(path, model=..., batches=...)")
+    if not 0 <= threshold < 1:
+        raise ConfigError(f"threshold {threshold}: importances lie in [0, 1], so give a number from 0 to below 1")
+    if batches < 1:
+        raise ConfigError(f"batches {batches}: give 1 or more")
     decomposition, importance, config = run.decomposition, run.importance, run.config
     roles = list(task.roles) or [ALL_POSITIONS]
     held_out = [task.batch(index, "circuit").to(config.device) for index in range(batches)]
     rows: list[dict[str, float]] = []
     divergences: list[dict[str, Tensor]] = []
     gs: list[dict[str, Tensor]] = []
-    with at_rest(task.model):
+    with at_rest(task.model), torch_threads(config.threads):
         for batch in held_out:
             target, g = importances(decomposition, importance, batch)
             scores = evaluate(

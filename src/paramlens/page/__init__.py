@@ -3,7 +3,7 @@
 import json
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import plotly.graph_objects as go
@@ -11,22 +11,21 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from paramlens.configfile import load_config
-from paramlens.errors import RunDirError
-from paramlens.layout import read_json, read_metrics, require_run, write_text
+from paramlens.layout import checkpoint_step, find_checkpoint, read_json, read_metrics, require_run, write_text
 from paramlens.page.figures import attention_figure, example_figure, losses_figure, role_figure, target_figure
 
+if TYPE_CHECKING:
+    from paramlens.rundir import Run
 
-def report(run: str | Path) -> Path:
-    """Write `report.html` into a run directory that holds `analysis/circuit.json`, and return its path.
 
-    Raises `RunDirError` if the path is no run or the circuit has not been computed.
+def report(run: "Run | str | Path") -> Path:
+    """Write `report.html` into a run directory and return its path; the circuit is computed where it is missing or older than the run.
+
+    Raises `RunDirError` if the path is no run. A run on your own model is given as the `Run` that `decompose` or `open_run` returned.
     """
-    path = Path(getattr(run, "path", run))
+    path = Path(run) if isinstance(run, str | Path) else run.path
     require_run(path)
-    circuit_file = path / "analysis" / "circuit.json"
-    if not circuit_file.is_file():
-        raise RunDirError(f"{path}: no analysis/circuit.json; run paramlens circuit {path} first")
-    circuit, info = read_json(circuit_file), read_json(path / "run.json")
+    circuit, info = _circuit(run, path), read_json(path / "run.json")
     target = read_json(path / "target.json") if (path / "target.json").is_file() else None
     metrics = read_metrics(path)
     figures: list[tuple[str, str, go.Figure]] = [
@@ -51,6 +50,17 @@ def report(run: str | Path) -> Path:
     page = path / "report.html"
     write_text(page, html)
     return page
+
+
+def _circuit(run: "Run | str | Path", path: Path) -> dict[str, Any]:
+    file = path / "analysis" / "circuit.json"
+    if not file.is_file() or read_json(file)["step"] != checkpoint_step(find_checkpoint(path, None)):
+        from paramlens.analysis.circuit import circuit
+        from paramlens.rundir import open_run
+
+        opened = open_run(run) if isinstance(run, str | Path) else run
+        opened.save_analysis("circuit", circuit(opened).to_json())
+    return read_json(file)
 
 
 def _embedded(figure: go.Figure) -> Markup:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paramlens.errors import BatchError
+from paramlens.errors import BatchError, ConfigError
 
-Inputs = Tensor | Mapping[str, Any] | tuple[Any, ...]
+Inputs = Tensor | Mapping[str, Any] | tuple[Any, ...] | list[Any]
 Batches = Callable[[int], Inputs] | Sequence[Inputs] | Iterable[Inputs]
 
 
@@ -18,7 +18,7 @@ Batches = Callable[[int], Inputs] | Sequence[Inputs] | Iterable[Inputs]
 class Batch:
     """What the target is run on, and what is known of its positions.
 
-    inputs: passed to the target as `model(x)`, `model(*tuple)` or `model(**mapping)`; tensors lead with the batch axis.
+    inputs: passed to the target as `model(x)`, `model(*sequence)` or `model(**mapping)`; tensors lead with the batch axis.
     roles: (batch, pos) indices into the task's role names, or none.
     answers: (batch,) token expected after the last position, or none.
     """
@@ -53,6 +53,10 @@ def batch_function(batches: Batches) -> Callable[[int, str], Batch]:
 
     Held-out streams see the same batches: the caller has no others.
     """
+    if isinstance(batches, Tensor | Mapping | str) or not (callable(batches) or isinstance(batches, Iterable)):
+        raise ConfigError(
+            f"batches: {type(batches).__name__} is one batch or none; give a list of batches, a function of the step, or a DataLoader"
+        )
     if callable(batches):
         return lambda step, _: Batch(batches(step))
     if isinstance(batches, Sequence):

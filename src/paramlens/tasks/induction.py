@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from paramlens.config import InductionTask, TargetTraining
+from paramlens.errors import DivergedError
 from paramlens.tasks import Batch, Task, generator
 
 ROLES = ("s1", "m", "s2", "random")
@@ -219,6 +220,8 @@ def _attempt(
         done = step + 1
         if done % training.check_every == 0 or done == end:
             check = check_target(model, task, seed=seed, step=done)
+            if not math.isfinite(check.loss):
+                raise DivergedError(f"target step {done}: loss is {check.loss}; lower task.training.lr ({training.lr:g})")
             checks.append(check)
             on_check(check)
             if done == end or (training.settle and not settling and done + training.settle > training.steps):
