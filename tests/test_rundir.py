@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from conftest import tiny_with
-from paramlens.errors import RunDirError
+from paramlens.errors import ConfigError, RunDirError
 from paramlens.layout import checkpoints
 from paramlens.rundir import RunDirectory, load_target_history, model_sha256, open_run, save_target
 from paramlens.runs import decompose, decompose_config
@@ -180,8 +180,25 @@ def test_overwrite_replaces_runs_and_nothing_else(tmp_path, tiny):
 def test_target_of_another_run_can_be_reused(tiny_run, tmp_path):
     run = decompose_config(tiny_with(C=4), out=tmp_path / "run", target=tiny_run.path)
     assert run.info["target"]["sha256"] == tiny_run.info["target"]["sha256"]
-    with pytest.raises(RunDirError, match=r"no target.safetensors; give a directory made by train-target or decompose"):
+    with pytest.raises(RunDirError, match=r"no config.yaml; give a directory made by train-target or decompose"):
         decompose_config(tiny_with(), out=tmp_path / "other", target=tmp_path)
+
+
+def test_target_of_another_task_is_refused(tiny_run, tmp_path):
+    """Two heads have the same weights' shapes as one."""
+    task = tiny_run.config.task.model_copy(update={"heads": 2}).model_dump()
+    with pytest.raises(ConfigError, match=r"trained on another task \(task.heads 1 → 2\)"):
+        decompose_config(tiny_with(task=task), out=tmp_path / "run", target=tiny_run.path)
+
+
+def test_metrics_cut_in_their_last_line_still_read(copy):
+    file = copy / "metrics.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(lines)[:-20])
+    assert len(open_run(copy).metrics) == len(lines) - 1
+    file.write_text("{\n" + "\n".join(lines))
+    with pytest.raises(RunDirError, match=r"metrics.jsonl line 1: not JSON"):
+        open_run(copy).metrics  # noqa: B018
 
 
 def test_unwritable_place(tmp_path):

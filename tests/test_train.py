@@ -9,6 +9,7 @@ from conftest import tiny_with
 from paramlens import runs, train
 from paramlens.config import Optim
 from paramlens.errors import BatchError, ConfigError, DivergedError, RunDirError, SiteError
+from paramlens.evaluation import evaluate, importances
 from paramlens.layout import read_metrics
 from paramlens.runs import decompose, decompose_config
 from paramlens.tracking import Silent
@@ -299,3 +300,73 @@ def test_held_out_metrics_are_means_over_batches(tiny_run):
     three = train.held_out(config, tiny_run.task, tiny_run.decomposition, tiny_run.importance)
     assert read_metrics(tiny_run.path)[-1]["evaluation"]["faithfulness"] == pytest.approx(three["faithfulness"])
     assert 0 <= three["accuracy_masked"] <= 1
+    singles = []
+    for index in range(3):
+        batch = tiny_run.task.batch(index, "evaluate")
+        target, g = importances(tiny_run.decomposition, tiny_run.importance, batch)
+        singles.append(evaluate(tiny_run.task, tiny_run.decomposition, batch, target, g, last_token_only=True, seed=config.seed)["recon"])
+    assert three["recon"] == pytest.approx(sum(singles) / 3)
+    assert len(set(singles)) == 3
+
+
+def test_every_group_gets_its_own_rate(tiny_run):
+    optim = {"name": "adamw", "lr": 1e-3, "gamma_lr": 1e-2, "betas": [0.8, 0.9], "weight_decay": 0.3}
+    config = tiny_with(optim=optim, gamma={"kind": "attention", "d_gate": 3, "relative_lr": 5.0})
+    optimizer = train.make_optimizer(config, tiny_run.decomposition, tiny_run.importance)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert [group["full_lr"] for group in optimizer.param_groups] == pytest.approx([1e-3, 1e-2, 5e-2])
+    assert [len(group["params"]) for group in optimizer.param_groups] == [12, 8, 1]
+    assert all((group["betas"], group["weight_decay"]) == ((0.8, 0.9), 0.3) for group in optimizer.param_groups)
+
+
+def test_the_schedule_is_applied():
+    """At a rate that a warm-up of a million steps keeps near zero, nothing moves."""
+    still = decompose(Toy(), batches, optim={"warmup": 1e6}, **TOY)
+    moved = decompose(Toy(), batches, **TOY)
+
+    def distance(run) -> float:
+        U, V = run.decomposition.U, run.decomposition.V
+        return max((U[site.name] @ V[site.name] - site.W).abs().max().item() for site in run.decomposition.sites)
+
+    assert distance(still) < 1e-6 < distance(moved)
+
+
+def test_stacking_is_checked_before_anything_is_written(tmp_path):
+    class PositionFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.layer(x.transpose(0, 1).reshape(-1, 4)).reshape(x.shape[1], x.shape[0], 4).transpose(0, 1)
+
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.layer(x).mean(1))
+
+    with pytest.raises(BatchError, match="plans stacked along the batch differ from single ones"):
+        decompose(PositionFirst(), batches, out=tmp_path / "run", **TOY)
+    with pytest.raises(SiteError, match=r"sites layer and head: inputs lead with \(5, 2\) and \(5,\)"):
+        decompose(Pooled(), batches, out=tmp_path / "run", **TOY)
+    assert not (tmp_path / "run").exists()
+
+
+def test_fused_fast_paths_do_not_bypass_a_site():
+    """nn.TransformerEncoderLayer at rest would otherwise never call its linears, and every reconstruction look perfect."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+    run = decompose(layer, batches, sites=["linear*"], **TOY | {"init": {"kind": "random"}, "C": 1})
+    assert run.metrics[-1]["evaluation"]["recon"] > 1e-4
+
+
+def test_linear_with_a_forward_of_its_own_is_refused():
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 3 * super().forward(x)
+
+    with pytest.raises(SiteError, match="site 0: Scaled has a forward of its own"):
+        decompose(nn.Sequential(Scaled(4, 3)), batches, **TOY)

@@ -148,7 +148,7 @@ def main(argv: Sequence[str]) -> int:
         console.print(f"paramlens: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return error.exit_code
     except KeyboardInterrupt:
-        console.print("paramlens: interrupted before a checkpoint was written; nothing was changed", style="yellow")
+        console.print("paramlens: interrupted", style="yellow")
         return 130
 
 

@@ -256,7 +256,7 @@ class Config(_Frozen):
     """Patterns of the weight matrices to decompose, as module paths (* ? [] as in file names)."""
     last_token_only: bool = False
     """Loss on the last position only. Table 4: true. Figure 6: false."""
-    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?|mps)$")] = "cpu"
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?|mps(:\d+)?)$")] = "cpu"
     """Where the run computes: cpu, cuda, cuda:N or mps."""
     dtype: Literal["float32", "float64"] = "float32"
     """Floating-point type of everything trained."""

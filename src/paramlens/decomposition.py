@@ -19,6 +19,7 @@ and each site computes only what each plan needs of it, its own product or the m
 positions of the sequence, because the loss needs no others, takes the mask's last positions.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -73,6 +74,10 @@ class Decomposition(nn.Module):
         return self._target[0]
 
     @property
+    def device(self) -> torch.device:
+        return self._U[0].device
+
+    @property
     def names(self) -> tuple[str, ...]:
         return tuple(site.name for site in self.sites)
 
@@ -104,8 +109,18 @@ class Decomposition(nn.Module):
     def masked_run(self, inputs: Inputs, plans: Sequence[Plan]) -> Float[Tensor, "plan batch *pos token"]:
         """Logits of every plan from one forward pass, plans stacked along the batch axis."""
         stacked = inputs if len(plans) == 1 else map_tensors(lambda t: t.repeat(len(plans), *[1] * (t.dim() - 1)), inputs)
-        with swapped_in(self._forwards(plans)):
-            logits = call(self.model, stacked)
+        forwards = self._forwards(plans)
+        calls: Counter[nn.Module] = Counter()
+        hooks = [module.register_forward_pre_hook(partial(_count, calls)) for module in forwards]  # also keep fused fast paths off
+        try:
+            with swapped_in(forwards):
+                logits = call(self.model, stacked)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for site in self.sites:
+            if site.module in forwards and calls[site.module] != 1:
+                raise SiteError(f"site {site.name}: called {calls[site.module]} times in a masked run; a site must be called exactly once")
         return logits.unflatten(0, (len(plans), -1))
 
     def _forwards(self, plans: Sequence[Plan]) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
@@ -149,6 +164,10 @@ def _product(replacement: Replacement | None) -> Literal["target", "masked", "sc
     if replacement is None:
         return "target"
     return "masked" if replacement.where is None else "scoped"
+
+
+def _count(calls: "Counter[nn.Module]", module: nn.Module, _args: object) -> None:
+    calls[module] += 1
 
 
 def _keep_input(seen: list[Tensor], name: str, _module: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -22,6 +22,9 @@ LEAK = 0.01
 CPU_CHUNK = 2**18
 """Hidden units of γ computed at once on a CPU: 1 MiB in fp32, within a core's second-level cache; larger and smaller were slower."""
 
+MIN_CHUNK = 64
+"""Fewest rows of a chunk: with fewer, each chunk reads all of γ's weights for next to no work."""
+
 GPU_CHUNK = 2**28
 """Hidden units of γ computed at once on a GPU: 1 GiB in fp32."""
 
@@ -247,7 +250,7 @@ class _Mlps(torch.autograd.Function):
 def _chunks(rows: Tensor, w_in: Tensor) -> Iterator[slice]:
     """Slices of rows whose hidden units, of all sites, fit into a CPU's cache, or into a share of a GPU's memory."""
     elements = CPU_CHUNK if rows.device.type == "cpu" else GPU_CHUNK
-    size = max(1, elements // (len(w_in) * w_in.shape[-1]))
+    size = max(MIN_CHUNK, elements // (len(w_in) * w_in.shape[-1]))
     return (slice(start, min(start + size, rows.shape[1])) for start in range(0, rows.shape[1], size))
 
 

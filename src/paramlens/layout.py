@@ -95,9 +95,17 @@ def find_checkpoint(path: Path, step: int | None) -> Path:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of `metrics.jsonl`."""
+    """Lines of `metrics.jsonl`; a last line that was cut off is left out. Raises `RunDirError` for any other that is not JSON."""
     file = path / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    parsed: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            parsed.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise RunDirError(f"{file} line {number}: not JSON ({error}); remove the line") from None
+    return parsed
 
 
 def file_sha256(path: Path) -> str:

@@ -182,7 +182,7 @@ def open_run(path: str | Path, *, model: nn.Module | None = None, batches: Batch
     """Open a run directory at its newest checkpoint, or at step `checkpoint`.
 
     `model` is the target of a run on your own model, `batches` (as for `decompose`) what its analyses look at; toy targets and their
-    data are in the directory. Raises `RunDirError` if the path is no run,
+    data are in the directory, and open on the CPU where the run's device is missing. Raises `RunDirError` if the path is no run,
     holds no checkpoint, needs a model that is not given, or was made from another model.
     """
     path = Path(path)
@@ -265,7 +265,9 @@ def model_sha256(model: nn.Module) -> str:
 
 def _rebuild_task(path: Path, config: Config) -> Task:
     if isinstance(config.task, InductionTask):
-        model = load_target(path, config.task).to(device=config.device, dtype=getattr(torch, config.dtype))
+        kind = torch.device(config.device).type
+        device = config.device if kind == "cpu" or getattr(torch, kind).is_available() else "cpu"
+        model = load_target(path, config.task).to(device=device, dtype=getattr(torch, config.dtype))
         return induction_task(config.task, model, seed=config.seed, batch=config.batch)
     raise RunDirError(f"{path}: a run on your own model, which the directory does not hold; open_run(path, model=...) from Python")
 

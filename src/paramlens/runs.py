@@ -11,14 +11,14 @@ from torch import nn
 
 from paramlens.config import Config, InductionTask
 from paramlens.configfile import load_config, make_config
-from paramlens.decomposition import Decomposition, initialise
-from paramlens.errors import ConfigError, DivergedError, RunDirError
+from paramlens.decomposition import Decomposition, Plan, Replacement, TargetRun, initialise
+from paramlens.errors import BatchError, ConfigError, DivergedError, RunDirError, SiteError
 from paramlens.importance import Importance
 from paramlens.layout import checkpoints, default_out, require_free
 from paramlens.losses import faithfulness
 from paramlens.rundir import Run, RunDirectory, load_target, load_target_history, model_sha256, open_run
 from paramlens.sites import at_rest, find_sites
-from paramlens.tasks import Batches, Task, batch_function, generator
+from paramlens.tasks import Batches, Inputs, Task, batch_function, generator
 from paramlens.tasks.induction import InductionTransformer, TargetCheck, TargetHistory, induction_task, train_target
 from paramlens.threads import torch_threads
 from paramlens.tracking import Silent, Tracker
@@ -50,6 +50,8 @@ def decompose(
     if "task" in fields:
         raise ConfigError("task: belongs to configurations; a model of your own comes with its batches")
     device = str(next((parameter.device for parameter in model.parameters()), "cpu"))
+    if fields.get("device", device) != device:
+        raise ConfigError(f"device {fields['device']}: the model is on {device}; move the model, or leave device out")
     tree = {"device": device, **fields, "sites": [sites] if isinstance(sites, str) else list(sites), "C": C, "steps": steps}
     config = make_config(tree, source="decompose")
     task = Task(model=model, batch=batch_function(batches))
@@ -98,6 +100,7 @@ def decompose_config(
         with torch_threads(config.threads):
             model, history = trained_target(config, tracker=tracker)
     else:
+        _require_same_task(config.task, source)
         model, history = load_target(source, config.task), load_target_history(source)
     model = model.to(device=config.device, dtype=getattr(torch, config.dtype))
     task = induction_task(config.task, model, seed=config.seed, batch=config.batch)
@@ -150,6 +153,17 @@ def _require_resumable(config: Config, path: Path) -> None:
         raise RunDirError(f"{path}: holds no finished checkpoint to resume from; --overwrite starts anew")
 
 
+def _require_same_task(task: InductionTask, source: Path) -> None:
+    """Raise unless the target in `source` was trained on this very task; heads, say, leave no trace in its weights."""
+    if not (source / "config.yaml").is_file():
+        raise RunDirError(f"{source}: no config.yaml; give a directory made by train-target or decompose")
+    starts = {"training", "embedding_scale", "position_scale"}  # how it was trained, not what it is
+    ours, theirs = (_leaves(each.model_dump(exclude=starts)) for each in (task, load_config(source / "config.yaml").task))
+    changed = [f"task.{name} {theirs.get(name)!r} → {ours[name]!r}" for name in ours if ours[name] != theirs.get(name)]
+    if changed:
+        raise ConfigError(f"target {source}: trained on another task ({'; '.join(changed)}); give its values or train another")
+
+
 def _require_same_target(directory: RunDirectory, model: nn.Module) -> None:
     info = directory.info
     if info["target"]["sha256"] != model_sha256(model):
@@ -183,7 +197,7 @@ def _run(
 ) -> Run:
     """Train `task` into `path`. Everything that a user can get wrong is checked before a directory is made or replaced."""
     with torch_threads(config.threads), at_rest(task.model), torch.enable_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.default_generator.manual_seed(config.seed)
         decomposition, importance = _built(config, task)
         optimizer = make_optimizer(config, decomposition, importance)
         if resume:
@@ -215,13 +229,15 @@ def _built(config: Config, task: Task) -> tuple[Decomposition, Importance]:
         if site.W.dtype != dtype:
             raise ConfigError(f"dtype {config.dtype}: site {site.name} is {site.W.dtype}; convert the model or change dtype")
     decomposition = Decomposition(task.model, sites, C=config.C, dtype=dtype)
-    target = decomposition.target_run(task.batch(0, "train").to(config.device).inputs)
+    inputs = task.batch(0, "train").to(config.device).inputs
+    target = decomposition.target_run(inputs)
     if not torch.isfinite(target.logits).all():
         raise DivergedError("the target's logits on the first batch are not finite; check the model and the batch")
     if config.last_token_only and target.logits.dim() != 3:
         raise ConfigError(
             f"last_token_only true: the model's logits {tuple(target.logits.shape)} have no position axis (batch, pos, token); give false"
         )
+    _require_stackable(decomposition, inputs, target)
     longest = max(value.shape[1] for value in target.inputs.values())
     max_length = config.task.length if isinstance(config.task, InductionTask) else longest
     importance = Importance({site.name: (site.d_in, config.C) for site in sites}, config.gamma, max_length=max_length)
@@ -229,6 +245,26 @@ def _built(config: Config, task: Task) -> tuple[Decomposition, Importance]:
     with torch.no_grad():
         importance(target.inputs, decomposition.U)
     return decomposition, importance
+
+
+def _require_stackable(decomposition: Decomposition, inputs: Inputs, target: TargetRun) -> None:
+    """Raise unless all sites share their leading axes and plans stacked along the batch give what each gives alone."""
+    shapes = {name: tuple(value.shape[:-1]) for name, value in target.inputs.items()}
+    first = next(iter(shapes))
+    for name, shape in shapes.items():
+        if shape != shapes[first]:
+            raise SiteError(f"sites {first} and {name}: inputs lead with {shapes[first]} and {shape}; decompose them in runs of their own")
+    off = {name: Replacement(torch.zeros(*shapes[name], decomposition.C).to(decomposition.device)) for name in shapes}
+    plans: list[Plan] = [{name: Replacement(mask.mask.to(decomposition.U[name].dtype)) for name, mask in off.items()}, {}]
+    advice = "every tensor of a batch must lead with the batch axis, and so must what each site is given"
+    with torch.no_grad():
+        try:
+            stacked = decomposition.masked_run(inputs, plans)
+        except RuntimeError as error:
+            raise BatchError(f"the model fails on plans stacked along the batch ({str(error).splitlines()[0]}); {advice}") from None
+        for plan, logits in zip(plans, stacked, strict=True):
+            if not torch.allclose(logits, decomposition.masked_run(inputs, [plan])[0], rtol=1e-2, atol=1e-3):
+                raise BatchError(f"plans stacked along the batch differ from single ones; {advice}")
 
 
 def _start_values(config: Config, decomposition: Decomposition, importance: Importance) -> None:

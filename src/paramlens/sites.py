@@ -54,6 +54,8 @@ def find_sites(model: nn.Module, patterns: Sequence[str]) -> tuple[Site, ...]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     for name, module in chosen.items():
+        if type(module).forward is not nn.Linear.forward:
+            raise SiteError(f"site {name}: {type(module).__name__} has a forward of its own, not x @ W + bias; leave it out of sites")
         places = owners.get(id(module.weight), [])
         if not places:
             raise SiteError(f"site {name}: its weight is computed (a parametrization), not a parameter; leave it out of sites")

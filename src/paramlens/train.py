@@ -127,9 +127,10 @@ def train(
                     _log(config, result, done, share, directory, tracker)
                 if done % config.evaluate.every == 0 or last:
                     directory.append_metrics({"step": done, "evaluation": held_out(config, task, decomposition, importance)})
-                if done % config.checkpoint.every == 0 or last or interrupted():
+                stop = interrupted()
+                if done % config.checkpoint.every == 0 or last or stop:
                     save(done)
-                if interrupted() and not last:
+                if stop and not last:
                     raise RunInterrupted
         status = "finished"
     except DivergedError:
@@ -147,7 +148,7 @@ def held_out(config: Config, task: Task, decomposition: Decomposition, importanc
     """Metrics of `evaluation.evaluate`, mean over `evaluate.batches` held-out batches."""
     rows = []
     for index in range(config.evaluate.batches):
-        batch = task.batch(index, "evaluate").to(config.device)
+        batch = task.batch(index, "evaluate").to(decomposition.device)
         target, g = importances(decomposition, importance, batch)
         rows.append(evaluate(task, decomposition, batch, target, g, last_token_only=config.last_token_only, seed=config.seed))
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
@@ -231,11 +232,11 @@ def restore(folder: Path, decomposition: Decomposition, importance: Importance, 
 @contextmanager
 def interrupts() -> Iterator[Callable[[], bool]]:
     """Turns the first Ctrl-C into a flag, so that the step under way can finish; a second one interrupts at once."""
-    if threading.current_thread() is not threading.main_thread():
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is signal.SIG_IGN:
         yield lambda: False
         return
     seen = threading.Event()
-    before = signal.getsignal(signal.SIGINT)
 
     def handler(_number: int, _frame: Any) -> None:
         signal.signal(signal.SIGINT, before)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from paramlens.config import InductionTask
 from paramlens.decomposition import Decomposition, Plan, Replacement
 from paramlens.errors import ConfigError
 from paramlens.evaluation import ACTIVE, evaluate, importances
@@ -80,7 +81,7 @@ def circuit(run: Run, *, threshold: float = ACTIVE, batches: int = 16) -> Circui
         raise ConfigError(f"batches {batches}: give 1 or more")
     decomposition, importance, config = run.decomposition, run.importance, run.config
     roles = list(task.roles) or [ALL_POSITIONS]
-    held_out = [task.batch(index, "circuit").to(config.device) for index in range(batches)]
+    held_out = [task.batch(index, "circuit").to(decomposition.device) for index in range(batches)]
     rows: list[dict[str, float]] = []
     divergences: list[dict[str, Tensor]] = []
     gs: list[dict[str, Tensor]] = []
@@ -109,7 +110,7 @@ def circuit(run: Run, *, threshold: float = ACTIVE, batches: int = 16) -> Circui
         sequences=len(role_index),
         roles=roles,
         sites={
-            name: _site(name, torch.cat([g[name] for g in gs]), role_index, roles, threshold, model=task.model)
+            name: _site(torch.cat([g[name] for g in gs]), role_index, roles, threshold, if_silent=_if_silent(run, name, threshold))
             for name in decomposition.names
         },
         metrics=metrics,
@@ -125,9 +126,7 @@ def _role_index(batch: Batch, g: Mapping[str, Tensor]) -> Tensor:
     return torch.zeros(first.shape[:-1], dtype=torch.long, device=first.device)
 
 
-def _site(
-    name: str, g: Float[Tensor, "*batch C"], role_index: Tensor, roles: Sequence[str], threshold: float, *, model: nn.Module
-) -> SiteCircuit:
+def _site(g: Float[Tensor, "*batch C"], role_index: Tensor, roles: Sequence[str], threshold: float, *, if_silent: str) -> SiteCircuit:
     active = g > threshold
     unique = int(active.flatten(0, -2).any(0).sum())
     counts, sums = active.sum(-1, dtype=torch.float64), g.sum(-1, dtype=torch.float64)
@@ -136,17 +135,27 @@ def _site(
         importance={role: _mean(sums[role_index == i]) for i, role in enumerate(roles)},
         unique=unique,
         subcomponents={role: [round(v, 5) for v in g[role_index == i].mean(0).tolist()] for i, role in enumerate(roles)},
-        silent=silence(name, has_bias=getattr(model.get_submodule(name), "bias", None) is not None) if unique == 0 else None,
+        silent=if_silent if unique == 0 else None,
     )
 
 
-def silence(site: str, *, has_bias: bool) -> str:
-    """What a site with no active subcomponent still does (footnote 3): it is not unused."""
+def _if_silent(run: Run, name: str, threshold: float) -> str:
+    module, task = run.decomposition.model.get_submodule(name), run.config.task
+    added_after = isinstance(task, InductionTask) and task.added == "after"
+    return silence(name, has_bias=getattr(module, "bias", None) is not None, threshold=threshold, added_after=added_after)
+
+
+def silence(site: str, *, has_bias: bool, threshold: float, added_after: bool) -> str:
+    """What a site still does where no subcomponent exceeds the threshold (footnote 3): it is not unused.
+
+    Zero queries or keys make attention uniform unless a bias or a position encoding is added to them after the projection.
+    """
     output = "its bias alone" if has_bias else "zero"
+    text = f"has no subcomponent above {threshold:g} anywhere; with all of them off it writes {output}"
     leaf = site.rsplit(".", 1)[-1]
-    if leaf in ("q", "k", "q_proj", "k_proj", "query", "key"):
-        return f"writes {output}, so every attention score is the same: attention is uniform over what it may see, not off"
-    return f"writes {output} everywhere; the model runs on without what it carried"
+    if leaf in ("q", "k", "q_proj", "k_proj", "query", "key") and not has_bias and not added_after:
+        return f"{text}, so every attention score is the same: attention is uniform over what it may see, not off"
+    return f"{text}, and the model runs on without what it carried"
 
 
 def attention_divergence(
@@ -155,7 +164,11 @@ def attention_divergence(
     """KL(target ‖ masked) of every query's attention in nats, mean over heads; masks are g at all sites (Table 1c)."""
     target = attention_patterns(decomposition, batch, [{}], names)
     masked = attention_patterns(decomposition, batch, [{site: Replacement(value) for site, value in g.items()}], names)
-    return {name: (torch.xlogy(p, p) - torch.xlogy(p, masked[name])).sum(-1).mean(1) for name, p in target.items()}
+    divergences: dict[str, Tensor] = {}
+    for name, p in target.items():
+        q = masked[name].clamp(min=torch.finfo(p.dtype).tiny)  # where q underflows to 0 the divergence is large, not infinite
+        divergences[name] = (torch.xlogy(p, p) - torch.xlogy(p, q)).sum(-1).mean(1)
+    return divergences
 
 
 @torch.no_grad()

@@ -199,7 +199,7 @@ def _attempt(
 ) -> tuple[InductionTransformer, list[TargetCheck]]:
     training = task.training
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(seed, "target", attempt).initial_seed())
+        torch.default_generator.manual_seed(generator(seed, "target", attempt).initial_seed())
         model = InductionTransformer(task).to(device)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[training.optimizer]
     optimizer = kind(model.parameters(), lr=training.lr, weight_decay=training.weight_decay)
