@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -296,7 +297,7 @@ def _load_tensors(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except FileNotFoundError:
         raise RunDirError(f"{file}: missing") from None
-    except Exception as error:  # safetensors raises its own class, which is not public in every version
+    except SafetensorError as error:
         raise RunDirError(f"{file}: no safetensors file ({error})") from None
 
 
