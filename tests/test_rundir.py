@@ -154,7 +154,12 @@ def test_run_on_your_own_model(tmp_path):
     decompose(wrapped, [torch.randn(4, 3)], out=tmp_path / "run", **fields)
     with pytest.raises(RunDirError, match=r"a run on your own model.*open_run\(path, model=...\)"):
         open_run(tmp_path / "run")
-    assert open_run(tmp_path / "run", model=wrapped).decomposition.names == ("0",)
+    with (tmp_path / "run/config.yaml").open("a") as file:
+        file.write("a_field_of_the_future: 1\n")
+    run = open_run(tmp_path / "run", model=wrapped)
+    assert run.decomposition.names == ("0",), "model.json is all that loading needs"
+    with pytest.raises(ConfigError, match="a_field_of_the_future: unknown field"):
+        run.config  # noqa: B018
     with pytest.raises(RunDirError, match="with other weights"):
         open_run(tmp_path / "run", model=nn.Sequential(nn.Linear(3, 2)))
 

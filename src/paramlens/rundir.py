@@ -144,12 +144,16 @@ class Run:
     """A run directory opened for reading: the decomposition, γ, metrics, and the task where it can be rebuilt."""
 
     path: Path
-    config: Config
     step: int
     """Steps taken when the loaded checkpoint was written."""
     decomposition: Decomposition
     importance: Importance
     task: Task | None
+
+    @cached_property
+    def config(self) -> Config:
+        """`config.yaml`; U, V and γ load without it."""
+        return load_config(self.path / "config.yaml")
 
     @property
     def status(self) -> str:
@@ -188,13 +192,12 @@ def open_run(path: str | Path, *, model: nn.Module | None = None, batches: Batch
     """
     path = Path(path)
     require_run(path)
-    config = load_config(path / "config.yaml")
     described = read_json(path / "model.json")
     if described["format"] > FORMAT:
         raise RunDirError(f"{path}: written in format {described['format']}, this version reads up to {FORMAT}; upgrade paramlens")
     task = None
     if model is None:
-        task = _rebuild_task(path, config)
+        task = _rebuild_task(path, load_config(path / "config.yaml"))
         model = task.model
     elif batches is not None:
         task = Task(model, batch_function(batches))
@@ -204,7 +207,7 @@ def open_run(path: str | Path, *, model: nn.Module | None = None, batches: Batch
     folder = find_checkpoint(path, checkpoint)
     decomposition, importance = build(described, model)
     load_parameters(folder, decomposition, importance)
-    return Run(path, config, checkpoint_step(folder), decomposition, importance, task)
+    return Run(path, checkpoint_step(folder), decomposition, importance, task)
 
 
 def build(described: Mapping[str, Any], model: nn.Module) -> tuple[Decomposition, Importance]:
