@@ -52,6 +52,7 @@ def test_alone_it_explains_itself(capsys: pytest.CaptureFixture[str]):
         (["decompose", "CONFIG", "--steps=3", "extra"], "--steps: one value is needed, not 3 extra"),
         (["decompose", "CONFIG", "--steps"], "--steps: give a value"),
         (["decompose", "CONFIG", "--device", "cuda"], "device cuda: torch"),
+        (["train-target", "CONFIG", "--device", "cuda"], "device cuda: torch"),
         (["decompose", "CONFIG", "--resume", "--overwrite"], "resume and overwrite exclude each other"),
         (["decompose", "CONFIG", "--out", "CONFIG/x"], "tiny.yaml is no writable directory); give another --out"),
         (["decompose"], "decompose: give a configuration, induction, induction-quick or a YAML file first, then options"),

@@ -10,7 +10,7 @@ from torch import nn
 from conftest import tiny_with
 from paramlens.errors import ConfigError, RunDirError
 from paramlens.layout import checkpoints
-from paramlens.rundir import RunDirectory, load_target_history, model_sha256, open_run, save_target
+from paramlens.rundir import RunDirectory, load_target_history, model_sha256, open_run
 from paramlens.runs import decompose, decompose_config
 from paramlens.tasks.induction import TargetHistory
 
@@ -48,7 +48,7 @@ def test_the_sums_can_be_checked_without_the_library(tiny_run):
 
 def test_target_history_survives(tiny_run, tmp_path):
     history = TargetHistory(tiny_run.target_history.checks, converged=True, attempts=3)
-    save_target(tmp_path, tiny_run.task.model, history)
+    RunDirectory(tmp_path).save_target(tiny_run.task.model, history)
     assert load_target_history(tmp_path) == history
 
 

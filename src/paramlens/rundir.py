@@ -104,8 +104,10 @@ class RunDirectory:
         write_json(self.path / "run.json", self.info | fields)
 
     def save_target(self, model: nn.Module, history: TargetHistory) -> None:
-        """A toy target: its weights and its training (Figure 5)."""
-        save_target(self.path, model, history)
+        """A toy target: its weights in `target.safetensors`, its training (Figure 5) in `target.json`."""
+        state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+        save_file(state, self.path / "target.safetensors")
+        write_json(self.path / "target.json", {"format": FORMAT, **dataclasses.asdict(history)})
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
@@ -234,12 +236,6 @@ def load_state(folder: Path) -> CheckpointState:
         optimizer=_load_tensors(folder / "optimizer.safetensors"),
         rng=_load_tensors(folder / "rng.safetensors"),
     )
-
-
-def save_target(path: Path, model: nn.Module, history: TargetHistory) -> None:
-    """`target.safetensors` and `target.json` in the directory `path`."""
-    save_file({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}, path / "target.safetensors")
-    write_json(path / "target.json", {"format": FORMAT, **dataclasses.asdict(history)})
 
 
 def load_target(path: Path, task: InductionTask) -> InductionTransformer:

@@ -58,10 +58,8 @@ def decompose(
     if resume and not (callable(batches) or isinstance(batches, Sequence)):
         raise ConfigError("resume: batches from an iterable cannot be taken up at a step; give a function of the step or a sequence")
     path = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="paramlens-"))
-    if resume and overwrite:
-        raise ConfigError("resume and overwrite exclude each other; leave one out")
     if resume:
-        _require_resumable(config, path)
+        _require_resumable(config, path, overwrite=overwrite)
     return _run(config, task, path, resume=resume, overwrite=overwrite, tracker=tracker or Silent())
 
 
@@ -83,15 +81,13 @@ def decompose_config(
         raise ConfigError(
             "task: give {kind: induction}; a model of your own is decomposed in Python, paramlens.decompose(model, batches, ...)"
         )
-    if resume and overwrite:
-        raise ConfigError("resume and overwrite exclude each other; leave one out")
     if resume and target is not None:
         raise ConfigError(f"target {target}: a resumed run has its target; leave one of --target and --resume out")
     _require_device(config.device)
     find_sites(InductionTransformer(config.task), config.sites)
     path = Path(out) if out is not None else default_out(config)
     if resume:
-        _require_resumable(config, path)
+        _require_resumable(config, path, overwrite=overwrite)
         source: Path | None = path
     else:
         require_free(path, overwrite=overwrite)
@@ -110,6 +106,7 @@ def decompose_config(
 def trained_target(config: Config, *, tracker: Tracker) -> tuple[InductionTransformer, TargetHistory]:
     """Train the toy target of a configuration, telling its progress and whether it converged."""
     assert isinstance(config.task, InductionTask)
+    _require_device(config.device)
     tracker.message(f"training the target: {config.task.blocks} attention blocks, up to {config.task.training.steps} steps an attempt")
     seen = 0
 
@@ -138,8 +135,10 @@ def _describe_check(check: TargetCheck) -> str:
     )
 
 
-def _require_resumable(config: Config, path: Path) -> None:
-    """Raise unless `path` holds a checkpoint of a run with this very configuration."""
+def _require_resumable(config: Config, path: Path, *, overwrite: bool) -> None:
+    """Raise unless `path` holds a checkpoint of a run with this very configuration, and nobody asks to replace it."""
+    if overwrite:
+        raise ConfigError("resume and overwrite exclude each other; leave one out")
     if not (path / "config.yaml").is_file():
         raise RunDirError(f"{path}: nothing to resume there; leave --resume out to start anew")
     saved = load_config(path / "config.yaml")
@@ -254,8 +253,8 @@ def _require_stackable(decomposition: Decomposition, inputs: Inputs, target: Tar
     for name, shape in shapes.items():
         if shape != shapes[first]:
             raise SiteError(f"sites {first} and {name}: inputs lead with {shapes[first]} and {shape}; decompose them in runs of their own")
-    off = {name: Replacement(torch.zeros(*shapes[name], decomposition.C).to(decomposition.device)) for name in shapes}
-    plans: list[Plan] = [{name: Replacement(mask.mask.to(decomposition.U[name].dtype)) for name, mask in off.items()}, {}]
+    off = {name: Replacement(U.new_zeros(*shapes[name], decomposition.C)) for name, U in decomposition.U.items()}
+    plans: list[Plan] = [off, {}]
     advice = "every tensor of a batch must lead with the batch axis, and so must what each site is given"
     with torch.no_grad():
         try:
