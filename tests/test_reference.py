@@ -6,8 +6,9 @@ import torch
 import reference
 from conftest import tiny_with
 from paramlens import importance as importance_module
+from paramlens import native
 from paramlens.config import RECONSTRUCTION_NAMES, Init
-from paramlens.decomposition import Decomposition, Replacement, call, initialise
+from paramlens.decomposition import Decomposition, Replacement, call, initialise, mask_noise
 from paramlens.importance import Importance, lower, upper
 from paramlens.losses import RECONSTRUCTIONS, faithfulness, minimality
 from paramlens.sites import at_rest, find_sites, swapped_in
@@ -15,7 +16,7 @@ from paramlens.tasks import generator
 from paramlens.tasks.induction import InductionTransformer, induction_task
 from paramlens.train import training_step
 
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 KINDS = [("scalar", "offset"), ("vector", "offset"), ("attention", "offset"), ("attention", "query"), ("shared", "offset")]
 
 
@@ -58,7 +59,8 @@ def reference_pre(config, decomposition, importance, inputs):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("kind", "relative"), KINDS)
 def test_gamma(kind: str, relative: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(importance_module, "CPU_CHUNK", 100)  # several uneven chunks
+    monkeypatch.setattr(native, "cached_numbers", lambda: 100)  # several uneven chunks
+    monkeypatch.setattr(importance_module, "MIN_CHUNK", 5)
     config, task, decomposition, importance = make(kind, relative, dtype)
     target = decomposition.target_run(task.batch(0, "train").inputs)
     ours = importance(target.inputs, decomposition.U)
@@ -99,13 +101,11 @@ def reference_masks(name, g, config, step):
     kind = RECONSTRUCTIONS[name]
     plans = []
     for _ in range(config.losses.samples if kind.mask == "stochastic" else 1):
-        masks = {}
-        for site, value in g.items():
-            if kind.mask == "stochastic":
-                u = torch.rand(value.shape, generator=rng, dtype=value.dtype)
-                masks[site] = value + (1 - value) * u
-            else:
-                masks[site] = value
+        masks = dict(g)
+        if kind.mask == "stochastic":
+            keys = torch.randint(2**31, (len(g),), generator=rng).tolist()
+            noise = {site: mask_noise(key, g[site].detach()) for site, key in zip(g, keys, strict=True)}
+            masks = {site: value + (1 - value) * noise[site] for site, value in g.items()}
         if kind.sites == "all":
             plans.append(masks)
         elif kind.sites == "each":
@@ -180,7 +180,8 @@ def check_step(kind: str, relative: str, dtype: torch.dtype, losses: dict[str, f
 
     assert set(ours.losses) == set(values)
     for name, value in values.items():
-        assert relative_error(ours.losses[name], value) < TOLERANCE[dtype], name
+        noise = 1e-7 if dtype == torch.float32 else 0.0  # of a divergence, which is a difference of logits
+        assert abs(ours.losses[name].item() - value.item()) < TOLERANCE[dtype] * abs(value.item()) + noise, name
     for name, mine, other in zip(parameters, our_gradients, their_gradients, strict=True):
         assert relative_error(mine, other) < TOLERANCE[dtype], name
 
@@ -193,7 +194,7 @@ def test_faithfulness_and_minimality(dtype: torch.dtype):
     assert relative_error(faithfulness(decomposition), expected) < TOLERANCE[dtype]
     pre = importance(decomposition.target_run(task.batch(0, "train").inputs).inputs, decomposition.U)
     for p in (0.9, 0.1):
-        ours = minimality({name: upper(value) for name, value in pre.items()}, p=p, eps=1e-12)
+        ours = minimality(pre, p=p, eps=1e-12)
         assert relative_error(ours, reference.minimality(pre, p, 1e-12)) < TOLERANCE[dtype]
 
 

@@ -16,21 +16,23 @@
 
 A plan says which sites are replaced, and by which mask. Plans are stacked along the batch: one forward pass runs them all,
 and each site computes only what each plan needs of it, its own product or the masked one. A site that is given only the last
-positions of the sequence, because the loss needs no others, takes the mask's last positions.
+positions of the sequence, because the loss needs no others, takes the mask's last positions. A plan that leaves the first blocks
+of the model alone enters the stack at its own first block, with the target's activations.
 """
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
-from typing import Any, Literal
+from itertools import groupby, pairwise
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from paramlens import native
 from paramlens.config import Init
 from paramlens.errors import BatchError, SiteError
 from paramlens.sites import Site, swapped_in
@@ -39,9 +41,13 @@ from paramlens.tasks import Inputs, map_tensors
 
 @dataclass(frozen=True)
 class Replacement:
-    """A site's masked weight in one plan: mask r, and optionally where (batch, pos or 1) it stands in; elsewhere the target's own."""
+    """A site's masked weight in one plan: mask r = g, or, with a key, r = g + (1 - g) u for the noise u of that key, in [g, 1].
 
-    mask: Float[Tensor, "*batch C"]
+    where: (batch, pos or 1) at which it stands in, elsewhere the target's own weight; none: everywhere.
+    """
+
+    g: Float[Tensor, "*batch C"]
+    key: int | None = None
     where: Bool[Tensor, "*#batch"] | None = None
 
 
@@ -51,10 +57,14 @@ Plan = Mapping[str, Replacement]
 
 @dataclass(frozen=True)
 class TargetRun:
-    """One run of the target: its logits [batch, pos, token] and each site's input [batch, pos, d_in], both without gradient."""
+    """One run of the target: its logits [batch, pos, token] and each site's input [batch, pos, d_in], both without gradient.
+
+    block_outputs: what each of the decomposition's `blocks` returned.
+    """
 
     logits: Tensor
     inputs: dict[str, Tensor]
+    block_outputs: tuple[Any, ...] = ()
 
 
 class Decomposition(nn.Module):
@@ -65,6 +75,8 @@ class Decomposition(nn.Module):
         self._target = (model,)  # in a tuple: the target's parameters are not the decomposition's
         self.sites = tuple(sites)
         self.C = C
+        self._blocks: tuple[nn.Module, ...] = ()
+        self._home: dict[str, int] = {}  # site name → index of its block
         device = self.sites[0].W.device
         self._U = nn.ParameterList(torch.zeros(site.d_in, C, dtype=dtype, device=device) for site in sites)
         self._V = nn.ParameterList(torch.zeros(C, site.d_out, dtype=dtype, device=device) for site in sites)
@@ -94,7 +106,9 @@ class Decomposition(nn.Module):
     def target_run(self, inputs: Inputs) -> TargetRun:
         """The target as it is: logits bit-equal to calling it, and what every site was given."""
         seen: dict[str, list[Tensor]] = {site.name: [] for site in self.sites}
+        outputs: list[Any] = []
         hooks = [site.module.register_forward_pre_hook(partial(_keep_input, seen[site.name], site.name)) for site in self.sites]
+        hooks += [block.register_forward_hook(lambda _module, _args, output: outputs.append(output)) for block in self._blocks]
         try:
             with torch.no_grad():
                 logits = call(self.model, inputs)
@@ -104,14 +118,64 @@ class Decomposition(nn.Module):
         for name, calls in seen.items():
             if len(calls) != 1:
                 raise SiteError(f"site {name}: the model calls it {len(calls)} times per run; a site must be called exactly once")
-        return TargetRun(logits, {name: calls[0] for name, calls in seen.items()})
+        return TargetRun(logits, {name: calls[0] for name, calls in seen.items()}, tuple(outputs))
 
-    def masked_run(self, inputs: Inputs, plans: Sequence[Plan]) -> Float[Tensor, "plan batch *pos token"]:
-        """Logits of every plan from one forward pass, plans stacked along the batch axis."""
+    @torch.no_grad()
+    def find_blocks(self, inputs: Inputs) -> None:
+        """Recognise the model's chain of blocks, so that a plan can start at the first block it changes.
+
+        A chain is a `ModuleList` whose modules hand their output on, each to the next; it counts if runs that start in its
+        middle and at its end give the logits of whole runs on `inputs`.
+        """
+        self._blocks = max(_chains(self.model, inputs), key=lambda chain: len(self._homes(chain)), default=())
+        self._home = self._homes(self._blocks)
+        if not self._starts_anywhere(inputs):
+            self._blocks, self._home = (), {}
+
+    def _starts_anywhere(self, inputs: Inputs) -> bool:
+        starts = sorted(set(self._home.values()) - {0})
+        if not starts:
+            return False
+        target = self.target_run(inputs)
+        off = {name: Replacement(target.inputs[name].new_zeros(*target.inputs[name].shape[:-1], self.C)) for name in self._home}
+        ends = {starts[0], starts[-1]}
+        plans: list[Plan] = [{}, *({name: off[name] for name, home in self._home.items() if home == start} for start in ends)]
+        try:
+            return torch.allclose(self.masked_run(inputs, plans, target), self.masked_run(inputs, plans), rtol=1e-3, atol=1e-4)
+        except (RuntimeError, TypeError, ValueError, IndexError):  # blocks that cannot be entered so
+            return False
+
+    def _homes(self, blocks: Sequence[nn.Module]) -> dict[str, int]:
+        owners = {module: i for i, block in enumerate(blocks) for module in block.modules()}
+        return {site.name: owners[site.module] for site in self.sites if site.module in owners}
+
+    def entry(self, plan: Plan) -> int:
+        """Index of the first block that a plan changes, where it can enter a run; 0 if it must run through the whole model."""
+        return min((self._home.get(name, 0) for name in plan), default=0)
+
+    def masked_run(self, inputs: Inputs, plans: Sequence[Plan], target: TargetRun | None = None) -> Float[Tensor, "plan batch *pos token"]:
+        """Logits of every plan from one forward pass, plans stacked along the batch axis.
+
+        target: the target's run on the same sequences; with it, a plan is not run through the blocks before its first site.
+        """
+        for name in {name for plan in plans for name in plan} - set(self.names):
+            raise SiteError(f"plan names {name}, which is no site of this decomposition; its sites: {', '.join(self.names)}")
+        homes = self._home if target is not None and target.block_outputs else {}
+        starts = [min((homes.get(name, 0) for name in plan), default=0) for plan in plans]
+        order = sorted(range(len(plans)), key=starts.__getitem__)
+        active = [sum(start <= i for start in starts) for i in range(len(self._blocks))]  # plans under way in each block
+        plans = [plans[i] for i in order]
+        forwards: dict[nn.Module, Callable[..., Any]] = {}
+        for site, U, V in zip(self.sites, self._U, self._V, strict=True):
+            replacements = [plan.get(site.name) for plan in plans[: active[homes[site.name]] if site.name in homes else None]]
+            if any(replacement is not None for replacement in replacements):
+                forwards[site.module] = _stacked_forward(site, U, V, replacements)
+        replaced = set(forwards)
+        if target is not None and homes and max(starts) > 0:
+            forwards |= _entering(self._blocks, target.block_outputs, active)
         stacked = inputs if len(plans) == 1 else map_tensors(lambda t: t.repeat(len(plans), *[1] * (t.dim() - 1)), inputs)
-        forwards = self._forwards(plans)
         calls: Counter[nn.Module] = Counter()
-        hooks = [module.register_forward_pre_hook(partial(_count, calls)) for module in forwards]  # also keep fused fast paths off
+        hooks = [module.register_forward_pre_hook(partial(_count, calls)) for module in replaced]  # also keep fused fast paths off
         try:
             with swapped_in(forwards):
                 logits = call(self.model, stacked)
@@ -119,19 +183,67 @@ class Decomposition(nn.Module):
             for hook in hooks:
                 hook.remove()
         for site in self.sites:
-            if site.module in forwards and calls[site.module] != 1:
+            if site.module in replaced and calls[site.module] != 1:
                 raise SiteError(f"site {site.name}: called {calls[site.module]} times in a masked run; a site must be called exactly once")
-        return logits.unflatten(0, (len(plans), -1))
+        logits = logits.unflatten(0, (len(plans), -1))
+        return logits if order == sorted(order) else logits[torch.tensor(order).argsort().to(logits.device)]
 
-    def _forwards(self, plans: Sequence[Plan]) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
-        for name in {name for plan in plans for name in plan} - set(self.names):
-            raise SiteError(f"plan names {name}, which is no site of this decomposition; its sites: {', '.join(self.names)}")
-        forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
-        for site, U, V in zip(self.sites, self._U, self._V, strict=True):
-            replacements = [plan.get(site.name) for plan in plans]
-            if any(replacement is not None for replacement in replacements):
-                forwards[site.module] = _stacked_forward(site, U, V, replacements)
-        return forwards
+
+def _chains(model: nn.Module, inputs: Inputs) -> list[tuple[nn.Module, ...]]:
+    """Every `ModuleList` of `model` whose modules are called once each, in order, the first argument being the output before."""
+    lists = [tuple(module) for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
+    calls: list[tuple[nn.Module, Tensor | None, Tensor | None]] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        calls.append((module, _hidden(args), _hidden(output)))
+
+    hooks = [module.register_forward_hook(keep) for module in {module for chain in lists for module in chain}]
+    try:
+        call(model, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    chains = []
+    for chain in lists:
+        own = [each for each in calls if each[0] in chain]
+        handed_on = all(after[1] is not None and after[1] is before[2] for before, after in pairwise(own))
+        if tuple(module for module, _, _ in own) == chain and handed_on:
+            chains.append(chain)
+    return chains
+
+
+def _hidden(values: Any) -> Tensor | None:
+    """The hidden state among a block's arguments or results: the tensor itself, or the first of a tuple."""
+    first = values[0] if isinstance(values, tuple) and values else values
+    return first if isinstance(first, Tensor) else None
+
+
+def _entering(blocks: Sequence[nn.Module], outputs: Sequence[Any], active: Sequence[int]) -> dict[nn.Module, Callable[..., Any]]:
+    """Forwards of the blocks when the first `active[i]` of the stacked plans run through block i.
+
+    The plans that start there enter with the target's activations; a block in which none is under way is skipped.
+    """
+    plans = active[-1]
+
+    def forward(i: int, original: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not active[i]:
+            return outputs[i]
+        if i == 0:
+            rows = hidden.shape[0] // plans
+            hidden = hidden[: active[0] * rows]
+        else:
+            before = _hidden(outputs[i - 1])
+            assert before is not None
+            rows = before.shape[0]
+            entering = before.expand(active[i] - active[i - 1], *before.shape).flatten(0, 1)
+            hidden = torch.cat([hidden[: active[i - 1] * rows], entering])
+
+        def cut(tensor: Tensor) -> Tensor:
+            return tensor[: active[i] * rows] if tensor.dim() and tensor.shape[0] == plans * rows else tensor
+
+        return original(hidden, *map_tensors(cut, args), **map_tensors(cut, kwargs))
+
+    return {block: partial(forward, i, block.forward) for i, block in enumerate(blocks)}
 
 
 def _stacked_forward(site: Site, U: Tensor, V: Tensor, replacements: list[Replacement | None]) -> Callable[[Tensor], Tensor]:
@@ -148,11 +260,10 @@ def _stacked_forward(site: Site, U: Tensor, V: Tensor, replacements: list[Replac
             if kind == "target":
                 parts.append(original(part))
                 continue
-            masked = [replacement for replacement in run if replacement is not None]
-            mask = torch.cat([_last_positions(replacement.mask, x) for replacement in masked])
-            product = masked_linear(part, U, V, mask, site.bias)
+            masked = [_fitted(replacement, x) for replacement in run if replacement is not None]
+            product = masked_linear(part, U, V, masked, site.bias)
             if kind == "scoped":
-                where = [_last_positions(r.where.expand(r.mask.shape[:-1]), x) for r in masked if r.where is not None]
+                where = [replacement.where for replacement in masked if replacement.where is not None]
                 product = torch.where(torch.cat(where)[..., None], product, original(part))
             parts.append(product)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -176,23 +287,114 @@ def _keep_input(seen: list[Tensor], name: str, _module: nn.Module, args: tuple[T
     seen.append(args[0])
 
 
-def _last_positions(values: Tensor, x: Tensor) -> Tensor:
-    return values[:, -x.shape[1] :] if x.dim() == 3 and values.shape[1] > x.shape[1] else values
+def _fitted(replacement: Replacement, x: Tensor) -> Replacement:
+    """The replacement's last positions, where the site is given no more than those."""
+    g, key, where = replacement.g, replacement.key, replacement.where
+    if where is not None:
+        where = where.expand(g.shape[:-1])
+    if x.dim() != 3 or g.shape[1] <= x.shape[1]:
+        return Replacement(g, key, where)
+    last = slice(g.shape[1] - x.shape[1], None)
+    mask = g[:, last] if key is None else stochastic_mask(g[:, last], mask_noise(key, g)[:, last])
+    return Replacement(mask, None, None if where is None else where[:, last])
+
+
+def stochastic_mask(g: Float[Tensor, "*batch C"], noise: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
+    """R = g + (1 - g) u, in [g, 1]; the gradient with respect to g is 1 - u (Algorithm 3, line 4)."""
+    return torch.lerp(g, torch.ones_like(g), noise)
+
+
+def mask_noise(key: int, like: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
+    """U ~ U(0, 1) per entry, a pure function of the key, the shape and the kind of device."""
+    if native.serves(like):
+        noise = torch.empty_like(like, memory_format=torch.contiguous_format)
+        native.uniform(native.units(noise), noise, noise.numel(), key)
+        return noise
+    rng = torch.Generator(device=like.device).manual_seed(key)
+    return torch.rand(like.shape, generator=rng, device=like.device, dtype=like.dtype)
 
 
 def masked_linear(
     x: Float[Tensor, "*batch d_in"],
     U: Float[Tensor, "d_in C"],
     V: Float[Tensor, "C d_out"],
-    mask: Float[Tensor, "*mask_batch C"],
+    replacements: Sequence[Replacement],
     bias: Float[Tensor, "d_out"] | None,
 ) -> Float[Tensor, "*batch d_out"]:
-    """`((x @ U) * mask) @ V + bias`. Raises `BatchError` if mask and input disagree on the leading axes."""
-    if mask.shape[:-1] != x.shape[:-1]:
-        raise BatchError(
-            f"mask has leading axes {tuple(mask.shape[:-1])}, the site's input {tuple(x.shape[:-1])}; masks come from the same batch"
-        )
-    return F.linear((x @ U) * mask, V.T, bias)
+    """`((x @ U) * r) @ V + bias`, r being the masks of `replacements`, one after the other along the first axis.
+
+    Raises `BatchError` if masks and input disagree on the leading axes.
+    """
+    leading = (sum(replacement.g.shape[0] for replacement in replacements), *replacements[0].g.shape[1:-1])
+    if leading != tuple(x.shape[:-1]):
+        raise BatchError(f"mask has leading axes {leading}, the site's input {tuple(x.shape[:-1])}; masks come from the same batch")
+    gs, keys = [replacement.g for replacement in replacements], [replacement.key for replacement in replacements]
+    if native.serves(x, U, *gs):
+        product = _MaskedProduct.apply(x, U, V, keys, *gs)
+        return product if bias is None else product + bias
+    masks = [g if key is None else stochastic_mask(g, mask_noise(key, g)) for g, key in zip(gs, keys, strict=True)]
+    return F.linear((x @ U) * torch.cat(masks), V.T, bias)
+
+
+class _MaskedProduct(torch.autograd.Function):
+    """`((x @ U) * r) @ V` by chunks of rows; inner activations and masks never leave the cache and are computed again for the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, U: Tensor, V: Tensor, keys: Sequence[int | None], *gs: Tensor) -> Tensor:
+        rows = x.reshape(len(gs), -1, x.shape[-1])
+        U, V = U.contiguous(), V.contiguous()
+        masks = [g.contiguous() for g in gs]
+        ctx.save_for_backward(rows, U, V, *masks)
+        ctx.keys = keys
+        out = x.new_empty(*rows.shape[:2], V.shape[1])
+        size = _chunk_rows(rows, U)
+        inner = x.new_empty(size, U.shape[1])
+        plans = [[each.split(size) for each in (x, g.flatten(0, -2), y)] for x, g, y in zip(rows, masks, out, strict=True)]
+        for i in range(len(plans[0][0])):
+            for (reads, g, y), key in zip(plans, keys, strict=True):
+                part = inner[: len(reads[i])]
+                torch.mm(reads[i], U, out=part)
+                native.mask_forward(native.units(part), part, g[i], part.numel(), *_noise(key, i * inner.numel()))
+                torch.mm(part, V, out=y[i])
+        return out.view(-1, *gs[0].shape[1:-1], V.shape[1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, U, V, *gs = cast("tuple[Tensor, ...]", ctx.saved_tensors)
+        above = grad.reshape(len(gs), -1, grad.shape[-1])
+        wanted = ctx.needs_input_grad[0]
+        grad_rows = torch.empty_like(rows if wanted else rows[:, :0])
+        grad_U, grad_V = torch.zeros_like(U), torch.zeros_like(V)
+        grad_gs = {id(g): torch.zeros_like(g) for g in gs}  # plans that share g share its gradient
+        size = _chunk_rows(rows, U)
+        inner, below = rows.new_empty(2, size, U.shape[1])
+        plans = [
+            [each.split(size) for each in (x, a, g.flatten(0, -2), grad_gs[id(g)].flatten(0, -2), to_x)]
+            for x, a, g, to_x in zip(rows, above, gs, grad_rows, strict=True)
+        ]
+        for i in range(len(plans[0][0])):
+            for (x, a, g, to_g, to_x), key in zip(plans, ctx.keys, strict=True):
+                part, grad_part = inner[: len(x[i])], below[: len(x[i])]
+                torch.mm(x[i], U, out=part)
+                torch.mm(a[i], V.T, out=grad_part)
+                native.mask_backward(native.units(part), part, grad_part, g[i], to_g[i], part.numel(), *_noise(key, i * inner.numel()))
+                grad_V.addmm_(part.T, a[i])
+                grad_U.addmm_(x[i].T, grad_part)
+                if wanted:
+                    torch.mm(grad_part, U.T, out=to_x[i])
+        given = [grad_gs.pop(id(g), None) for g in gs]
+        return grad_rows.view(*grad.shape[:-1], -1) if wanted else None, grad_U, grad_V, None, *given
+
+
+def _noise(key: int | None, place: int) -> tuple[int, int, int]:
+    """A mask kernel's last arguments: whether there is noise, its key, and the place of the first number."""
+    return (0, 0, 0) if key is None else (1, key, place)
+
+
+def _chunk_rows(rows: Float[Tensor, "plan row d_in"], U: Float[Tensor, "d_in C"]) -> int:
+    """Rows whose inner activations fit into the threads' caches."""
+    return min(max(16, native.cached_numbers() // (8 * U.shape[1])), rows.shape[1])
 
 
 def call(model: nn.Module, inputs: Inputs) -> Tensor:

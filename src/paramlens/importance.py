@@ -13,14 +13,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from paramlens import native
 from paramlens.config import Gamma
 from paramlens.errors import BatchError, ConfigError
 
 LEAK = 0.01
 """Slope of the leaky side of both sigmoids."""
-
-CPU_CHUNK = 2**18
-"""Hidden units of γ computed at once on a CPU: 1 MiB in fp32, within a core's second-level cache; larger and smaller were slower."""
 
 MIN_CHUNK = 64
 """Fewest rows of a chunk: with fewer, each chunk reads all of γ's weights for next to no work."""
@@ -38,6 +36,10 @@ class _Lower(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (pre,) = ctx.saved_tensors
+        if native.serves(pre, grad):
+            below = torch.empty_like(pre, memory_format=torch.contiguous_format)
+            native.lower_backward(native.units(pre), pre.contiguous(), grad.contiguous(), below, pre.numel())
+            return below
         below = LEAK * grad.clamp(max=0)  # a descent step along a negative gradient raises pre
         return torch.where(pre <= 0, below, torch.where(pre <= 1, grad, 0))
 
@@ -187,8 +189,7 @@ class _Group(nn.Module):
             )
 
     def _per_subcomponent(self, rows: Float[Tensor, "site row width"]) -> Float[Tensor, "site row C"]:
-        w_in = self.w_in.permute(0, 2, 1, 3).flatten(2)  # (S, width, C * d_gate)
-        return _Mlps.apply(rows, w_in, self.b_in.flatten(1), self.w_out) + self.b_out[:, None]
+        return _Mlps.apply(rows, self.w_in, self.b_in, self.w_out, self.b_out)
 
     def _attend(self, x: Float[Tensor, "site batch pos d_in"]) -> Float[Tensor, "site batch pos two_d_in"]:
         """Algorithm 1, lines 1-5: single-head attention over all positions, its output beside the positioned input."""
@@ -217,40 +218,88 @@ class _Mlps(torch.autograd.Function):
     def forward(
         ctx: Any,
         rows: Float[Tensor, "site row width"],
-        w_in: Float[Tensor, "site width C_times_d_gate"],
-        b_in: Float[Tensor, "site C_times_d_gate"],
+        w_in: Float[Tensor, "site C width d_gate"],
+        b_in: Float[Tensor, "site C d_gate"],
         w_out: Float[Tensor, "site C d_gate"],
+        b_out: Float[Tensor, "site C"],
     ) -> Float[Tensor, "site row C"]:
         ctx.save_for_backward(rows, w_in, b_in, w_out)
+        if native.serves(rows, w_in):
+            return _native_forward(rows, w_in, b_in, w_out, b_out)
+        flat_w, flat_b = w_in.permute(0, 2, 1, 3).flatten(2), b_in.flatten(1)[:, None]
         pre = rows.new_empty(*rows.shape[:2], w_out.shape[1])
         for part in _chunks(rows, w_in):
-            hidden = F.gelu(torch.baddbmm(b_in[:, None], rows[:, part], w_in))
+            hidden = F.gelu(torch.baddbmm(flat_b, rows[:, part], flat_w))
             pre[:, part] = hidden.unflatten(-1, w_out.shape[1:]).mul_(w_out[:, None]).sum(-1)
-        return pre
+        return pre.add_(b_out[:, None])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Float[Tensor, "site row C"]) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad: Float[Tensor, "site row C"]) -> tuple[Tensor | None, ...]:
         rows, w_in, b_in, w_out = ctx.saved_tensors
         grad_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
-        grad_w_in, grad_b_in, grad_w_out = torch.zeros_like(w_in), torch.zeros_like(b_in), torch.zeros_like(w_out)
+        if native.serves(rows, w_in):
+            return _native_backward(rows, w_in, b_in, w_out, grad, grad_rows)
+        flat_w, flat_b = w_in.permute(0, 2, 1, 3).flatten(2), b_in.flatten(1)[:, None]
+        grad_w_in, grad_b_in, grad_w_out = torch.zeros_like(flat_w), torch.zeros_like(flat_b), torch.zeros_like(w_out)
         for part in _chunks(rows, w_in):
             read, above = rows[:, part], grad[:, part, :, None]
-            before = torch.baddbmm(b_in[:, None], read, w_in)
+            before = torch.baddbmm(flat_b, read, flat_w)
             hidden = F.gelu(before).unflatten(-1, w_out.shape[1:])
             grad_w_out += hidden.mul_(above).sum(1)
             below = torch.ops.aten.gelu_backward((above * w_out[:, None]).flatten(2), before)
             grad_w_in.baddbmm_(read.mT, below)
-            grad_b_in += below.sum(1)
+            grad_b_in += below.sum(1, keepdim=True)
             if grad_rows is not None:
-                grad_rows[:, part] = below @ w_in.mT
-        return grad_rows, grad_w_in, grad_b_in, grad_w_out
+                grad_rows[:, part] = below @ flat_w.mT
+        by_subcomponent = grad_w_in.unflatten(-1, w_out.shape[1:]).permute(0, 2, 1, 3)
+        return grad_rows, by_subcomponent, grad_b_in.view_as(b_in), grad_w_out, grad.sum(1)
+
+
+def _native_forward(rows: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor) -> Tensor:
+    C, h = w_out.shape[1:]
+    pre = rows.new_empty(*rows.shape[:2], C)
+    size, memory = _hidden_memory(rows, C * h)
+    for x_all, w, b, v, c, out_all in zip(rows, w_in.mT.flatten(1, 2), b_in, w_out, b_out, pre, strict=True):
+        for x, out in zip(x_all.split(size), out_all.split(size), strict=True):
+            hidden = memory[: len(x) * C * h].view(C * h, len(x))
+            torch.mm(w, x.T, out=hidden)
+            native.mlps_forward(C, hidden, b, v, c, out, len(x), C, h)
+    return pre
+
+
+def _native_backward(
+    rows: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, grad: Tensor, grad_rows: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    C, h = w_out.shape[1:]
+    flat_w, grad = w_in.mT.flatten(1, 2), grad.contiguous()
+    grad_w_in, grad_b_in, grad_w_out = torch.zeros_like(flat_w), torch.zeros_like(b_in), torch.zeros_like(w_out)
+    grad_b_out = b_in.new_zeros(len(rows), C)
+    size, memory = _hidden_memory(rows, C * h)
+    for s, (w, b, v) in enumerate(zip(flat_w, b_in, w_out, strict=True)):
+        to_w, sums = grad_w_in[s], (grad_b_in[s], grad_w_out[s], grad_b_out[s])
+        parts = rows[s].split(size)
+        to_rows = [None] * len(parts) if grad_rows is None else grad_rows[s].split(size)
+        for x, above, to_x in zip(parts, grad[s].split(size), to_rows, strict=True):
+            hidden = memory[: len(x) * C * h].view(C * h, len(x))
+            torch.mm(w, x.T, out=hidden)
+            native.mlps_backward(C, hidden, b, v, above, *sums, len(x), C, h)
+            to_w.addmm_(hidden, x)
+            if to_x is not None:
+                torch.mm(hidden.T, w, out=to_x)
+    return grad_rows, grad_w_in.unflatten(1, (C, h)).mT, grad_b_in, grad_w_out, grad_b_out
+
+
+def _hidden_memory(rows: Tensor, hidden: int) -> tuple[int, Tensor]:
+    """Rows of a chunk whose hidden units fit into the threads' caches, and memory for as many."""
+    size = min(max(MIN_CHUNK, native.cached_numbers() // hidden), rows.shape[1])
+    return size, rows.new_empty(hidden * size)
 
 
 def _chunks(rows: Tensor, w_in: Tensor) -> Iterator[slice]:
     """Slices of rows whose hidden units, of all sites, fit into a CPU's cache, or into a share of a GPU's memory."""
-    elements = CPU_CHUNK if rows.device.type == "cpu" else GPU_CHUNK
-    size = max(MIN_CHUNK, elements // (len(w_in) * w_in.shape[-1]))
+    elements = native.cached_numbers() if rows.device.type == "cpu" else GPU_CHUNK
+    size = max(MIN_CHUNK, elements // (len(w_in) * w_in.shape[1] * w_in.shape[-1]))
     return (slice(start, min(start + size, rows.shape[1])) for start in range(0, rows.shape[1], size))
 
 

@@ -3,19 +3,24 @@
 A reconstruction loss is (which sites are replaced) × (which mask). Plans of all enabled losses run stacked in one forward pass.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 
+from paramlens import native
 from paramlens.config import Losses
 from paramlens.decomposition import Decomposition, Plan, Replacement, TargetRun
-from paramlens.masks import site_subsets, stochastic_mask, subset_shape
+from paramlens.importance import LEAK, upper
+from paramlens.masks import site_subsets, subset_shape
 from paramlens.tasks import Inputs
+
+CPU_STACK = 2**21
+"""Logits computed in one pass on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +48,40 @@ def faithfulness(decomposition: Decomposition) -> Float[Tensor, ""]:
     return torch.stack(squares).sum() / sum(site.W.numel() for site in decomposition.sites)
 
 
-def minimality(importance: Mapping[str, Float[Tensor, "*batch C"]], *, p: float, eps: float) -> Float[Tensor, ""]:
-    """Eq. 1: Σ_sites Σ_c ((g + ε)^p - ε^p), mean over batch and positions, for upper importances g >= 0.
+def minimality(pre: Mapping[str, Float[Tensor, "*batch C"]], *, p: float, eps: float) -> Float[Tensor, ""]:
+    """Eq. 1: Σ_sites Σ_c ((g + ε)^p - ε^p), mean over batch and positions, for the upper importances g of pre-activations `pre`.
 
     Subtracting ε^p takes out the constant that ε adds (0.06 per subcomponent at p = 0.1, ε = 1e-12); the slope stays at most
     p ε^(p - 1).
     """
-    return torch.stack([((g + eps).pow(p) - eps**p).sum(-1).mean() for g in importance.values()]).sum()
+    return torch.stack([_Minimality.apply(value, p, eps) for value in pre.values()]).sum()
+
+
+class _Minimality(torch.autograd.Function):
+    """One site's minimality; the power is computed again in the backward pass, and nothing is kept but the pre-activations."""
+
+    @staticmethod
+    def forward(ctx: Any, pre: Float[Tensor, "*batch C"], p: float, eps: float) -> Float[Tensor, ""]:
+        ctx.save_for_backward(pre)
+        ctx.p, ctx.eps = p, eps
+        rows = pre.numel() // pre.shape[-1]
+        if native.serves(pre):
+            sums = pre.new_empty(native.units(pre))
+            native.minimality_forward(len(sums), pre.contiguous(), sums, pre.numel(), p, eps)
+            return sums.sum() / rows
+        return ((upper(pre) + eps).pow(p) - eps**p).sum() / rows
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Float[Tensor, ""]) -> tuple[Tensor, None, None]:
+        (pre,) = ctx.saved_tensors
+        rows = pre.numel() // pre.shape[-1]
+        if native.serves(pre):
+            out = torch.empty_like(pre, memory_format=torch.contiguous_format)
+            native.minimality_backward(native.units(pre), pre.contiguous(), out, pre.numel(), ctx.p, ctx.eps, grad.item() / rows)
+            return out, None, None
+        slope = ctx.p * (upper(pre) + ctx.eps).pow(ctx.p - 1) * torch.where(pre > 1, LEAK, 1.0) / rows
+        return torch.where(pre <= 0, 0, grad * slope), None, None
 
 
 def annealed_p(losses: Losses, step: int, steps: int) -> float:
@@ -64,9 +96,36 @@ def loss_positions(logits: Float[Tensor, "*batch token"], *, last_token_only: bo
 
 def kl_divergence(target_log_probs: Float[Tensor, "*batch token"], logits: Float[Tensor, "plan *batch token"]) -> Float[Tensor, "plan"]:
     """KL(target ‖ masked) in nats for each plan, mean over the loss positions of the batch."""
-    log_probs = logits.log_softmax(-1)
-    divergence = F.kl_div(log_probs, target_log_probs.expand_as(log_probs), reduction="none", log_target=True)
-    return divergence.sum(-1).flatten(1).mean(1)
+    return _Divergence.apply(logits, target_log_probs).flatten(1).mean(1)
+
+
+class _Divergence(torch.autograd.Function):
+    """KL(target ‖ masked) at every loss position; kept for the backward pass are the logits and one number a position."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Float[Tensor, "plan *batch token"], target: Tensor) -> Float[Tensor, "plan *batch"]:
+        share = target.exp()
+        if native.serves(logits, target):
+            logits, target = logits.contiguous(), target.contiguous()
+            divergence, norm = logits.new_empty(logits.shape[:-1]), logits.new_empty(logits.shape[:-1])
+            sizes = (target.shape[-1], target.numel() // target.shape[-1])
+            native.divergence_forward(norm.numel(), logits, target, share, divergence, norm, *sizes)
+        else:
+            norm = logits.logsumexp(-1)
+            divergence = (share * (target - (logits - norm[..., None]))).sum(-1)
+        ctx.save_for_backward(logits, share, norm)
+        return divergence
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Float[Tensor, "plan *batch"]) -> tuple[Float[Tensor, "plan *batch token"], None]:
+        logits, share, norm = ctx.saved_tensors
+        if native.serves(logits, grad):
+            below = torch.empty_like(logits)
+            sizes = (share.shape[-1], share.numel() // share.shape[-1])
+            native.divergence_backward(norm.numel(), logits, share, norm, grad.contiguous(), below, *sizes)
+            return below, None
+        return grad[..., None] * ((logits - norm[..., None]).exp() - share), None
 
 
 def reconstruction_plans(
@@ -81,18 +140,22 @@ def reconstruction_plans(
     loss = RECONSTRUCTIONS[name]
     rng = generator()
     for _ in range(samples if loss.mask == "stochastic" else 1):
-        masks = {site: stochastic_mask(value, rng) if loss.mask == "stochastic" else value for site, value in g.items()}
+        if loss.mask == "stochastic":
+            keys = torch.randint(2**31, (len(g),), generator=rng, device=rng.device).tolist()
+            replacements = {site: Replacement(value, key) for (site, value), key in zip(g.items(), keys, strict=True)}
+        else:
+            replacements = {site: Replacement(value) for site, value in g.items()}
         if loss.sites == "all":
-            yield {site: Replacement(mask) for site, mask in masks.items()}
+            yield replacements
         elif loss.sites == "each":
-            yield from ({site: Replacement(mask)} for site, mask in masks.items())
+            yield from ({site: replacement} for site, replacement in replacements.items())
         else:
             batch = tuple(next(iter(g.values())).shape[:-1])
-            chosen = site_subsets(len(masks), subset_shape(partial_scope, batch), rng)
+            chosen = site_subsets(len(g), subset_shape(partial_scope, batch), rng)
             if partial_scope == "forward":
-                yield {site: Replacement(mask) for (site, mask), inside in zip(masks.items(), chosen, strict=True) if inside}
+                yield {site: replacement for (site, replacement), inside in zip(replacements.items(), chosen, strict=True) if inside}
             else:
-                yield {site: Replacement(mask, where=inside) for (site, mask), inside in zip(masks.items(), chosen, strict=True)}
+                yield {site: replace(value, where=inside) for (site, value), inside in zip(replacements.items(), chosen, strict=True)}
 
 
 def reconstruction_losses(
@@ -100,26 +163,72 @@ def reconstruction_losses(
     inputs: Inputs,
     target: TargetRun,
     g: Mapping[str, Float[Tensor, "*batch C"]],
-    names: tuple[str, ...],
+    coefficients: Mapping[str, float],
     *,
     last_token_only: bool,
     samples: int = 1,
     partial_scope: Literal["forward", "sequence", "position"] = "forward",
     generator: Callable[[str], torch.Generator],
-) -> dict[str, Float[Tensor, ""]]:
-    """Every loss of `names` (nats) from one stacked forward pass; `generator(name)` gives each loss its own random numbers.
+) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+    """Σ coefficient × loss over the losses named in `coefficients`, and each loss (nats, without gradient).
 
+    Plans run in few stacked passes, each followed at once by its gradient, so that memory holds one pass at a time.
     inputs: what the masked runs are given; with `last_token_only` they may ask the model for its last logits alone.
+    generator: gives each loss its own random numbers by name.
     """
-    plans: list[Plan] = []
-    slices: dict[str, slice] = {}
-    for name in names:
-        start = len(plans)
-        plans += reconstruction_plans(name, g, samples=samples, partial_scope=partial_scope, generator=lambda name=name: generator(name))
-        slices[name] = slice(start, len(plans))
-    if not plans:
-        return {}
+    leaves = {site: value.detach().requires_grad_() for site, value in g.items()}
+    plans: list[tuple[str, Plan]] = []
+    for name in coefficients:
+        drawn = reconstruction_plans(
+            name, leaves, samples=samples, partial_scope=partial_scope, generator=lambda name=name: generator(name)
+        )
+        plans += [(name, plan) for plan in drawn]
+    plans.sort(key=lambda each: decomposition.entry(each[1]))
+    count = Counter(name for name, _ in plans)
     target_log_probs = loss_positions(target.logits, last_token_only=last_token_only).log_softmax(-1)
-    logits = loss_positions(decomposition.masked_run(inputs, plans), last_token_only=last_token_only)
-    divergence = kl_divergence(target_log_probs, logits)
-    return {name: divergence[part].mean() for name, part in slices.items()}
+    divergences: dict[str, list[Tensor]] = {name: [] for name in coefficients}
+
+    def run(stack: Sequence[tuple[str, Plan]]) -> Tensor:
+        logits = decomposition.masked_run(inputs, [plan for _, plan in stack], target)
+        divergence = kl_divergence(target_log_probs, loss_positions(logits, last_token_only=last_token_only))
+        weights = divergence.new_tensor([coefficients[name] / count[name] for name, _ in stack])
+        for (name, _), value in zip(stack, divergence.detach(), strict=True):
+            divergences[name].append(value)
+        return (weights * divergence).sum()
+
+    size = stack_size(target_log_probs)
+    stacks = [plans[i : i + size] for i in range(0, len(plans), size)]
+    total = _Accumulated.apply(lambda: map(run, stacks), list(leaves.values()), *g.values(), *decomposition.parameters())
+    return total, {name: torch.stack(values).mean() for name, values in divergences.items()}
+
+
+def stack_size(log_probs: Float[Tensor, "*batch token"]) -> int:
+    """Plans in one pass: on a CPU as many as keep the pass in cache, elsewhere all."""
+    return max(1, CPU_STACK // log_probs.numel()) if log_probs.device.type == "cpu" else 2**20
+
+
+class _Accumulated(torch.autograd.Function):
+    """The sum of `terms`, whose gradients are taken one after the other as the terms are made."""
+
+    @staticmethod
+    def forward(ctx: Any, terms: Callable[[], Iterable[Tensor]], leaves: list[Tensor], *values: Tensor) -> Tensor:
+        """values: what the gradient goes to; `leaves` stand for the first of them in the terms."""
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
+        inputs = [leaves[i] if i < len(leaves) else values[i] for i in wanted]
+        sums: dict[int, Tensor] = {}
+        total = values[0].new_zeros(())
+        with torch.set_grad_enabled(bool(wanted)):
+            for term in terms():
+                total += term.detach()
+                gradients = torch.autograd.grad(term, inputs, allow_unused=True) if wanted else ()
+                for i, gradient in zip(wanted, gradients, strict=True):
+                    if gradient is not None:
+                        sums[i] = sums[i].add_(gradient) if i in sums else gradient
+        ctx.gradients = [sums.get(i) for i in range(len(values))]
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        torch._foreach_mul_([gradient for gradient in ctx.gradients if gradient is not None], grad)
+        return None, None, *ctx.gradients

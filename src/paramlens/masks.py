@@ -7,12 +7,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
-def stochastic_mask(g: Float[Tensor, "*batch C"], generator: torch.Generator) -> Float[Tensor, "*batch C"]:
-    """R = g + (1 - g) u with u ~ U(0, 1) per entry, in [g, 1]; the gradient with respect to g is 1 - u."""
-    u = torch.rand(g.shape, generator=generator, device=g.device, dtype=g.dtype)
-    return torch.lerp(g, torch.ones_like(g), u)
-
-
 def rounded_mask(g: Float[Tensor, "*batch C"], *, threshold: float) -> Float[Tensor, "*batch C"]:
     """1 where g > threshold, else 0: the subcomponents Table 1 counts, fully on, and no others."""
     return (g > threshold).to(g.dtype)

@@ -237,6 +237,7 @@ def _built(config: Config, task: Task) -> tuple[Decomposition, Importance]:
             f"last_token_only true: the model's logits {tuple(target.logits.shape)} have no position axis (batch, pos, token); give false"
         )
     _require_stackable(decomposition, inputs, target)
+    decomposition.find_blocks(inputs)
     longest = max(value.shape[1] for value in target.inputs.values())
     max_length = config.task.length if isinstance(config.task, InductionTask) else longest
     importance = Importance({site.name: (site.d_in, config.C) for site in sites}, config.gamma, max_length=max_length)

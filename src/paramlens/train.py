@@ -18,7 +18,7 @@ from paramlens.config import RECONSTRUCTION_NAMES, Config, Optim
 from paramlens.decomposition import Decomposition
 from paramlens.errors import DivergedError, RunInterrupted
 from paramlens.evaluation import active_counts, evaluate, importances
-from paramlens.importance import Importance, lower, upper
+from paramlens.importance import Importance, lower
 from paramlens.losses import annealed_p, faithfulness, minimality, reconstruction_losses
 from paramlens.rundir import CheckpointState, RunDirectory, load_parameters, load_state
 from paramlens.tasks import Inputs, Task, generator
@@ -44,23 +44,26 @@ def training_step(config: Config, task: Task, decomposition: Decomposition, impo
     pre = importance(target.inputs, decomposition.U)  # 3: causal importances on this batch
     g = {name: lower(value) for name, value in pre.items()}
     device = target.logits.device
-    values = reconstruction_losses(  # 4, 5, 8: masks, masked runs, divergences
+    total, values = reconstruction_losses(  # 4, 5, 8: masks, masked runs, divergences
         decomposition,
         task.loss_inputs(inputs, last_token_only=config.last_token_only),
         target,
         g,
-        tuple(name for name in RECONSTRUCTION_NAMES if getattr(losses, name)),
+        {name: getattr(losses, name) for name in RECONSTRUCTION_NAMES if getattr(losses, name)},
         last_token_only=config.last_token_only,
         samples=losses.samples,
         partial_scope=losses.partial_scope,
         generator=lambda name: generator(config.seed, "masks", name, step, device=device),
     )
     p = annealed_p(losses, step, config.steps)
+    others: dict[str, Tensor] = {}
     if losses.faithfulness:
-        values["faithfulness"] = faithfulness(decomposition)
+        others["faithfulness"] = faithfulness(decomposition)
     if losses.minimality:
-        values["minimality"] = minimality({name: upper(value) for name, value in pre.items()}, p=p, eps=losses.minimality_eps)
-    total = torch.stack([getattr(losses, name) * value for name, value in values.items()]).sum()
+        others["minimality"] = minimality(pre, p=p, eps=losses.minimality_eps)
+    for name, value in others.items():
+        total = total + getattr(losses, name) * value
+        values[name] = value.detach()
     return Step(values, total, p, pre, g, target.logits)
 
 
