@@ -12,9 +12,9 @@ from paramlens.decomposition import Decomposition, Replacement, call, initialise
 from paramlens.importance import Importance, lower, upper
 from paramlens.losses import RECONSTRUCTIONS, faithfulness, minimality
 from paramlens.sites import at_rest, find_sites, swapped_in
+from paramlens.step import training_step
 from paramlens.tasks import generator
 from paramlens.tasks.induction import InductionTransformer, induction_task
-from paramlens.train import training_step
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 KINDS = [("scalar", "offset"), ("vector", "offset"), ("attention", "offset"), ("attention", "query"), ("shared", "offset")]

@@ -7,6 +7,7 @@ from torch import nn
 
 from conftest import tiny_with
 from paramlens import runs, train
+from paramlens import step as step_module
 from paramlens.config import Optim
 from paramlens.errors import BatchError, ConfigError, DivergedError, RunDirError, SiteError
 from paramlens.evaluation import evaluate, importances
@@ -242,17 +243,17 @@ def test_non_finite_loss_stops_before_the_update(tmp_path, monkeypatch: pytest.M
         decomposition, step = args[2], args[5]
         if step == 5:
             with torch.no_grad():
-                decomposition.U["blocks.1.attn.k"][0, 0] = float("nan")
+                decomposition.U["blocks.1.attn.v"][0, 0] = float("nan")
             seen["V"] = decomposition.V["blocks.0.attn.q"].clone()
             seen["decomposition"] = decomposition
         return original(*args, **kwargs)
 
-    original = train.training_step
-    monkeypatch.setattr(train, "training_step", spoiled)
+    original = step_module.training_step
+    monkeypatch.setattr(step_module, "training_step", spoiled)
     with pytest.raises(DivergedError) as error:
         decompose_config(tiny_with(), out=tmp_path / "run")
     losses = "stochastic_recon, stochastic_recon_layerwise, recon, faithfulness"
-    assert str(error.value).startswith(f"step 5: loss {losses} is not finite (U at blocks.1.attn.k); nothing was updated.")
+    assert str(error.value).startswith(f"step 5: loss {losses} is not finite (U at blocks.1.attn.v); nothing was updated.")
     assert torch.equal(seen["decomposition"].V["blocks.0.attn.q"], seen["V"])
     run = runs.open_run(tmp_path / "run")
     assert (run.step, run.status) == (4, "diverged")
@@ -264,8 +265,8 @@ def test_non_finite_gradient_stops_too(tmp_path, monkeypatch: pytest.MonkeyPatch
         args[2].U["blocks.0.attn.v"].register_hook(lambda gradient: gradient * float("inf"))
         return step
 
-    original = train.training_step
-    monkeypatch.setattr(train, "training_step", spoiled)
+    original = step_module.training_step
+    monkeypatch.setattr(step_module, "training_step", spoiled)
     with pytest.raises(DivergedError, match=r"step 0: a gradient is not finite \(the gradient of U at blocks.0.attn.v\)"):
         decompose_config(tiny_with(), out=tmp_path / "run")
 

@@ -175,6 +175,56 @@ def mlps_backward(d: Any, first: int, last: int) -> None:
             grad_w[c, j] += to_weight
 
 
+def scalar_mlps_forward(d: Any, first: int, last: int) -> None:
+    """Σ_h gelu(x w_in + b) w + b_out for each subcomponent (unit) and row, x being that subcomponent's own number; all (rows, C)."""
+    rows, C, h = d[7], d[8], d[9]
+    x, out = _floats(d[1], (rows, C)), _floats(d[6], (rows, C))
+    w_in, b, w, b_out = _floats(d[2], (C, h)), _floats(d[3], (C, h)), _floats(d[4], (C, h)), _floats(d[5], (C,))
+    read, total = np.empty(rows, np.float32), np.empty(rows, np.float32)
+    for c in range(first, last):
+        for r in range(rows):
+            read[r] = x[r, c]
+        total[:] = b_out[c]
+        for j in range(h):
+            scale, bias, weight = w_in[c, j], b[c, j], w[c, j]
+            for r in range(rows):
+                v = read[r] * scale + bias
+                total[r] += weight * v * (HALF + _half_erf(v))
+        for r in range(rows):
+            out[r, c] = total[r]
+
+
+def scalar_mlps_backward(d: Any, first: int, last: int) -> None:
+    """Gradients of `scalar_mlps_forward` from that of its result, `above`: into `to_x`, and added to those of the parameters."""
+    rows, C, h = d[11], d[12], d[13]
+    x, above, to_x = _floats(d[1], (rows, C)), _floats(d[5], (rows, C)), _floats(d[6], (rows, C))
+    w_in, b, w = _floats(d[2], (C, h)), _floats(d[3], (C, h)), _floats(d[4], (C, h))
+    grad_w_in, grad_b, grad_w, grad_b_out = _floats(d[7], (C, h)), _floats(d[8], (C, h)), _floats(d[9], (C, h)), _floats(d[10], (C,))
+    read, a, total = np.empty(rows, np.float32), np.empty(rows, np.float32), np.empty(rows, np.float32)
+    for c in range(first, last):
+        to_output = ZERO
+        for r in range(rows):
+            read[r], a[r], total[r] = x[r, c], above[r, c], ZERO
+            to_output += a[r]
+        grad_b_out[c] += to_output
+        for j in range(h):
+            scale, bias, weight = w_in[c, j], b[c, j], w[c, j]
+            to_scale, to_bias, to_weight = ZERO, ZERO, ZERO
+            for r in range(rows):
+                v = read[r] * scale + bias
+                share = HALF + _half_erf(v)
+                to_weight += a[r] * v * share
+                below = a[r] * weight * (share + v * _density(v))
+                to_bias += below
+                to_scale += below * read[r]
+                total[r] += below * scale
+            grad_w_in[c, j] += to_scale
+            grad_b[c, j] += to_bias
+            grad_w[c, j] += to_weight
+        for r in range(rows):
+            to_x[r, c] = total[r]
+
+
 def lower_backward(d: Any, first: int, last: int) -> None:
     """`out` = gradient of `importance.lower` at `pre` for `grad`; a unit is BLOCK numbers."""
     start = first * BLOCK

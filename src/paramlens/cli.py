@@ -258,12 +258,12 @@ def _train_target(options: TrainTarget, rest: list[str]) -> int:
     if not isinstance(config.task, InductionTask):
         raise ConfigError(f"{options.config}: task.kind {config.task.kind} has no toy target to train")
     require_free(path, overwrite=options.overwrite)
+    from paramlens.machine import machine
     from paramlens.rundir import RunDirectory
     from paramlens.runs import trained_target
-    from paramlens.threads import torch_threads
     from paramlens.tracking import Terminal
 
-    with torch_threads(config.threads):
+    with machine(config):
         model, history = trained_target(config, tracker=Terminal())
     directory = RunDirectory.create(path, config, overwrite=options.overwrite)
     directory.save_target(model, history)

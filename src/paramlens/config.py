@@ -177,6 +177,8 @@ class Losses(_Frozen):
     """ε in (g + ε)^p - ε^p, which bounds the slope at 0 by p ε^(p - 1)."""
     samples: Count = 1
     """S, mask samples per stochastic loss and step."""
+    layerwise_sites: Count | Literal["all"] = "all"
+    """Sites that a layerwise loss replaces in one step, each alone: all, or this many drawn anew for each step (unbiased)."""
     partial_scope: Literal["forward", "sequence", "position"] = "forward"
     """What shares one draw of the subset M of a partial loss; the paper's reading: one draw per forward."""
 
@@ -260,6 +262,12 @@ class Config(_Frozen):
     """Where the run computes: cpu, cuda, cuda:N or mps."""
     dtype: Literal["float32", "float64"] = "float32"
     """Floating-point type of everything trained."""
+    matmul: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """Precision inside float32 matrix products: fp32, or TF32 or bfloat16 where the device offers them (results stay float32)."""
+    compile: bool = False
+    """Let torch.compile fuse γ's, minimality's and the divergence's elementwise work. For GPUs; a CPU has compiled loops of its own."""
+    cuda_graph: bool = False
+    """Capture the whole step as one CUDA graph, which takes away the launches that bind small models; CUDA only, fixed plans only."""
     threads: Annotated[Count, Field(le=256)] | None = None
     """CPU threads, at most 256; none: one per core the process may use, four at most."""
     task: InductionTask | CustomTask = Field(default=CustomTask(), discriminator="kind")
@@ -279,5 +287,17 @@ class Config(_Frozen):
             raise ValueError(
                 f"gamma.max_length {table} is below task.length {self.task.length}; "
                 f"the attention γ's table must hold the longest batch, so give at least {self.task.length}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _graph_has_one_shape(self) -> "Config":
+        partial = self.losses.partial_scope == "forward" and (self.losses.recon_partial or self.losses.stochastic_recon_partial)
+        if self.cuda_graph and not self.device.startswith("cuda"):
+            raise ValueError(f"cuda_graph true needs device cuda, not {self.device}")
+        if self.cuda_graph and (partial or self.losses.layerwise_sites != "all"):
+            raise ValueError(
+                "cuda_graph true replays one set of plans; partial losses need losses.partial_scope sequence or position, "
+                "and losses.layerwise_sites must be all"
             )
         return self

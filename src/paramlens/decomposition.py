@@ -21,7 +21,9 @@ of the model alone enters the stack at its own first block, with the target's ac
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, pairwise
@@ -304,6 +306,19 @@ def stochastic_mask(g: Float[Tensor, "*batch C"], noise: Float[Tensor, "*batch C
     return torch.lerp(g, torch.ones_like(g), noise)
 
 
+_noise_source: ContextVar[torch.Generator | None] = ContextVar("noise_source", default=None)
+
+
+@contextmanager
+def noise_from(rng: torch.Generator) -> Iterator[None]:
+    """While active, masks draw from `rng` instead of their keys, which a captured step could not change."""
+    before = _noise_source.set(rng)
+    try:
+        yield
+    finally:
+        _noise_source.reset(before)
+
+
 def mask_noise(key: int, like: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
     """U ~ U(0, 1) per entry, a pure function of the key, the shape and the kind of device."""
     if native.serves(like):
@@ -329,7 +344,7 @@ def masked_linear(
     if leading != tuple(x.shape[:-1]):
         raise BatchError(f"mask has leading axes {leading}, the site's input {tuple(x.shape[:-1])}; masks come from the same batch")
     gs, keys = [replacement.g for replacement in replacements], [replacement.key for replacement in replacements]
-    if native.serves(x, U, *gs):
+    if native.serves(x, U, *gs) and _noise_source.get() is None:
         product = _MaskedProduct.apply(x, U, V, keys, *gs)
         return product if bias is None else product + bias
     masks = [g if key is None else stochastic_mask(g, mask_noise(key, g)) for g, key in zip(gs, keys, strict=True)]

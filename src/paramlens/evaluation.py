@@ -48,7 +48,7 @@ def evaluate(
     target_log_probs = loss_positions(target.logits, last_token_only=last_token_only).log_softmax(-1)
     metrics = {"faithfulness": faithfulness(decomposition).item()}
     for name in ("recon", "recon_layerwise", "stochastic_recon"):
-        plans = reconstruction_plans(name, g, generator=lambda: generator(seed, "evaluate", device=target.logits.device))
+        plans = reconstruction_plans(name, g, generator=lambda: generator(seed, "evaluate"))
         values = [kl_divergence(target_log_probs, logits(plan)).item() for plan in plans]
         metrics[name] = sum(values) / len(values)
     rounded = {site: Replacement(rounded_mask(value, threshold=threshold)) for site, value in g.items()}

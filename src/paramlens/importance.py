@@ -6,22 +6,31 @@ computed together: parameters carry a leading `site` axis, and one batched produ
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from paramlens import native
 from paramlens.config import Gamma
 from paramlens.errors import BatchError, ConfigError
+from paramlens.machine import fusible
 
 LEAK = 0.01
 """Slope of the leaky side of both sigmoids."""
 
 MIN_CHUNK = 64
 """Fewest rows of a chunk: with fewer, each chunk reads all of γ's weights for next to no work."""
+
+SCORES = 2**27
+"""Attention scores of γ held at once, and kept for the gradient; beyond it, sequences go one by one."""
+
+FLEX_LENGTH = 1024
+"""Positions from which on γ's attention on CUDA runs as flex attention, which holds no (pos, pos) scores."""
 
 GPU_CHUNK = 2**28
 """Hidden units of γ computed at once on a GPU: 1 GiB in fp32."""
@@ -44,18 +53,6 @@ class _Lower(torch.autograd.Function):
         return torch.where(pre <= 0, below, torch.where(pre <= 1, grad, 0))
 
 
-class _Upper(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, pre: Tensor) -> Tensor:
-        ctx.save_for_backward(pre)
-        return torch.where(pre > 1, 1 + LEAK * (pre - 1), pre.clamp(min=0))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (pre,) = ctx.saved_tensors
-        return torch.where(pre <= 0, 0, torch.where(pre <= 1, grad, LEAK * grad))
-
-
 def lower(pre: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Importance g: `clamp(pre, 0, 1)`.
 
@@ -70,7 +67,7 @@ def upper(pre: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
     So above 1 only minimality can pull a subcomponent back.
     """
-    return _Upper.apply(pre)
+    return torch.where(pre > 1, 1 + LEAK * (pre - 1), torch.where(pre > 0, pre, torch.zeros_like(pre)))
 
 
 class Importance(nn.Module):
@@ -162,7 +159,7 @@ class _Group(nn.Module):
         batch = inputs[self.names[0]].shape[:-1]
         if self.gamma.kind == "scalar":
             rows = torch.stack([(inputs[name] @ U[name]).flatten(0, -2) for name in self.names])  # (S, N, C)
-            pre = _scalar_mlps(rows, self.w_in, self.b_in, self.w_out) + self.b_out[:, None]
+            pre = _ScalarMlps.apply(rows, self.w_in[:, :, 0], self.b_in, self.w_out, self.b_out)
         elif self.gamma.kind == "vector":
             pre = self._per_subcomponent(torch.stack([inputs[name].flatten(0, -2) for name in self.names]))
         elif self.gamma.kind == "shared":
@@ -196,15 +193,63 @@ class _Group(nn.Module):
         n, d = x.shape[-2:]
         x_pos = x + self.absolute[:, None, :n]
         q, k, v = (torch.einsum("sbnd,sde->sbne", t, w) for t, w in ((x, self.query), (x, self.key), (x_pos, self.value)))
-        offset = torch.arange(n, device=x.device)
-        index = offset[None, :] - offset[:, None] + self.absolute.shape[1]  # key position - query position, shifted to >= 1
         if self.gamma.relative == "offset":
-            r = self.relative[:, index][:, None]  # (S, 1, n, n)
+            attention = self._attend_by_offset(q, k, v)
         else:
             per_offset = torch.einsum("sbnd,sod->sbno", q, self.relative)  # (S, B, n, 2s)
-            r = per_offset.gather(-1, index.expand(*per_offset.shape[:2], n, n))
-        attention = F.scaled_dot_product_attention(q, k, v, attn_mask=(r / d**0.5).expand(*q.shape[:2], n, n))
+            r = per_offset.gather(-1, self._offsets(n).expand(*per_offset.shape[:2], n, n))
+            attention = F.scaled_dot_product_attention(q, k, v, attn_mask=r / d**0.5)
         return torch.cat([attention, x_pos], dim=-1)
+
+    def _attend_by_offset(self, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "site batch pos d_in"]:
+        n, d = q.shape[-2:]
+        if q.device.type == "cuda" and n >= FLEX_LENGTH:
+            return flex_by_offset(q, k, v, self.relative, compiled=True)
+        r = (self.relative / d**0.5)[:, self._offsets(n)]  # (S, n, n)
+        if q[..., 0].numel() * n <= SCORES:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=r[:, None].expand(*q.shape[:2], n, n))
+        sequences = [
+            torch.stack([checkpoint(_attend_once, *each, r[s], use_reentrant=False) for each in zip(q[s], k[s], v[s], strict=True)])
+            for s in range(len(q))
+        ]
+        return torch.stack(sequences)
+
+    def _offsets(self, n: int) -> Int[Tensor, "query key"]:
+        """Key position - query position, as index into the 2s relative encodings (shifted to >= 1)."""
+        place = torch.arange(n, device=self.relative.device)
+        return place[None, :] - place[:, None] + self.absolute.shape[1]
+
+
+def _attend_once(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Tensor:
+    """One sequence of one site; its scores are computed again for the gradient."""
+    return F.scaled_dot_product_attention(q[None, None], k[None, None], v[None, None], attn_mask=r)[0, 0]
+
+
+def flex_by_offset(
+    q: Float[Tensor, "site batch pos d"],
+    k: Float[Tensor, "site batch pos d"],
+    v: Float[Tensor, "site batch pos d"],
+    relative: Float[Tensor, "site offset"],
+    *,
+    compiled: bool,
+) -> Float[Tensor, "site batch pos d"]:
+    """softmax((q k^T + r) / sqrt(d)) v with r by offset, never holding the (pos, pos) scores: PyTorch's flex attention, sites as heads."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    half, root = relative.shape[-1] // 2, q.shape[-1] ** 0.5
+
+    def add_relative(score: Tensor, _batch: Tensor, site: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return score + relative[site, key - query + half] / root
+
+    function = _compiled_flex() if compiled else flex_attention
+    return cast("Tensor", function(*(t.transpose(0, 1) for t in (q, k, v)), score_mod=add_relative)).transpose(0, 1)
+
+
+@cache
+def _compiled_flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
 
 
 class _Mlps(torch.autograd.Function):
@@ -229,9 +274,8 @@ class _Mlps(torch.autograd.Function):
         flat_w, flat_b = w_in.permute(0, 2, 1, 3).flatten(2), b_in.flatten(1)[:, None]
         pre = rows.new_empty(*rows.shape[:2], w_out.shape[1])
         for part in _chunks(rows, w_in):
-            hidden = F.gelu(torch.baddbmm(flat_b, rows[:, part], flat_w))
-            pre[:, part] = hidden.unflatten(-1, w_out.shape[1:]).mul_(w_out[:, None]).sum(-1)
-        return pre.add_(b_out[:, None])
+            pre[:, part] = _mixed(torch.bmm(rows[:, part], flat_w), flat_b, w_out, b_out)
+        return pre
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -243,17 +287,31 @@ class _Mlps(torch.autograd.Function):
         flat_w, flat_b = w_in.permute(0, 2, 1, 3).flatten(2), b_in.flatten(1)[:, None]
         grad_w_in, grad_b_in, grad_w_out = torch.zeros_like(flat_w), torch.zeros_like(flat_b), torch.zeros_like(w_out)
         for part in _chunks(rows, w_in):
-            read, above = rows[:, part], grad[:, part, :, None]
-            before = torch.baddbmm(flat_b, read, flat_w)
-            hidden = F.gelu(before).unflatten(-1, w_out.shape[1:])
-            grad_w_out += hidden.mul_(above).sum(1)
-            below = torch.ops.aten.gelu_backward((above * w_out[:, None]).flatten(2), before)
+            read = rows[:, part]
+            below, to_w_out, to_b_in = _mixed_backward(torch.bmm(read, flat_w), flat_b, w_out, grad[:, part])
+            grad_w_out += to_w_out
+            grad_b_in += to_b_in
             grad_w_in.baddbmm_(read.mT, below)
-            grad_b_in += below.sum(1, keepdim=True)
             if grad_rows is not None:
                 grad_rows[:, part] = below @ flat_w.mT
         by_subcomponent = grad_w_in.unflatten(-1, w_out.shape[1:]).permute(0, 2, 1, 3)
         return grad_rows, by_subcomponent, grad_b_in.view_as(b_in), grad_w_out, grad.sum(1)
+
+
+@fusible
+def _mixed(before: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor) -> Float[Tensor, "site row C"]:
+    """Every MLP's result from its hidden products (site, row, C * d_gate)."""
+    hidden = F.gelu(before + b_in).unflatten(-1, w_out.shape[1:])
+    return (hidden * w_out[:, None]).sum(-1) + b_out[:, None]
+
+
+@fusible
+def _mixed_backward(before: Tensor, b_in: Tensor, w_out: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `_mixed` with respect to the hidden products, w_out and b_in, the last with an axis for rows."""
+    before, above = before + b_in, grad[..., None]
+    to_w_out = (F.gelu(before).unflatten(-1, w_out.shape[1:]) * above).sum(1)
+    below = torch.ops.aten.gelu_backward((above * w_out[:, None]).flatten(2), before)
+    return below, to_w_out, below.sum(1, keepdim=True)
 
 
 def _native_forward(rows: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor) -> Tensor:
@@ -296,19 +354,58 @@ def _hidden_memory(rows: Tensor, hidden: int) -> tuple[int, Tensor]:
     return size, rows.new_empty(hidden * size)
 
 
-def _chunks(rows: Tensor, w_in: Tensor) -> Iterator[slice]:
+class _ScalarMlps(torch.autograd.Function):
+    """One MLP per subcomponent, each reading its own number; hidden units are never stored, as in `_Mlps`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        inner: Float[Tensor, "site row C"],
+        w_in: Float[Tensor, "site C d_gate"],
+        b_in: Float[Tensor, "site C d_gate"],
+        w_out: Float[Tensor, "site C d_gate"],
+        b_out: Float[Tensor, "site C"],
+    ) -> Float[Tensor, "site row C"]:
+        w_in = w_in.contiguous()
+        ctx.save_for_backward(inner, w_in, b_in, w_out)
+        pre = torch.empty_like(inner)
+        for part in _chunks(inner, w_in):
+            if native.serves(inner, w_in):
+                for s in range(len(inner)):
+                    x, out = inner[s, part], pre[s, part]
+                    native.scalar_mlps_forward(x.shape[1], x, w_in[s], b_in[s], w_out[s], b_out[s], out, *x.shape, w_in.shape[-1])
+            else:
+                hidden = F.gelu(torch.addcmul(b_in[:, None], inner[:, part, :, None], w_in[:, None]))
+                pre[:, part] = hidden.mul_(w_out[:, None]).sum(-1).add_(b_out[:, None])
+        return pre
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Float[Tensor, "site row C"]) -> tuple[Tensor, ...]:
+        inner, w_in, b_in, w_out = cast("tuple[Tensor, ...]", ctx.saved_tensors)
+        grad, grad_inner = grad.contiguous(), torch.empty_like(inner)
+        grad_w_in, grad_b_in, grad_w_out = torch.zeros_like(w_in), torch.zeros_like(b_in), torch.zeros_like(w_out)
+        grad_b_out = b_in.new_zeros(b_in.shape[:2])
+        for part in _chunks(inner, w_in):
+            if native.serves(inner, w_in):
+                for s in range(len(inner)):
+                    x, sums = inner[s, part], (grad_w_in[s], grad_b_in[s], grad_w_out[s], grad_b_out[s])
+                    given = (x, w_in[s], b_in[s], w_out[s], grad[s, part], grad_inner[s, part])
+                    native.scalar_mlps_backward(x.shape[1], *given, *sums, *x.shape, w_in.shape[-1])
+            else:
+                x, above = inner[:, part, :, None], grad[:, part, :, None]
+                before = torch.addcmul(b_in[:, None], x, w_in[:, None])
+                grad_w_out += F.gelu(before).mul_(above).sum(1)
+                below = torch.ops.aten.gelu_backward(above * w_out[:, None], before)
+                grad_w_in += (below * x).sum(1)
+                grad_b_in += below.sum(1)
+                grad_inner[:, part] = (below * w_in[:, None]).sum(-1)
+                grad_b_out += above[..., 0].sum(1)
+        return grad_inner, grad_w_in, grad_b_in, grad_w_out, grad_b_out
+
+
+def _chunks(rows: Float[Tensor, "site row _"], w_in: Float[Tensor, "site C *_ d_gate"]) -> Iterator[slice]:
     """Slices of rows whose hidden units, of all sites, fit into a CPU's cache, or into a share of a GPU's memory."""
     elements = native.cached_numbers() if rows.device.type == "cpu" else GPU_CHUNK
     size = max(MIN_CHUNK, elements // (len(w_in) * w_in.shape[1] * w_in.shape[-1]))
     return (slice(start, min(start + size, rows.shape[1])) for start in range(0, rows.shape[1], size))
-
-
-def _scalar_mlps(
-    rows: Float[Tensor, "site row C"],
-    w_in: Float[Tensor, "site C 1 d_gate"],
-    b_in: Float[Tensor, "site C d_gate"],
-    w_out: Float[Tensor, "site C d_gate"],
-) -> Float[Tensor, "site row C"]:
-    """One MLP per subcomponent, each reading its own number."""
-    hidden = F.gelu(rows[..., None] * w_in[:, None, :, 0] + b_in[:, None])
-    return (hidden * w_out[:, None]).sum(-1)

@@ -16,6 +16,7 @@ from paramlens import native
 from paramlens.config import Losses
 from paramlens.decomposition import Decomposition, Plan, Replacement, TargetRun
 from paramlens.importance import LEAK, upper
+from paramlens.machine import fusible
 from paramlens.masks import site_subsets, subset_shape
 from paramlens.tasks import Inputs
 
@@ -48,7 +49,7 @@ def faithfulness(decomposition: Decomposition) -> Float[Tensor, ""]:
     return torch.stack(squares).sum() / sum(site.W.numel() for site in decomposition.sites)
 
 
-def minimality(pre: Mapping[str, Float[Tensor, "*batch C"]], *, p: float, eps: float) -> Float[Tensor, ""]:
+def minimality(pre: Mapping[str, Float[Tensor, "*batch C"]], *, p: float | Tensor, eps: float) -> Float[Tensor, ""]:
     """Eq. 1: Σ_sites Σ_c ((g + ε)^p - ε^p), mean over batch and positions, for the upper importances g of pre-activations `pre`.
 
     Subtracting ε^p takes out the constant that ε adds (0.06 per subcomponent at p = 0.1, ε = 1e-12); the slope stays at most
@@ -61,7 +62,7 @@ class _Minimality(torch.autograd.Function):
     """One site's minimality; the power is computed again in the backward pass, and nothing is kept but the pre-activations."""
 
     @staticmethod
-    def forward(ctx: Any, pre: Float[Tensor, "*batch C"], p: float, eps: float) -> Float[Tensor, ""]:
+    def forward(ctx: Any, pre: Float[Tensor, "*batch C"], p: float | Tensor, eps: float) -> Float[Tensor, ""]:
         ctx.save_for_backward(pre)
         ctx.p, ctx.eps = p, eps
         rows = pre.numel() // pre.shape[-1]
@@ -69,7 +70,7 @@ class _Minimality(torch.autograd.Function):
             sums = pre.new_empty(native.units(pre))
             native.minimality_forward(len(sums), pre.contiguous(), sums, pre.numel(), p, eps)
             return sums.sum() / rows
-        return ((upper(pre) + eps).pow(p) - eps**p).sum() / rows
+        return _minimality(pre, p, eps) / rows
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -80,8 +81,18 @@ class _Minimality(torch.autograd.Function):
             out = torch.empty_like(pre, memory_format=torch.contiguous_format)
             native.minimality_backward(native.units(pre), pre.contiguous(), out, pre.numel(), ctx.p, ctx.eps, grad.item() / rows)
             return out, None, None
-        slope = ctx.p * (upper(pre) + ctx.eps).pow(ctx.p - 1) * torch.where(pre > 1, LEAK, 1.0) / rows
-        return torch.where(pre <= 0, 0, grad * slope), None, None
+        return _minimality_slope(pre, grad / rows, ctx.p, ctx.eps), None, None
+
+
+@fusible
+def _minimality(pre: Tensor, p: float | Tensor, eps: float) -> Tensor:
+    return ((upper(pre) + eps).pow(p) - eps**p).sum()
+
+
+@fusible
+def _minimality_slope(pre: Tensor, scale: Tensor, p: float | Tensor, eps: float) -> Tensor:
+    slope = scale * p * (upper(pre) + eps).pow(p - 1) * torch.where(pre > 1, LEAK, 1.0)
+    return torch.where(pre <= 0, 0, slope)
 
 
 def annealed_p(losses: Losses, step: int, steps: int) -> float:
@@ -111,8 +122,7 @@ class _Divergence(torch.autograd.Function):
             sizes = (target.shape[-1], target.numel() // target.shape[-1])
             native.divergence_forward(norm.numel(), logits, target, share, divergence, norm, *sizes)
         else:
-            norm = logits.logsumexp(-1)
-            divergence = (share * (target - (logits - norm[..., None]))).sum(-1)
+            divergence, norm = _divergences(logits, target, share)
         ctx.save_for_backward(logits, share, norm)
         return divergence
 
@@ -125,7 +135,18 @@ class _Divergence(torch.autograd.Function):
             sizes = (share.shape[-1], share.numel() // share.shape[-1])
             native.divergence_backward(norm.numel(), logits, share, norm, grad.contiguous(), below, *sizes)
             return below, None
-        return grad[..., None] * ((logits - norm[..., None]).exp() - share), None
+        return _divergence_slopes(logits, share, norm, grad), None
+
+
+@fusible
+def _divergences(logits: Tensor, target: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    norm = logits.logsumexp(-1)
+    return (share * (target - (logits - norm[..., None]))).sum(-1), norm
+
+
+@fusible
+def _divergence_slopes(logits: Tensor, share: Tensor, norm: Tensor, grad: Tensor) -> Tensor:
+    return grad[..., None] * ((logits - norm[..., None]).exp() - share)
 
 
 def reconstruction_plans(
@@ -133,10 +154,14 @@ def reconstruction_plans(
     g: Mapping[str, Float[Tensor, "*batch C"]],
     *,
     samples: int = 1,
+    layerwise_sites: int | Literal["all"] = "all",
     partial_scope: Literal["forward", "sequence", "position"] = "forward",
     generator: Callable[[], torch.Generator],
 ) -> Iterator[Plan]:
-    """The plans whose mean divergence is the loss `name`; stochastic ones and partial ones are drawn `samples` times, eq. 5 once."""
+    """The plans whose mean divergence is the loss `name`, or an unbiased estimate of it.
+
+    Stochastic ones are drawn `samples` times, eq. 5 once; layerwise ones replace every site, or `layerwise_sites` drawn ones.
+    """
     loss = RECONSTRUCTIONS[name]
     rng = generator()
     for _ in range(samples if loss.mask == "stochastic" else 1):
@@ -148,13 +173,17 @@ def reconstruction_plans(
         if loss.sites == "all":
             yield replacements
         elif loss.sites == "each":
-            yield from ({site: replacement} for site, replacement in replacements.items())
+            order = list(replacements)
+            if layerwise_sites != "all" and layerwise_sites < len(order):
+                order = [order[i] for i in torch.randperm(len(order), generator=rng, device=rng.device)[:layerwise_sites].tolist()]
+            yield from ({site: replacements[site]} for site in order)
         else:
             batch = tuple(next(iter(g.values())).shape[:-1])
             chosen = site_subsets(len(g), subset_shape(partial_scope, batch), rng)
             if partial_scope == "forward":
                 yield {site: replacement for (site, replacement), inside in zip(replacements.items(), chosen, strict=True) if inside}
             else:
+                chosen = chosen.to(next(iter(g.values())).device)
                 yield {site: replace(value, where=inside) for (site, value), inside in zip(replacements.items(), chosen, strict=True)}
 
 
@@ -167,6 +196,7 @@ def reconstruction_losses(
     *,
     last_token_only: bool,
     samples: int = 1,
+    layerwise_sites: int | Literal["all"] = "all",
     partial_scope: Literal["forward", "sequence", "position"] = "forward",
     generator: Callable[[str], torch.Generator],
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
@@ -180,7 +210,12 @@ def reconstruction_losses(
     plans: list[tuple[str, Plan]] = []
     for name in coefficients:
         drawn = reconstruction_plans(
-            name, leaves, samples=samples, partial_scope=partial_scope, generator=lambda name=name: generator(name)
+            name,
+            leaves,
+            samples=samples,
+            layerwise_sites=layerwise_sites,
+            partial_scope=partial_scope,
+            generator=lambda name=name: generator(name),
         )
         plans += [(name, plan) for plan in drawn]
     plans.sort(key=lambda each: decomposition.entry(each[1]))
@@ -191,10 +226,9 @@ def reconstruction_losses(
     def run(stack: Sequence[tuple[str, Plan]]) -> Tensor:
         logits = decomposition.masked_run(inputs, [plan for _, plan in stack], target)
         divergence = kl_divergence(target_log_probs, loss_positions(logits, last_token_only=last_token_only))
-        weights = divergence.new_tensor([coefficients[name] / count[name] for name, _ in stack])
         for (name, _), value in zip(stack, divergence.detach(), strict=True):
             divergences[name].append(value)
-        return (weights * divergence).sum()
+        return torch.stack([coefficients[name] / count[name] * value for (name, _), value in zip(stack, divergence, strict=True)]).sum()
 
     size = stack_size(target_log_probs)
     stacks = [plans[i : i + size] for i in range(0, len(plans), size)]

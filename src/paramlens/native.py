@@ -90,6 +90,8 @@ def _packed(value: Tensor | int | float | None) -> int:
 
 mlps_forward = _Kernel("mlps_forward")
 mlps_backward = _Kernel("mlps_backward")
+scalar_mlps_forward = _Kernel("scalar_mlps_forward")
+scalar_mlps_backward = _Kernel("scalar_mlps_backward")
 lower_backward = _Kernel("lower_backward")
 minimality_forward = _Kernel("minimality_forward")
 minimality_backward = _Kernel("minimality_backward")

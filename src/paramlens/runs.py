@@ -16,11 +16,11 @@ from paramlens.errors import BatchError, ConfigError, DivergedError, RunDirError
 from paramlens.importance import Importance
 from paramlens.layout import checkpoints, default_out, require_free
 from paramlens.losses import faithfulness
+from paramlens.machine import machine
 from paramlens.rundir import Run, RunDirectory, load_target, load_target_history, model_sha256, open_run
 from paramlens.sites import at_rest, find_sites
 from paramlens.tasks import Batches, Inputs, Task, batch_function, generator
 from paramlens.tasks.induction import InductionTransformer, TargetCheck, TargetHistory, induction_task, train_target
-from paramlens.threads import torch_threads
 from paramlens.tracking import Silent, Tracker
 from paramlens.train import make_optimizer, restore, train
 
@@ -93,7 +93,7 @@ def decompose_config(
         require_free(path, overwrite=overwrite)
         source = None if target is None else Path(target)
     if source is None:
-        with torch_threads(config.threads):
+        with machine(config):
             model, history = trained_target(config, tracker=tracker)
     else:
         _require_same_task(config.task, source)
@@ -195,7 +195,7 @@ def _run(
     history: TargetHistory | None = None,
 ) -> Run:
     """Train `task` into `path`. Everything that a user can get wrong is checked before a directory is made or replaced."""
-    with torch_threads(config.threads), at_rest(task.model), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+    with machine(config), at_rest(task.model), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
         decomposition, importance = _built(config, task)
         optimizer = make_optimizer(config, decomposition, importance)

@@ -4,67 +4,24 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from paramlens.config import RECONSTRUCTION_NAMES, Config, Optim
+from paramlens.config import Config, Optim
 from paramlens.decomposition import Decomposition
 from paramlens.errors import DivergedError, RunInterrupted
 from paramlens.evaluation import active_counts, evaluate, importances
-from paramlens.importance import Importance, lower
-from paramlens.losses import annealed_p, faithfulness, minimality, reconstruction_losses
+from paramlens.importance import Importance
 from paramlens.rundir import CheckpointState, RunDirectory, load_parameters, load_state
-from paramlens.tasks import Inputs, Task, generator
+from paramlens.step import Step, Steps
+from paramlens.tasks import Task
 from paramlens.tracking import LoggedStep, Tracker
-
-
-@dataclass(frozen=True)
-class Step:
-    """One training step before the update: losses by name, their weighted sum, and what they were computed from."""
-
-    losses: dict[str, Tensor]
-    total: Tensor
-    p: float
-    pre: dict[str, Tensor]
-    g: dict[str, Tensor]
-    target_logits: Tensor
-
-
-def training_step(config: Config, task: Task, decomposition: Decomposition, importance: Importance, inputs: Inputs, step: int) -> Step:
-    """Lines 2 to 9 of Algorithm 3 on one minibatch."""
-    losses = config.losses
-    target = decomposition.target_run(inputs)  # 2: run the original model
-    pre = importance(target.inputs, decomposition.U)  # 3: causal importances on this batch
-    g = {name: lower(value) for name, value in pre.items()}
-    device = target.logits.device
-    total, values = reconstruction_losses(  # 4, 5, 8: masks, masked runs, divergences
-        decomposition,
-        task.loss_inputs(inputs, last_token_only=config.last_token_only),
-        target,
-        g,
-        {name: getattr(losses, name) for name in RECONSTRUCTION_NAMES if getattr(losses, name)},
-        last_token_only=config.last_token_only,
-        samples=losses.samples,
-        partial_scope=losses.partial_scope,
-        generator=lambda name: generator(config.seed, "masks", name, step, device=device),
-    )
-    p = annealed_p(losses, step, config.steps)
-    others: dict[str, Tensor] = {}
-    if losses.faithfulness:
-        others["faithfulness"] = faithfulness(decomposition)
-    if losses.minimality:
-        others["minimality"] = minimality(pre, p=p, eps=losses.minimality_eps)
-    for name, value in others.items():
-        total = total + getattr(losses, name) * value
-        values[name] = value.detach()
-    return Step(values, total, p, pre, g, target.logits)
 
 
 def make_optimizer(config: Config, decomposition: Decomposition, importance: Importance) -> torch.optim.Optimizer:
@@ -79,7 +36,12 @@ def make_optimizer(config: Config, decomposition: Decomposition, importance: Imp
         {"params": relative, "full_lr": gamma_lr * config.gamma.relative_lr},
     ]
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optim.name]
-    return kind([group for group in groups if group["params"]], lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
+    groups = [group for group in groups if group["params"]]
+    lr = torch.tensor(optim.lr, device=config.device) if config.cuda_graph else optim.lr
+    for group in groups:
+        group["lr"] = lr.clone() if isinstance(lr, Tensor) else lr
+    fused = torch.device(config.device).type in ("cpu", "cuda")  # one pass over parameters, gradients and moments
+    return kind(groups, betas=optim.betas, weight_decay=optim.weight_decay, fused=fused, capturable=config.cuda_graph)
 
 
 def rate(optim: Optim, step: int, steps: int) -> float:
@@ -110,28 +72,28 @@ def train(
     began = time.monotonic()
     before = directory.info["seconds"]
     tracker.start("decomposing", steps=config.steps, done=start)
+    steps = Steps(config, task, decomposition, importance, optimizer)
     save = partial(_save, config, decomposition, importance, optimizer, directory)
     status, done = "failed", start
     try:
         with interrupts() as interrupted:
             for step in range(start, config.steps):
                 share = rate(config.optim, step, config.steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = group["full_lr"] * share
+                set_rates(optimizer, share)
                 batch = task.batch(step, "train").to(config.device)  # 1
-                result = training_step(config, task, decomposition, importance, batch.inputs, step)  # 2 to 9
-                optimizer.zero_grad()
-                result.total.backward()
-                _require_finite(result, decomposition, importance, step)
-                optimizer.step()  # 10
+                result = steps(batch.inputs, step)  # 2 to 10
                 done = step + 1
                 last = done == config.steps
-                if done % config.log_every == 0 or last:
+                log, measure = done % config.log_every == 0 or last, done % config.evaluate.every == 0 or last
+                if log or measure:
+                    steps.require_finite(result, step)
+                if log:
                     _log(config, result, done, share, directory, tracker)
-                if done % config.evaluate.every == 0 or last:
+                if measure:
                     directory.append_metrics({"step": done, "evaluation": held_out(config, task, decomposition, importance)})
                 stop = interrupted()
                 if done % config.checkpoint.every == 0 or last or stop:
+                    steps.require_finite(result, step)
                     save(done)
                 if stop and not last:
                     raise RunInterrupted
@@ -145,6 +107,15 @@ def train(
     finally:
         tracker.close()
         directory.record(status=status, steps=done, seconds=round(before + time.monotonic() - began, 3))
+
+
+def set_rates(optimizer: torch.optim.Optimizer, share: float) -> None:
+    """Every group's learning rate as `share` of its full one, in place where a captured step reads it from a tensor."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(group["full_lr"] * share)
+        else:
+            group["lr"] = group["full_lr"] * share
 
 
 def held_out(config: Config, task: Task, decomposition: Decomposition, importance: Importance) -> dict[str, float]:
@@ -162,7 +133,7 @@ def _log(config: Config, result: Step, done: int, share: float, directory: RunDi
         step=done,
         losses={name: value.item() for name, value in result.losses.items()},
         total=result.total.item(),
-        p=result.p,
+        p=float(result.p),
         lr=config.optim.lr * share,
         active=active_counts(result.g),
     )
@@ -170,37 +141,6 @@ def _log(config: Config, result: Step, done: int, share: float, directory: RunDi
         {"step": done, "losses": logged.losses, "total": logged.total, "p": logged.p, "lr": logged.lr, "active": logged.active}
     )
     tracker.update(logged)
-
-
-def _require_finite(result: Step, decomposition: Decomposition, importance: Importance, step: int) -> None:
-    """Raise `DivergedError` naming the loss and the site if anything about to enter the update is not finite."""
-    parameters = [*decomposition.parameters(), *importance.parameters()]
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-    if torch.isfinite(result.total) and torch.isfinite(norm):
-        return
-
-    def broken(tensors: Mapping[str, Tensor | None]) -> str:
-        names = [name for name, value in tensors.items() if value is not None and not torch.isfinite(value).all()]
-        return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-    gradients = {f"U at {name}": U.grad for name, U in decomposition.U.items()}
-    gradients |= {f"V at {name}": V.grad for name, V in decomposition.V.items()}
-    for group in importance.typed_groups:
-        for i, site in enumerate(group.names):
-            gradients |= {f"γ's {key} at {site}": value.grad[i] for key, value in group.named_parameters() if value.grad is not None}
-    losses = broken(result.losses)
-    causes = [
-        ("the target's", broken({"logits": result.target_logits})),
-        ("U at", broken(decomposition.U)),
-        ("V at", broken(decomposition.V)),
-        ("γ's pre-activation at", broken(result.pre)),
-        ("the gradient of", broken(gradients)),
-    ]
-    where = next((f"{what} {names}" for what, names in causes if names), "every site finite")  # the first is the origin
-    raise DivergedError(
-        f"step {step}: {'loss ' + losses if losses else 'a gradient'} is not finite ({where}); nothing was updated. "
-        "Lower optim.lr and start anew; the last checkpoint is from before"
-    )
 
 
 def _save(

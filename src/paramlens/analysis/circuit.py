@@ -13,10 +13,10 @@ from paramlens.config import InductionTask
 from paramlens.decomposition import Decomposition, Plan, Replacement
 from paramlens.errors import ConfigError
 from paramlens.evaluation import ACTIVE, evaluate, importances
+from paramlens.machine import machine
 from paramlens.rundir import Run
 from paramlens.sites import at_rest
 from paramlens.tasks import Batch
-from paramlens.threads import torch_threads
 
 ALL_POSITIONS = "all"
 """The one role of a task whose positions have none."""
@@ -85,7 +85,7 @@ def circuit(run: Run, *, threshold: float = ACTIVE, batches: int = 16) -> Circui
     rows: list[dict[str, float]] = []
     divergences: list[dict[str, Tensor]] = []
     gs: list[dict[str, Tensor]] = []
-    with at_rest(task.model), torch_threads(config.threads):
+    with at_rest(task.model), machine(config):
         for batch in held_out:
             target, g = importances(decomposition, importance, batch)
             scores = evaluate(

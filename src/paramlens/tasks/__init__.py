@@ -91,11 +91,22 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     return tree
 
 
+def tensors_of(tree: Any) -> list[Tensor]:
+    """Every tensor of nested mappings, tuples and lists, in order."""
+    found: list[Tensor] = []
+    map_tensors(lambda tensor: found.append(tensor) or tensor, tree)
+    return found
+
+
 def move(tree: Any, device: torch.device | str) -> Any:
     return map_tensors(lambda tensor: tensor.to(device), tree)
 
 
 def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
     """A random generator that is a pure function of `key`, such as (seed, "masks", step)."""
-    digest = blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.Generator(device=device).manual_seed(seed_of(*key))
+
+
+def seed_of(*key: int | str) -> int:
+    """A 63-bit number that is a pure function of `key`."""
+    return int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1

@@ -45,7 +45,10 @@ def induction_batch(
 
 
 class Attention(nn.Module):
-    """Causal attention whose queries and keys see the position encodings and whose values do not ("Shortformer")."""
+    """Causal attention whose queries and keys see the position encodings and whose values do not ("Shortformer").
+
+    The pattern itself is computed only for a hook on `pattern`; otherwise PyTorch's fused attention gives the same output.
+    """
 
     def __init__(self, width: int, *, heads: int, added: str) -> None:
         super().__init__()
@@ -61,10 +64,13 @@ class Attention(nn.Module):
         else:
             q, k = self.q(x[:, start:]) + positions[start:], self.k(x) + positions
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, self.v(x)))  # (B, H, T, d_head)
-        scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
-        future = torch.full((x.shape[1], x.shape[1]), -torch.inf, dtype=x.dtype, device=x.device).triu(1)[start:]
-        pattern = self.pattern((scores + future).softmax(-1))  # (B, H, T, T), rows sum to 1
-        return self.o((pattern @ v).transpose(1, 2).flatten(2))
+        if self.pattern._forward_hooks:
+            scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
+            future = torch.full((x.shape[1], x.shape[1]), -torch.inf, dtype=x.dtype, device=x.device).triu(1)[start:]
+            seen = self.pattern((scores + future).softmax(-1)) @ v  # the pattern is (B, H, T, T), rows sum to 1
+        else:
+            seen = F.scaled_dot_product_attention(q, k, v, is_causal=not start)
+        return self.o(seen.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):

@@ -1,0 +1,197 @@
+"""One step of Algorithm 3: its losses, its gradients, and the guard that nothing broken enters the update."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from paramlens.config import RECONSTRUCTION_NAMES, Config
+from paramlens.decomposition import Decomposition, noise_from
+from paramlens.errors import BatchError, DivergedError
+from paramlens.importance import Importance, lower
+from paramlens.losses import annealed_p, faithfulness, minimality, reconstruction_losses
+from paramlens.tasks import Inputs, Task, generator, map_tensors, seed_of, tensors_of
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step before the update: losses by name, their weighted sum, and what they were computed from."""
+
+    losses: dict[str, Tensor]
+    total: Tensor
+    p: float | Tensor
+    pre: dict[str, Tensor]
+    g: dict[str, Tensor]
+    target_logits: Tensor
+
+
+def training_step(
+    config: Config,
+    task: Task,
+    decomposition: Decomposition,
+    importance: Importance,
+    inputs: Inputs,
+    step: int,
+    *,
+    p: float | Tensor | None = None,
+) -> Step:
+    """Lines 2 to 9 of Algorithm 3 on one minibatch. p: minimality's power; none: the one annealed to at `step`."""
+    losses = config.losses
+    target = decomposition.target_run(inputs)  # 2: run the original model
+    pre = importance(target.inputs, decomposition.U)  # 3: causal importances on this batch
+    g = {name: lower(value) for name, value in pre.items()}
+    total, values = reconstruction_losses(  # 4, 5, 8: masks, masked runs, divergences
+        decomposition,
+        task.loss_inputs(inputs, last_token_only=config.last_token_only),
+        target,
+        g,
+        {name: getattr(losses, name) for name in RECONSTRUCTION_NAMES if getattr(losses, name)},
+        last_token_only=config.last_token_only,
+        samples=losses.samples,
+        layerwise_sites=losses.layerwise_sites,
+        partial_scope=losses.partial_scope,
+        generator=lambda name: generator(config.seed, "masks", name, step),
+    )
+    p = annealed_p(losses, step, config.steps) if p is None else p
+    others: dict[str, Tensor] = {}
+    if losses.faithfulness:
+        others["faithfulness"] = faithfulness(decomposition)
+    if losses.minimality:
+        others["minimality"] = minimality(pre, p=p, eps=losses.minimality_eps)
+    for name, value in others.items():
+        total = total + getattr(losses, name) * value
+        values[name] = value.detach()
+    return Step(values, total, p, pre, g, target.logits)
+
+
+class Steps:
+    """Whole steps: losses, gradients, guard and update, run one after the other or replayed as one CUDA graph.
+
+    The host never waits for a GPU here. There the guard is a flag on the device that keeps the optimizer from updating once a step
+    was not finite; `require_finite` looks at it.
+    """
+
+    def __init__(
+        self, config: Config, task: Task, decomposition: Decomposition, importance: Importance, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.config, self.task, self.decomposition, self.importance, self.optimizer = config, task, decomposition, importance, optimizer
+        self.parameters = [*decomposition.parameters(), *importance.parameters()]
+        self.broken = torch.zeros((), device=decomposition.device)
+        self.waits = decomposition.device.type != "cuda"
+        if not self.waits:
+            optimizer.found_inf = self.broken  # pyright: ignore[reportAttributeAccessIssue]  # read by fused Adam
+        self.replay = _Replay(self) if config.cuda_graph else None
+
+    def __call__(self, inputs: Inputs, step: int) -> Step:
+        """Lines 2 to 10. Raises `DivergedError` before an update that is not finite, on a GPU by the next `require_finite`."""
+        return self.run(inputs, step) if self.replay is None else self.replay(inputs, step)
+
+    def run(self, inputs: Inputs, step: int, p: Tensor | None = None) -> Step:
+        result = training_step(self.config, self.task, self.decomposition, self.importance, inputs, step, p=p)
+        self.optimizer.zero_grad()
+        result.total.backward()
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in self.parameters if parameter.grad is not None])
+        self.broken.copy_(torch.maximum(self.broken, (~(result.total.detach().isfinite() & norm.isfinite())).to(self.broken.dtype)))
+        if self.waits:
+            self.require_finite(result, step)
+        self.optimizer.step()
+        return result
+
+    def require_finite(self, result: Step, step: int) -> None:
+        """Raise `DivergedError` naming the loss and the site if anything that was to enter an update is not finite."""
+        if not self.broken.item():
+            return
+        decomposition, importance = self.decomposition, self.importance
+
+        def broken(tensors: Mapping[str, Tensor | None]) -> str:
+            names = [name for name, value in tensors.items() if value is not None and not torch.isfinite(value).all()]
+            return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+        gradients = {f"U at {name}": U.grad for name, U in decomposition.U.items()}
+        gradients |= {f"V at {name}": V.grad for name, V in decomposition.V.items()}
+        for group in importance.typed_groups:
+            for i, site in enumerate(group.names):
+                gradients |= {f"γ's {key} at {site}": value.grad[i] for key, value in group.named_parameters() if value.grad is not None}
+        losses = broken(result.losses)
+        causes = [
+            ("the target's", broken({"logits": result.target_logits})),
+            ("U at", broken(decomposition.U)),
+            ("V at", broken(decomposition.V)),
+            ("γ's pre-activation at", broken(result.pre)),
+            ("the gradient of", broken(gradients)),
+        ]
+        where = next((f"{what} {names}" for what, names in causes if names), "every site finite")  # the first is the origin
+        when, what = "" if self.waits else "by ", f"loss {losses}" if losses else "a gradient"
+        raise DivergedError(
+            f"{when}step {step}: {what} is not finite ({where}); nothing was updated. "
+            "Lower optim.lr and start anew; the last checkpoint is from before"
+        )
+
+
+class _Replay:
+    """The step as a CUDA graph: captured once after a few ordinary steps, then replayed on inputs copied into place."""
+
+    WARM = 3
+    """Ordinary steps before the capture, in which libraries set up what they keep."""
+
+    def __init__(self, steps: Steps) -> None:
+        device = steps.decomposition.device
+        self.steps, self.graph, self.done = steps, CudaGraph(), 0
+        self.p = torch.zeros((), device=device)
+        self.rng = torch.Generator(device=device)
+        self.inputs: Inputs | None = None
+        self.result: Step | None = None
+
+    def __call__(self, inputs: Inputs, step: int) -> Step:
+        config = self.steps.config
+        self._place(inputs)
+        self.p.fill_(annealed_p(config.losses, step, config.steps))
+        self.rng.manual_seed(seed_of(config.seed, "masks", step))
+        if self.done < self.WARM:
+            self.result = self.graph.warm(self._run)
+        elif self.done == self.WARM:
+            self.steps.optimizer.zero_grad()
+            self.result = self.graph.capture(self._run, self.rng)
+        if self.done >= self.WARM:
+            self.graph.replay()
+        self.done += 1
+        assert self.result is not None
+        return self.result
+
+    def _run(self) -> Step:
+        assert self.inputs is not None
+        with noise_from(self.rng):
+            return self.steps.run(self.inputs, 0, self.p)
+
+    def _place(self, inputs: Inputs) -> None:
+        if self.inputs is None:
+            self.inputs = map_tensors(torch.clone, inputs)
+            return
+        kept, given = tensors_of(self.inputs), tensors_of(inputs)
+        if [tensor.shape for tensor in kept] != [tensor.shape for tensor in given]:
+            raise BatchError("cuda_graph true replays one shape of batch, and this one has another; give cuda_graph false")
+        for place, tensor in zip(kept, given, strict=True):
+            place.copy_(tensor, non_blocking=True)
+
+
+class CudaGraph:
+    """A captured function of no arguments, and the streams that capturing asks for."""
+
+    def __init__(self) -> None:
+        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+
+    def warm(self, function: Callable[[], Step]) -> Step:
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            result = function()
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return result
+
+    def capture(self, function: Callable[[], Step], rng: torch.Generator) -> Step:
+        self.graph.register_generator_state(rng)
+        with torch.cuda.graph(self.graph):
+            return function()
+
+    def replay(self) -> None:
+        self.graph.replay()
