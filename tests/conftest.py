@@ -2,7 +2,20 @@
 
 from jaxtyping import install_import_hook
 
-SHAPED = ("sites", "decomposition", "importance", "masks", "losses", "evaluation", "rundir", "train", "tasks.induction", "analysis")
+SHAPED = (
+    "sites",
+    "decomposition",
+    "importance",
+    "mlps",
+    "masks",
+    "losses",
+    "evaluation",
+    "rundir",
+    "step",
+    "train",
+    "tasks.induction",
+    "analysis",
+)
 install_import_hook([f"paramlens.{name}" for name in SHAPED], "beartype.beartype")
 
 import pytest  # noqa: E402

@@ -5,8 +5,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from paramlens.config import Init
-from paramlens.decomposition import Decomposition, Replacement, call, initialise
+from paramlens.decomposition import Decomposition, call, initialise
 from paramlens.errors import BatchError, SiteError
+from paramlens.masks import Replacement
 from paramlens.sites import find_sites
 from paramlens.tasks import generator
 from paramlens.tasks.induction import InductionTransformer

@@ -8,10 +8,10 @@ from torch import nn
 
 from conftest import tiny_with
 from paramlens.config import Losses
-from paramlens.decomposition import Decomposition, mask_noise, stochastic_mask
+from paramlens.decomposition import Decomposition
 from paramlens.importance import lower, upper
 from paramlens.losses import RECONSTRUCTIONS, annealed_p, faithfulness, kl_divergence, minimality, reconstruction_plans
-from paramlens.masks import rounded_mask, site_subsets, subset_shape
+from paramlens.masks import mask_noise, rounded_mask, site_subsets, stochastic_mask, subset_shape
 from paramlens.sites import find_sites
 from paramlens.tasks import generator
 

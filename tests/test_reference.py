@@ -5,12 +5,12 @@ import torch
 
 import reference
 from conftest import tiny_with
-from paramlens import importance as importance_module
-from paramlens import native
+from paramlens import mlps, native
 from paramlens.config import RECONSTRUCTION_NAMES, Init
-from paramlens.decomposition import Decomposition, Replacement, call, initialise, mask_noise
+from paramlens.decomposition import Decomposition, call, initialise
 from paramlens.importance import Importance, lower, upper
 from paramlens.losses import RECONSTRUCTIONS, faithfulness, minimality
+from paramlens.masks import Replacement, mask_noise
 from paramlens.sites import at_rest, find_sites, swapped_in
 from paramlens.step import training_step
 from paramlens.tasks import generator
@@ -60,7 +60,7 @@ def reference_pre(config, decomposition, importance, inputs):
 @pytest.mark.parametrize(("kind", "relative"), KINDS)
 def test_gamma(kind: str, relative: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(native, "cached_numbers", lambda: 100)  # several uneven chunks
-    monkeypatch.setattr(importance_module, "MIN_CHUNK", 5)
+    monkeypatch.setattr(mlps, "MIN_CHUNK", 5)
     config, task, decomposition, importance = make(kind, relative, dtype)
     target = decomposition.target_run(task.batch(0, "train").inputs)
     ours = importance(target.inputs, decomposition.U)

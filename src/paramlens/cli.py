@@ -16,18 +16,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.table import Table
-from tyro.conf import Positional
 
 from paramlens import __version__
 from paramlens.config import Config, InductionTask
 from paramlens.configfile import LIST_FIELDS, SWITCHES, field_paths, load_config, parse_value, shipped_configs
 from paramlens.errors import ConfigError, ParamLensError, RunInterrupted
 from paramlens.layout import checkpoints, default_out, is_run, read_json, require_free, require_run
+from paramlens.options import Bench, Decompose, Demo, Doctor, Report, ShowCircuit, TrainTarget
+from paramlens.terminal import bench_table, print_circuit, print_diagnosis
 
 if TYPE_CHECKING:
     from paramlens.analysis.circuit import Circuit
-    from paramlens.analysis.doctor import Diagnosis
 
 DEMO_CONFIG = "induction-quick"
 
@@ -39,84 +38,9 @@ USAGE = f"""paramlens {__version__}: take a Transformer's weights apart, see whi
   paramlens circuit RUN               what is active where, and how faithful it is (Table 1)
   paramlens report RUN                one offline HTML page
   paramlens doctor CONFIG             parameters and memory, before anything starts
+  paramlens bench                     steps per second beside the same step written the obvious way
 
 CONFIG: {", ".join(shipped_configs())}, or a YAML file; any field is a flag (--optim.lr 3e-3). COMMAND --help says more."""
-
-
-@dataclass
-class Demo:
-    """Train the induction target, decompose it, print Table 1 and write report.html."""
-
-    seed: int = 0
-    """Seeds target and decomposition."""
-    out: Path | None = None
-    """Run directory (runs/demo-s<seed>)."""
-    overwrite: bool = False
-    """Replace an existing run."""
-
-
-@dataclass
-class TrainTarget:
-    """Train a toy target and save it."""
-
-    config: Positional[str]
-    """Shipped name or YAML path."""
-    out: Path | None = None
-    """Directory for it (runs/<name>-target-s<seed>)."""
-    overwrite: bool = False
-    """Replace an existing target."""
-    json: bool = False
-    """One JSON document on stdout."""
-
-
-@dataclass
-class Decompose:
-    """Decompose a target into a run directory."""
-
-    config: Positional[str]
-    """Shipped name or YAML path."""
-    target: Path | None = None
-    """Directory that holds the target; none: train it first."""
-    out: Path | None = None
-    """Run directory (runs/<name>-s<seed>)."""
-    resume: bool = False
-    """Continue the run at its last checkpoint."""
-    overwrite: bool = False
-    """Replace an existing run."""
-    json: bool = False
-    """One JSON document on stdout."""
-
-
-@dataclass
-class Doctor:
-    """Count parameters and memory by part."""
-
-    config: Positional[str]
-    """Shipped name or YAML path."""
-    json: bool = False
-    """One JSON document on stdout."""
-
-
-@dataclass
-class ShowCircuit:
-    """Table 1: active subcomponents by role, unique counts, metrics."""
-
-    run: Positional[Path]
-    """Run directory."""
-    threshold: float = 0.1
-    """A subcomponent is active where its importance exceeds this, in [0, 1)."""
-    batches: int = 16
-    """Held-out batches evaluated."""
-    json: bool = False
-    """One JSON document on stdout."""
-
-
-@dataclass
-class Report:
-    """Write report.html into the run directory."""
-
-    run: Positional[Path]
-    """Run directory."""
 
 
 def entry() -> None:
@@ -240,7 +164,7 @@ def _demo(options: Demo, _: list[str]) -> int:
             return _interrupted(["paramlens", "demo", *(["--seed", str(options.seed)] if options.seed else []), *place])
     from paramlens.page import report
 
-    _print_circuit(_circuit(path), Console())
+    print_circuit(_circuit(path), Console())
     page = report(path)
     Console().print(f"page: {page}", highlight=False, markup=False, soft_wrap=True)
     return 0
@@ -306,7 +230,7 @@ def _circuit_command(options: ShowCircuit, _: list[str]) -> int:
     if options.json:
         print(json.dumps(result.to_json()))
     else:
-        _print_circuit(result, Console())
+        print_circuit(result, Console())
     return 0
 
 
@@ -318,26 +242,6 @@ def _circuit(path: Path, *, threshold: float = 0.1, batches: int = 16) -> "Circu
     result = circuit(run, threshold=threshold, batches=batches)
     run.save_analysis("circuit", result.to_json())
     return result
-
-
-def _print_circuit(result: "Circuit", console: Console) -> None:
-    """Tables 1a and 1b as one table, 1c under it, and a word on silent sites."""
-    table = Table(title=f"Active subcomponents (importance > {result.threshold:g}), {result.sequences} sequences", title_justify="left")
-    table.add_column("site")
-    for role in result.roles:
-        table.add_column(role, justify="right")
-    table.add_column("unique", justify="right")
-    for name, site in result.sites.items():
-        cells = [f"{site.active[role]:.3f}" for role in result.roles]
-        table.add_row(name, *[cell if float(cell) >= 0.5 else f"[dim]{cell}[/dim]" for cell in cells], str(site.unique))
-    console.print(table)
-    metrics = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name, value in result.metrics.items():
-        metrics.add_row(name, f"{value:.4f}" if name.startswith("accuracy") else f"{value:.2e}")
-    console.print(metrics)
-    for name, site in result.sites.items():
-        if site.silent:
-            console.print(f"{name} is silent: it {site.silent}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def _report_command(options: Report, _: list[str]) -> int:
@@ -362,16 +266,33 @@ def _doctor(options: Doctor, rest: list[str]) -> int:
     if options.json:
         print(json.dumps(diagnosis.to_json()))
     else:
-        _print_diagnosis(diagnosis, Console())
+        print_diagnosis(diagnosis, Console())
     return 0
 
 
-def _print_diagnosis(diagnosis: "Diagnosis", console: Console) -> None:
-    for title, parts, unit in (("parameters", diagnosis.parameters, 1), ("memory, MiB", diagnosis.bytes, 2**20)):
-        table = Table(title=f"{title} ({diagnosis.sites} sites)", title_justify="left", show_header=False)
-        for name, count in parts.items():
-            table.add_row(name, f"{count:,}" if unit == 1 else f"{count / unit:,.1f}")
-        console.print(table)
+def _bench(options: Bench, _: list[str]) -> int:
+    from paramlens import bench
+
+    axes = ("importance", "length", "batch", "C", "sites", "layerwise_sites", "threads")
+    fixed = {name: parse_value(str(value)) for name in axes if (value := getattr(options, name)) is not None}
+    how = {name: getattr(options, name) for name in ("device", "matmul", "compile", "cuda_graph")}
+    measured = []
+    for each in bench.bench(
+        bench.cases(options.grid, **fixed, **how),
+        repeats=options.repeats,
+        seconds=options.seconds,
+        naive=not options.skip_naive,
+        memory=not options.skip_memory,
+    ):
+        measured.append(each)
+        done = f"{each.importance} length {each.length} batch {each.batch} C {each.C} sites {each.sites}: {each.steps_per_s:.2f} steps/s"
+        Console(stderr=True).print(done, highlight=False, markup=False)
+    document = bench.document(measured)
+    if options.json:
+        print(json.dumps(document))
+    else:
+        Console().print(bench_table(document))
+    return 0
 
 
 def _emit(document: Mapping[str, Any], *, as_json: bool, text: str) -> None:
@@ -394,4 +315,5 @@ _COMMANDS = {
     "circuit": _Command(ShowCircuit, _circuit_command),
     "report": _Command(Report, _report_command),
     "doctor": _Command(Doctor, _doctor),
+    "bench": _Command(Bench, _bench),
 }

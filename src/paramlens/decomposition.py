@@ -21,37 +21,21 @@ of the model alone enters the stack at its own first block, with the target's ac
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, pairwise
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from paramlens import native
 from paramlens.config import Init
 from paramlens.errors import BatchError, SiteError
+from paramlens.masks import Replacement, mask_noise, masked_linear, stochastic_mask
 from paramlens.sites import Site, swapped_in
 from paramlens.tasks import Inputs, map_tensors
-
-
-@dataclass(frozen=True)
-class Replacement:
-    """A site's masked weight in one plan: mask r = g, or, with a key, r = g + (1 - g) u for the noise u of that key, in [g, 1].
-
-    where: (batch, pos or 1) at which it stands in, elsewhere the target's own weight; none: everywhere.
-    """
-
-    g: Float[Tensor, "*batch C"]
-    key: int | None = None
-    where: Bool[Tensor, "*#batch"] | None = None
-
 
 Plan = Mapping[str, Replacement]
 """Site name → replacement; sites left out run the target's own weight."""
@@ -299,117 +283,6 @@ def _fitted(replacement: Replacement, x: Tensor) -> Replacement:
     last = slice(g.shape[1] - x.shape[1], None)
     mask = g[:, last] if key is None else stochastic_mask(g[:, last], mask_noise(key, g)[:, last])
     return Replacement(mask, None, None if where is None else where[:, last])
-
-
-def stochastic_mask(g: Float[Tensor, "*batch C"], noise: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
-    """R = g + (1 - g) u, in [g, 1]; the gradient with respect to g is 1 - u (Algorithm 3, line 4)."""
-    return torch.lerp(g, torch.ones_like(g), noise)
-
-
-_noise_source: ContextVar[torch.Generator | None] = ContextVar("noise_source", default=None)
-
-
-@contextmanager
-def noise_from(rng: torch.Generator) -> Iterator[None]:
-    """While active, masks draw from `rng` instead of their keys, which a captured step could not change."""
-    before = _noise_source.set(rng)
-    try:
-        yield
-    finally:
-        _noise_source.reset(before)
-
-
-def mask_noise(key: int, like: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
-    """U ~ U(0, 1) per entry, a pure function of the key, the shape and the kind of device."""
-    if native.serves(like):
-        noise = torch.empty_like(like, memory_format=torch.contiguous_format)
-        native.uniform(native.units(noise), noise, noise.numel(), key)
-        return noise
-    rng = torch.Generator(device=like.device).manual_seed(key)
-    return torch.rand(like.shape, generator=rng, device=like.device, dtype=like.dtype)
-
-
-def masked_linear(
-    x: Float[Tensor, "*batch d_in"],
-    U: Float[Tensor, "d_in C"],
-    V: Float[Tensor, "C d_out"],
-    replacements: Sequence[Replacement],
-    bias: Float[Tensor, "d_out"] | None,
-) -> Float[Tensor, "*batch d_out"]:
-    """`((x @ U) * r) @ V + bias`, r being the masks of `replacements`, one after the other along the first axis.
-
-    Raises `BatchError` if masks and input disagree on the leading axes.
-    """
-    leading = (sum(replacement.g.shape[0] for replacement in replacements), *replacements[0].g.shape[1:-1])
-    if leading != tuple(x.shape[:-1]):
-        raise BatchError(f"mask has leading axes {leading}, the site's input {tuple(x.shape[:-1])}; masks come from the same batch")
-    gs, keys = [replacement.g for replacement in replacements], [replacement.key for replacement in replacements]
-    if native.serves(x, U, *gs) and _noise_source.get() is None:
-        product = _MaskedProduct.apply(x, U, V, keys, *gs)
-        return product if bias is None else product + bias
-    masks = [g if key is None else stochastic_mask(g, mask_noise(key, g)) for g, key in zip(gs, keys, strict=True)]
-    return F.linear((x @ U) * torch.cat(masks), V.T, bias)
-
-
-class _MaskedProduct(torch.autograd.Function):
-    """`((x @ U) * r) @ V` by chunks of rows; inner activations and masks never leave the cache and are computed again for the gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, U: Tensor, V: Tensor, keys: Sequence[int | None], *gs: Tensor) -> Tensor:
-        rows = x.reshape(len(gs), -1, x.shape[-1])
-        U, V = U.contiguous(), V.contiguous()
-        masks = [g.contiguous() for g in gs]
-        ctx.save_for_backward(rows, U, V, *masks)
-        ctx.keys = keys
-        out = x.new_empty(*rows.shape[:2], V.shape[1])
-        size = _chunk_rows(rows, U)
-        inner = x.new_empty(size, U.shape[1])
-        plans = [[each.split(size) for each in (x, g.flatten(0, -2), y)] for x, g, y in zip(rows, masks, out, strict=True)]
-        for i in range(len(plans[0][0])):
-            for (reads, g, y), key in zip(plans, keys, strict=True):
-                part = inner[: len(reads[i])]
-                torch.mm(reads[i], U, out=part)
-                native.mask_forward(native.units(part), part, g[i], part.numel(), *_noise(key, i * inner.numel()))
-                torch.mm(part, V, out=y[i])
-        return out.view(-1, *gs[0].shape[1:-1], V.shape[1])
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, U, V, *gs = cast("tuple[Tensor, ...]", ctx.saved_tensors)
-        above = grad.reshape(len(gs), -1, grad.shape[-1])
-        wanted = ctx.needs_input_grad[0]
-        grad_rows = torch.empty_like(rows if wanted else rows[:, :0])
-        grad_U, grad_V = torch.zeros_like(U), torch.zeros_like(V)
-        grad_gs = {id(g): torch.zeros_like(g) for g in gs}  # plans that share g share its gradient
-        size = _chunk_rows(rows, U)
-        inner, below = rows.new_empty(2, size, U.shape[1])
-        plans = [
-            [each.split(size) for each in (x, a, g.flatten(0, -2), grad_gs[id(g)].flatten(0, -2), to_x)]
-            for x, a, g, to_x in zip(rows, above, gs, grad_rows, strict=True)
-        ]
-        for i in range(len(plans[0][0])):
-            for (x, a, g, to_g, to_x), key in zip(plans, ctx.keys, strict=True):
-                part, grad_part = inner[: len(x[i])], below[: len(x[i])]
-                torch.mm(x[i], U, out=part)
-                torch.mm(a[i], V.T, out=grad_part)
-                native.mask_backward(native.units(part), part, grad_part, g[i], to_g[i], part.numel(), *_noise(key, i * inner.numel()))
-                grad_V.addmm_(part.T, a[i])
-                grad_U.addmm_(x[i].T, grad_part)
-                if wanted:
-                    torch.mm(grad_part, U.T, out=to_x[i])
-        given = [grad_gs.pop(id(g), None) for g in gs]
-        return grad_rows.view(*grad.shape[:-1], -1) if wanted else None, grad_U, grad_V, None, *given
-
-
-def _noise(key: int | None, place: int) -> tuple[int, int, int]:
-    """A mask kernel's last arguments: whether there is noise, its key, and the place of the first number."""
-    return (0, 0, 0) if key is None else (1, key, place)
-
-
-def _chunk_rows(rows: Float[Tensor, "plan row d_in"], U: Float[Tensor, "d_in C"]) -> int:
-    """Rows whose inner activations fit into the threads' caches."""
-    return min(max(16, native.cached_numbers() // (8 * U.shape[1])), rows.shape[1])
 
 
 def call(model: nn.Module, inputs: Inputs) -> Tensor:

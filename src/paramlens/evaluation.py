@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from paramlens.decomposition import Decomposition, Plan, Replacement, TargetRun
+from paramlens.decomposition import Decomposition, Plan, TargetRun
 from paramlens.importance import Importance, lower
 from paramlens.losses import faithfulness, kl_divergence, loss_positions, reconstruction_plans
-from paramlens.masks import rounded_mask
+from paramlens.masks import Replacement, rounded_mask
 from paramlens.tasks import Batch, Task, generator
 
 ACTIVE = 0.1

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from paramlens import native
 from paramlens.config import Losses
-from paramlens.decomposition import Decomposition, Plan, Replacement, TargetRun
+from paramlens.decomposition import Decomposition, Plan, TargetRun
 from paramlens.importance import LEAK, upper
 from paramlens.machine import fusible
-from paramlens.masks import site_subsets, subset_shape
+from paramlens.masks import Replacement, site_subsets, subset_shape
 from paramlens.tasks import Inputs
 
 CPU_STACK = 2**21

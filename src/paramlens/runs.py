@@ -11,12 +11,13 @@ from torch import nn
 
 from paramlens.config import Config, InductionTask
 from paramlens.configfile import load_config, make_config
-from paramlens.decomposition import Decomposition, Plan, Replacement, TargetRun, initialise
+from paramlens.decomposition import Decomposition, Plan, TargetRun, initialise
 from paramlens.errors import BatchError, ConfigError, DivergedError, RunDirError, SiteError
 from paramlens.importance import Importance
 from paramlens.layout import checkpoints, default_out, require_free
 from paramlens.losses import faithfulness
 from paramlens.machine import machine
+from paramlens.masks import Replacement
 from paramlens.rundir import Run, RunDirectory, load_target, load_target_history, model_sha256, open_run
 from paramlens.sites import at_rest, find_sites
 from paramlens.tasks import Batches, Inputs, Task, batch_function, generator

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from paramlens.config import RECONSTRUCTION_NAMES, Config
-from paramlens.decomposition import Decomposition, noise_from
+from paramlens.decomposition import Decomposition
 from paramlens.errors import BatchError, DivergedError
 from paramlens.importance import Importance, lower
 from paramlens.losses import annealed_p, faithfulness, minimality, reconstruction_losses
+from paramlens.masks import noise_from
 from paramlens.tasks import Inputs, Task, generator, map_tensors, seed_of, tensors_of
 
 

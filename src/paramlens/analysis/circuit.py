@@ -10,10 +10,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from paramlens.config import InductionTask
-from paramlens.decomposition import Decomposition, Plan, Replacement
+from paramlens.decomposition import Decomposition, Plan
 from paramlens.errors import ConfigError
 from paramlens.evaluation import ACTIVE, evaluate, importances
 from paramlens.machine import machine
+from paramlens.masks import Replacement
 from paramlens.rundir import Run
 from paramlens.sites import at_rest
 from paramlens.tasks import Batch

@@ -1,0 +1,255 @@
+"""Steps per second, side by side with the same step written the obvious way, in one process and alternating (`paramlens bench`)."""
+
+import multiprocessing
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from paramlens.bench.naive import NaiveStep
+from paramlens.config import Config, Gamma, InductionTask, Losses
+from paramlens.decomposition import Decomposition, initialise
+from paramlens.errors import ConfigError
+from paramlens.importance import Importance
+from paramlens.machine import machine
+from paramlens.sites import find_sites
+from paramlens.step import Steps
+from paramlens.tasks import generator
+from paramlens.tasks.induction import InductionTransformer, induction_task
+from paramlens.train import make_optimizer
+
+GRIDS: dict[str, dict[str, Sequence[Any]]] = {
+    "like-for-like": {"importance": ("scalar", "vector", "attention"), "threads": (1, 2)},
+    "table2": {"importance": ("scalar", "vector", "attention"), "shape": ((16, 64), (64, 64), (1024, 64), (10240, 4))},
+    "C": {"importance": ("scalar", "vector", "attention"), "C": (25, 50, 100, 200, 400)},
+    "length": {"importance": ("scalar", "vector", "attention"), "shape": ((16, 64), (32, 64), (64, 64), (128, 64), (256, 64))},
+    "batch": {"importance": ("vector",), "shape": ((64, 16), (64, 32), (64, 64), (64, 128), (64, 256))},
+    "sites": {"importance": ("vector",), "sites": (3, 6, 12, 24), "layerwise_sites": ("all", 2)},
+}
+"""Named grids: fields of `Case` (`shape` is length and batch) to the values tried, all combinations of them."""
+
+D_GATE, VOCABULARY, WIDTH = 16, 128, 16
+NAIVE_SHARE = 0.7
+"""Share of the free memory that the naive step may be expected to need before it is left out."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One size: the induction target at Table 3's width, KL at all positions, Table 4's losses, fp32."""
+
+    importance: Literal["scalar", "vector", "attention"] = "vector"
+    length: int = 64
+    batch: int = 64
+    C: int = 100
+    sites: int = 6
+    layerwise_sites: int | Literal["all"] = "all"
+    threads: int | None = None
+    device: str = "cpu"
+    compile: bool = False
+    cuda_graph: bool = False
+    matmul: Literal["fp32", "tf32", "bf16"] = "fp32"
+
+    def config(self) -> Config:
+        if self.sites % 3:
+            raise ConfigError(f"sites {self.sites}: the target has three a block (q, k, v); give a multiple of 3")
+        losses = Losses(
+            stochastic_recon=1.0,
+            stochastic_recon_layerwise=1.0,
+            recon=0.5,
+            faithfulness=1000.0,
+            minimality=0.02,
+            layerwise_sites=self.layerwise_sites,
+        )
+        return Config(
+            name="bench",
+            batch=self.batch,
+            C=self.C,
+            sites=("blocks.*.attn.[qkv]",),
+            task=InductionTask(vocabulary=VOCABULARY, length=self.length, width=WIDTH, blocks=self.sites // 3),
+            gamma=Gamma(kind=self.importance, d_gate=D_GATE),
+            losses=losses,
+            threads=self.threads,
+            device=self.device,
+            compile=self.compile,
+            cuda_graph=self.cuda_graph,
+            matmul=self.matmul,
+        )
+
+
+@dataclass(frozen=True)
+class Measured(Case):
+    """A case and what came out: medians of `repeats` steps each, and memory beyond the parameters in bytes; none: not measured."""
+
+    repeats: int = 0
+    naive_steps_per_s: float | None = None
+    steps_per_s: float = 0.0
+    ratio: float | None = None
+    naive_peak_bytes: int | None = None
+    peak_bytes: int | None = None
+    naive_left_out: str | None = None
+
+
+def cases(grid: str, **fixed: Any) -> list[Case]:
+    """Every case of a named grid; `fixed` fields replace the grid's own."""
+    if grid not in GRIDS:
+        raise ConfigError(f"grid {grid}: there are {', '.join(GRIDS)}")
+    axes = {name: values for name, values in GRIDS[grid].items() if name not in fixed}
+    found = []
+    for values in product(*axes.values()):
+        fields = dict(zip(axes, values, strict=True)) | fixed
+        if "shape" in fields:
+            length, batch = fields.pop("shape")
+            fields = {"length": length, "batch": batch} | fields
+        found.append(Case(**fields))
+    return found
+
+
+def bench(
+    chosen: Sequence[Case], *, repeats: int = 7, seconds: float = 60.0, naive: bool = True, memory: bool = True
+) -> Iterator[Measured]:
+    """Measure each case: at least 3 steps of either kind, at most `repeats`, fewer once a case has taken `seconds`."""
+    for case in chosen:
+        left_out = _too_large(case) if naive else "not asked for"
+        timed = _alternate(case, naive=left_out is None, repeats=repeats, seconds=seconds)
+        peaks = {side: _peak(case, side) if memory and (side == "ours" or left_out is None) else None for side in ("ours", "naive")}
+        yield replace(timed, naive_left_out=left_out, peak_bytes=peaks["ours"], naive_peak_bytes=peaks["naive"])
+
+
+def document(measured: Sequence[Measured]) -> dict[str, Any]:
+    """What `bench --json` prints."""
+    device = torch.cuda.get_device_name() if any(each.device.startswith("cuda") for each in measured) else _processor()
+    return {"machine": device, "torch": torch.__version__, "cases": [asdict(each) for each in measured]}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def _alternate(case: Case, *, naive: bool, repeats: int, seconds: float) -> Measured:
+    with machine(case.config()):
+        steps = {"ours": _step(case, "ours")} | ({"naive": _step(case, "naive")} if naive else {})
+        times: dict[str, list[float]] = {side: [] for side in steps}
+        warm = 5 if case.cuda_graph else 1
+        began = time.perf_counter()
+        for i in range(repeats + warm):
+            for side, step in steps.items():
+                start = time.perf_counter()
+                step(i)
+                if case.device.startswith("cuda"):
+                    torch.cuda.synchronize()
+                if i >= warm:
+                    times[side].append(time.perf_counter() - start)
+            if i >= warm + 2 and time.perf_counter() - began > seconds:
+                break
+        threads = torch.get_num_threads()
+    rates = {side: 1 / statistics.median(taken) for side, taken in times.items()}
+    return Measured(
+        **asdict(replace(case, threads=threads)),
+        repeats=len(times["ours"]),
+        steps_per_s=rates["ours"],
+        naive_steps_per_s=rates.get("naive"),
+        ratio=rates["ours"] / rates["naive"] if naive else None,
+    )
+
+
+def _step(case: Case, side: str) -> Callable[[int], None]:
+    """A function that does one whole training step, update included, on the batch of its index."""
+    config = case.config()
+    assert isinstance(config.task, InductionTask)
+    torch.manual_seed(0)
+    model = InductionTransformer(config.task).to(case.device)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    task = induction_task(config.task, model.eval(), seed=0, batch=case.batch)
+    sites = find_sites(model, config.sites)
+    decomposition = Decomposition(model, sites, C=case.C)
+    importance = Importance({site.name: (site.d_in, case.C) for site in sites}, config.gamma, max_length=case.length)
+    initialise(decomposition, config.init, generator=generator(0, "init"))
+    importance.initialise(generator(0, "gamma"))
+    importance = importance.to(case.device)
+    if side == "ours":
+        decomposition.find_blocks(task.batch(0, "train").to(case.device).inputs)
+        steps = Steps(config, task, decomposition, importance, make_optimizer(config, decomposition, importance))
+
+        def ours(i: int) -> None:
+            steps(task.batch(i, "train").to(case.device).inputs, i)
+
+        return ours
+    naive = NaiveStep(config, decomposition, importance, max_length=case.length)
+    optimizer = torch.optim.Adam(naive.parameters(), lr=config.optim.lr)
+    names, rng = decomposition.names, torch.Generator(device=case.device).manual_seed(0)
+
+    def obvious(i: int) -> None:
+        alone = names if case.layerwise_sites == "all" else tuple(random.Random(i).sample(names, case.layerwise_sites))
+        tokens = task.batch(i, "train").to(case.device).inputs
+        assert isinstance(tokens, torch.Tensor)
+        loss = naive(tokens, i, lambda _loss, _site, g: torch.rand(g.shape, generator=rng, device=g.device), alone)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return obvious
+
+
+def _too_large(case: Case) -> str | None:
+    """Why the naive step is left out: what it keeps for autograd would not fit."""
+    rows, plans = case.batch * case.length, 2 + (case.sites if case.layerwise_sites == "all" else case.layerwise_sites)
+    hidden = 4 * rows * case.sites * case.C * D_GATE
+    scores = 4 * case.sites * case.batch * case.length**2 if case.importance == "attention" else 0
+    runs = plans * rows * (4 * VOCABULARY + 8 * case.sites * WIDTH) + 3 * rows * case.C * 3 * case.sites
+    needed = 4 * (hidden + scores + runs)
+    free = torch.cuda.mem_get_info()[0] if case.device.startswith("cuda") else _free_memory()
+    return f"needs about {needed / 2**30:.0f} GiB" if needed > NAIVE_SHARE * free else None
+
+
+def _free_memory() -> float:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return float("inf")
+
+
+def _peak(case: Case, side: str) -> int | None:
+    """Most memory that steps need beyond what stands before the first, in bytes; on a CPU of a process of its own."""
+    if case.device.startswith("cuda"):
+        step = _step(case, side)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(0)
+        return torch.cuda.max_memory_allocated() - before
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(_peak_here, (case, side))
+
+
+def _peak_here(case: Case, side: str) -> int:
+    with machine(case.config()):
+        small = replace(case, length=16, batch=1, C=4)
+        _step(small, side)(0)  # loads and compiles what a step needs
+        step = _step(case, side)
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark becomes what is resident now
+        before = _resident("VmRSS")
+        step(0)
+        step(1)
+        return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))

@@ -1,0 +1,122 @@
+"""The commands' own options, as `--help` shows them. Fields of a configuration come on top of these."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+
+@dataclass
+class Demo:
+    """Train the induction target, decompose it, print Table 1 and write report.html."""
+
+    seed: int = 0
+    """Seeds target and decomposition."""
+    out: Path | None = None
+    """Run directory (runs/demo-s<seed>)."""
+    overwrite: bool = False
+    """Replace an existing run."""
+
+
+@dataclass
+class TrainTarget:
+    """Train a toy target and save it."""
+
+    config: Positional[str]
+    """Shipped name or YAML path."""
+    out: Path | None = None
+    """Directory for it (runs/<name>-target-s<seed>)."""
+    overwrite: bool = False
+    """Replace an existing target."""
+    json: bool = False
+    """One JSON document on stdout."""
+
+
+@dataclass
+class Decompose:
+    """Decompose a target into a run directory."""
+
+    config: Positional[str]
+    """Shipped name or YAML path."""
+    target: Path | None = None
+    """Directory that holds the target; none: train it first."""
+    out: Path | None = None
+    """Run directory (runs/<name>-s<seed>)."""
+    resume: bool = False
+    """Continue the run at its last checkpoint."""
+    overwrite: bool = False
+    """Replace an existing run."""
+    json: bool = False
+    """One JSON document on stdout."""
+
+
+@dataclass
+class Doctor:
+    """Count parameters and memory by part."""
+
+    config: Positional[str]
+    """Shipped name or YAML path."""
+    json: bool = False
+    """One JSON document on stdout."""
+
+
+@dataclass
+class ShowCircuit:
+    """Table 1: active subcomponents by role, unique counts, metrics."""
+
+    run: Positional[Path]
+    """Run directory."""
+    threshold: float = 0.1
+    """A subcomponent is active where its importance exceeds this, in [0, 1)."""
+    batches: int = 16
+    """Held-out batches evaluated."""
+    json: bool = False
+    """One JSON document on stdout."""
+
+
+@dataclass
+class Report:
+    """Write report.html into the run directory."""
+
+    run: Positional[Path]
+    """Run directory."""
+
+
+@dataclass
+class Bench:
+    """Steps per second, beside the same step written the obvious way, alternating in one process."""
+
+    grid: str = "like-for-like"
+    """Cases: like-for-like, table2, C, length, batch or sites."""
+    importance: str | None = None
+    """This γ alone: scalar, vector or attention."""
+    length: int | None = None
+    """Tokens per sequence."""
+    batch: int | None = None
+    """Sequences per step."""
+    C: int | None = None
+    """Subcomponents per site."""
+    sites: int | None = None
+    """Sites, three per block."""
+    layerwise_sites: str | None = None
+    """Sites that the layerwise loss replaces in a step: all, or a number."""
+    threads: int | None = None
+    """CPU threads."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    matmul: str = "fp32"
+    """fp32, tf32 or bf16 inside matrix products."""
+    compile: bool = False
+    """With torch.compile."""
+    cuda_graph: bool = False
+    """With the step captured as one CUDA graph."""
+    repeats: int = 7
+    """Steps of either kind per case, at most."""
+    seconds: float = 60.0
+    """A case stops repeating after this long."""
+    skip_naive: bool = False
+    """Measure the library alone."""
+    skip_memory: bool = False
+    """Leave peak memory out."""
+    json: bool = False
+    """One JSON document on stdout."""
