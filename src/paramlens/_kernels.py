@@ -69,9 +69,8 @@ def _floats(address: Any, shape: Any) -> Any:
 
 @njit(inline="always", **OPTIONS)
 def _half_erf(v: Any) -> Any:
-    """erf(v / √2) / 2: the normal distribution function less one half, to 2e-7; minimax rational fit on |v| <= 5.2."""
-    x = min(max(v, f32(-5.2)), f32(5.2))
-    t = x * x
+    """erf(v / √2) / 2: the normal distribution function less one half, to 2e-7; minimax rational fit on |v| <= 5.2, ±1/2 beyond."""
+    t = min(v * v, f32(27.04))
     p = f32(5.84073621e-06)
     p = p * t + f32(0.000314269348)
     p = p * t + f32(0.00551876954)
@@ -82,7 +81,7 @@ def _half_erf(v: Any) -> Any:
     q = q * t + f32(0.00270378085)
     q = q * t + f32(0.0373401451)
     q = q * t + f32(0.29097446)
-    return x * p / (q * t + ONE)
+    return min(max(v * p / (q * t + ONE), -HALF), HALF)
 
 
 @njit(inline="always", **OPTIONS)
@@ -249,8 +248,9 @@ def minimality_forward(d: Any, first: int, last: int) -> None:
         for i in range(n):
             v = pre[i]
             u = v if v <= ONE else ONE + LEAK * (v - ONE)
-            cost = _exp(p * _log(max(u, ZERO) + eps)) - offset + (v - v)
-            total += ZERO if v <= ZERO else cost
+            cost = _exp(p * _log(max(u, ZERO) + eps)) - offset
+            finite = cost if v < f32(1e30) else v
+            total += ZERO if v <= ZERO else finite
         out[unit] = total
 
 

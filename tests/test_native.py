@@ -1,0 +1,156 @@
+"""The compiled loops against PyTorch's own functions, their behaviour at what is not finite, and on any number of threads."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from conftest import tiny_with
+from paramlens import native
+from paramlens.importance import lower, upper
+from paramlens.losses import kl_divergence, minimality
+from paramlens.masks import Replacement, mask_noise, masked_linear
+from paramlens.mlps import Mlps, ScalarMlps
+from paramlens.runs import decompose_config
+from paramlens.tasks import generator
+
+pytestmark = pytest.mark.skipif(not native.serves(torch.ones(1)), reason="Numba is not installed")
+
+
+def numbers(*shape: int, key: str = "x", scale: float = 1.0) -> torch.Tensor:
+    return scale * torch.randn(shape, generator=generator("native", key))
+
+
+@pytest.fixture
+def twin(monkeypatch: pytest.MonkeyPatch):
+    """A function that runs another one in plain PyTorch."""
+
+    def run(function):
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "serves", lambda *_: False)
+            return function()
+
+    return run
+
+
+def leaves(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [tensor.clone().requires_grad_() for tensor in tensors]
+
+
+def value_and_gradients(function, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    inputs = leaves(*tensors)
+    out = function(*inputs)
+    slope = numbers(*out.shape, key="slope")
+    return [out.detach(), *torch.autograd.grad((slope * out).sum(), inputs)]
+
+
+FUNCTIONS = {
+    "mlps": (Mlps.apply, [(2, 70, 5), (2, 7, 5, 3), (2, 7, 3), (2, 7, 3), (2, 7)]),
+    "scalar mlps": (ScalarMlps.apply, [(2, 70, 7), (2, 7, 3), (2, 7, 3), (2, 7, 3), (2, 7)]),
+    "lower": (lower, [(5, 3000)]),
+    "minimality": (lambda pre: minimality({"site": pre}, p=0.9, eps=1e-12), [(5, 3000)]),
+    "divergence": (lambda logits: kl_divergence(numbers(4, 6, 129, key="p").log_softmax(-1), logits), [(3, 4, 6, 129)]),
+    "masked product": (
+        lambda x, U, V, g, h: masked_linear(x, U, V, [Replacement(g), Replacement(h), Replacement(g)], None),
+        [(12, 50, 6), (6, 9), (9, 5), (4, 50, 9), (4, 50, 9)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_equals_its_twin(name: str, twin):
+    function, shapes = FUNCTIONS[name]
+    tensors = [numbers(*shape, key=f"{name} {i}") for i, shape in enumerate(shapes)]
+    ours = value_and_gradients(function, *tensors)
+    theirs = twin(lambda: value_and_gradients(function, *tensors))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert ((mine - other).norm() / other.norm()).item() < 3e-6
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_threads_do_not_change_a_bit(name: str):
+    """Units are shared out, never split; only PyTorch's own products and sums may round otherwise, and not at these sizes."""
+    function, shapes = FUNCTIONS[name]
+    tensors = [numbers(*shape, key=f"{name} {i}") for i, shape in enumerate(shapes)]
+    results = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(value_and_gradients(function, *tensors))
+    finally:
+        torch.set_num_threads(1)
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-7)
+
+
+def gelu_by_one_mlp(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """GELU and its derivative, read out of a scalar MLP with one hidden unit and unit weights."""
+    inner = x[None, :, None].clone().requires_grad_()
+    one = torch.ones(1, 1, 1)
+    out = ScalarMlps.apply(inner, one, torch.zeros(1, 1, 1), one, torch.zeros(1, 1))
+    (slope,) = torch.autograd.grad(out.sum(), inner)
+    return out.detach().flatten(), slope.flatten()
+
+
+def test_exact_gelu_to_single_precision():
+    x = torch.linspace(-12, 12, 20_001)
+    value, slope = gelu_by_one_mlp(x)
+    exact = x.double().requires_grad_()
+    gelu = F.gelu(exact)
+    (exact_slope,) = torch.autograd.grad(gelu.sum(), exact)
+    assert ((value - gelu).abs() / x.abs().clamp(min=1)).max() < 3e-7
+    assert (slope - exact_slope).abs().max() < 1e-6
+    far = gelu_by_one_mlp(torch.tensor([-1e4, -40.0, 40.0, 1e4]))
+    assert [each.tolist() for each in far] == [[0, 0, 40, 1e4], [0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize("p", [0.9, 0.5, 0.1])
+def test_power_over_all_importances(p: float):
+    pre = torch.logspace(-30, 1, 4097)
+    ours = torch.stack([minimality({"site": value[None]}, p=p, eps=1e-12) for value in pre[:, None]])
+    exact = (upper(pre.double()) + 1e-12).pow(p) - 1e-12**p
+    assert ((ours - exact).abs() / (exact + 1e-12**p)).max() < 5e-6
+
+
+def test_minimality_of_many_blocks_is_one_sum():
+    pre = numbers(3 * native.BLOCK // 8 + 5, 8, key="blocks")
+    ours = minimality({"site": pre}, p=0.5, eps=1e-12)
+    assert ours.item() == pytest.approx(((upper(pre.double()) + 1e-12).sqrt() - 1e-6).sum(-1).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name != "lower"])
+def test_what_is_not_finite_stays_so(name: str, bad: float):
+    """A broken number anywhere shows in the result or in a gradient, as it does in PyTorch."""
+    function, shapes = FUNCTIONS[name]
+    for broken in range(len(shapes)):
+        tensors = [numbers(*shape, key=f"{name} {i}") for i, shape in enumerate(shapes)]
+        if name == "minimality" and bad == -math.inf:
+            continue  # an importance of 0
+        tensors[broken].view(-1)[tensors[broken].numel() // 2] = bad
+        assert not all(value.isfinite().all() for value in value_and_gradients(function, *tensors))
+
+
+def test_masks_draw_their_noise_in_place():
+    """What the compiled product multiplies by is g + (1 - g) u with the noise that `mask_noise` tells, chunk after chunk."""
+    x, U, V, g = numbers(3, 700, 4), torch.eye(4), torch.eye(4), torch.rand(3, 700, 4, generator=generator("g"))
+    out = masked_linear(x, U, V, [Replacement(g, key=77)], None)
+    torch.testing.assert_close(out, x * (g + (1 - g) * mask_noise(77, g)))
+
+
+def test_other_types_are_left_to_pytorch():
+    assert not native.serves(torch.ones(1, dtype=torch.float64))
+    assert not native.serves(torch.ones(1), torch.ones(1, device="meta"))
+
+
+def test_whole_run_without_numba_is_the_same_within_rounding(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """The fallback: plain PyTorch everywhere, the same losses after the first steps where no mask is random."""
+    losses = {"recon": 1.0, "recon_layerwise": 1.0, "faithfulness": 10.0, "minimality": 0.01}
+    config = tiny_with(losses=losses, steps=3, log_every=1)
+    ours = decompose_config(config, out=tmp_path / "ours").metrics
+    monkeypatch.setattr(native, "_kernels", lambda: None)
+    theirs = decompose_config(config, out=tmp_path / "theirs").metrics
+    for mine, other in zip(ours, theirs, strict=True):
+        if "losses" in mine:
+            assert mine["losses"] == pytest.approx(other["losses"], rel=2e-3, abs=1e-6)
