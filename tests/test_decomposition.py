@@ -168,6 +168,96 @@ def test_batches_of_every_form():
         call(Nothing(), x)
 
 
+class Residual(nn.Module):
+    """Blocks as Hugging Face writes them: a tuple returned, a mask of the batch's size given by keyword."""
+
+    def __init__(self, *, shares: bool = False):
+        super().__init__()
+        self.read = nn.Linear(3, 4)
+        self.layers = nn.ModuleList(_Layer() for _ in range(3))
+        self.write = nn.Linear(4, 5)
+        self.shares = shares
+
+    def forward(self, x):
+        mask = (x[..., :1] > -1).float()
+        hidden, first = self.read(x), None
+        for layer in self.layers:
+            hidden = layer(hidden, mask=mask, first=first)[0]
+            if self.shares and first is None:
+                first = self.layers[0].seen  # what a later block reads behind the chain's back
+        return self.write(hidden)
+
+
+class _Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Linear(4, 4)
+        self.rows, self.seen = [], None
+
+    def forward(self, hidden, *, mask, first):
+        self.rows.append(len(hidden))
+        self.seen = self.mix(hidden).tanh()
+        added = self.seen if first is None else self.seen + first
+        return hidden + mask * added, None
+
+
+def entered(model: nn.Module) -> tuple[Decomposition, torch.Tensor]:
+    torch.manual_seed(3)
+    x = torch.randn(2, 5, 3)
+    decomposition = decomposed(model, "random", patterns=["layers.*", "write"])
+    decomposition.find_blocks(x)
+    for layer in model.layers:
+        layer.rows.clear()
+    return decomposition, x
+
+
+def test_a_plan_enters_at_its_first_block():
+    """Same logits and gradients as whole runs, in the plans' order, and no row through a block before its entry."""
+    model = Residual()
+    decomposition, x = entered(model)
+    names = decomposition.names
+    g = {name: torch.rand(2, 5, 6, requires_grad=True) for name in names}
+    plans = [
+        {"layers.2.mix": Replacement(g["layers.2.mix"], key=5)},
+        {name: Replacement(g[name]) for name in names},
+        {"write": Replacement(g["write"])},
+        {"layers.1.mix": Replacement(g["layers.1.mix"]), "layers.2.mix": Replacement(g["layers.2.mix"])},
+    ]
+    assert [decomposition.entry(plan) for plan in plans] == [2, 0, 0, 1]
+    target = decomposition.target_run(x)
+    for layer in model.layers:
+        layer.rows.clear()
+    short = decomposition.masked_run(x, plans, target)
+    assert [layer.rows for layer in model.layers] == [[4], [6], [8]]
+    whole = decomposition.masked_run(x, plans)
+    torch.testing.assert_close(short, whole)
+    parameters = [*decomposition.parameters(), *g.values()]
+    slope = torch.randn(short.shape, generator=generator("slope"))
+    gradients = [torch.autograd.grad((slope * logits).sum(), parameters) for logits in (short, whole)]
+    for mine, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, other)
+    late = decomposition.masked_run(x, plans[:1], target)
+    torch.testing.assert_close(late[0], whole[0])
+    assert model.layers[0].rows[-1] == 8, "skipped: the last rows were those of the whole run"
+
+
+def test_blocks_that_talk_behind_the_chain_are_run_whole():
+    decomposition, x = entered(Residual(shares=True))
+    assert decomposition.entry({"layers.2.mix": Replacement(torch.ones(2, 5, 6))}) == 0
+    plans = [{"layers.2.mix": Replacement(torch.rand(2, 5, 6))}, {}]
+    torch.testing.assert_close(decomposition.masked_run(x, plans, decomposition.target_run(x))[1], decomposition.model(x))
+
+
+def test_a_model_without_blocks_has_one_entry(target):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    decomposition = decomposed(model, "random", patterns=["*"])
+    decomposition.find_blocks(torch.randn(2, 3))
+    assert decomposition.entry({"1": Replacement(torch.ones(2, 6))}) == 0
+    toy = decomposed(target, "random")
+    toy.find_blocks(tokens())
+    assert [toy.entry({name: Replacement(torch.ones(3, 8, 6))}) for name in toy.names] == [0, 0, 0, 1, 1, 1]
+
+
 def _task():
     from conftest import TINY
     from paramlens.configfile import make_config

@@ -1,8 +1,12 @@
+import warnings
+
 import pytest
 import torch
 
+from paramlens import importance as importance_module
 from paramlens.config import Gamma
 from paramlens.errors import BatchError, ConfigError
+from paramlens.flex import flex_by_offset
 from paramlens.importance import Importance, lower
 from paramlens.tasks import generator
 
@@ -104,3 +108,32 @@ def test_dead_importance_is_revived_only_by_reconstruction():
     g = lower(pre)
     (-(g[..., 0]) + g[..., 1]).sum().backward()
     assert pre.grad.flatten().tolist() == pytest.approx([-0.01, 0.0])
+
+
+def test_long_sequences_go_one_by_one_and_give_the_same(monkeypatch: pytest.MonkeyPatch):
+    importance, x = make(kind="attention"), inputs()
+    weights = {name: torch.randn(2, 8, 5, generator=generator("w", name)) for name in SHAPES}
+
+    def values_and_gradients():
+        pre = importance(x, U)
+        total = sum((weights[name] * pre[name]).sum() for name in SHAPES)
+        return [*pre.values(), *torch.autograd.grad(total, importance.parameters())]
+
+    whole = values_and_gradients()
+    monkeypatch.setattr(importance_module, "SCORES", 100)
+    for mine, other in zip(values_and_gradients(), whole, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_flex_attention_is_the_same_attention():
+    """Forward only: PyTorch has no gradient of flex attention on a CPU."""
+    n, d, sites = 6, 16, 3
+    q, k, v = (torch.randn(sites, 2, n, d, generator=generator("flex", i)) for i in range(3))
+    relative = torch.randn(sites, 2 * 8, generator=generator("relative"))
+    place = torch.arange(n)
+    r = relative[:, place[None] - place[:, None] + 8]
+    expected = ((q @ k.mT + r[:, None]) / d**0.5).softmax(-1) @ v
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that flex attention is slow uncompiled
+        ours = flex_by_offset(q, k, v, relative, compiled=False)
+    torch.testing.assert_close(ours, expected)

@@ -1,4 +1,5 @@
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -88,6 +89,21 @@ def test_plans_per_loss():
         "recon_partial": 1,
         "stochastic_recon_partial": 2,
     }
+
+
+def test_layerwise_sites_are_drawn_evenly():
+    """k of the sites a step, each equally often, so that the mean over them is an unbiased estimate of the mean over all."""
+    g = {name: torch.rand(2, 4, 3) for name in "abcde"}
+    counts = Counter[str]()
+    for step in range(2000):
+        plans = list(reconstruction_plans("recon_layerwise", g, layerwise_sites=2, generator=lambda step=step: generator(step)))
+        assert len(plans) == 2
+        assert all(len(plan) == 1 for plan in plans)
+        names = [next(iter(plan)) for plan in plans]
+        assert len(set(names)) == 2
+        counts.update(names)
+    assert all(abs(count - 800) < 100 for count in counts.values())
+    assert len(list(reconstruction_plans("recon_layerwise", g, layerwise_sites=9, generator=lambda: generator(0)))) == 5
 
 
 def test_divergence_by_hand():

@@ -6,7 +6,6 @@ computed together: parameters carry a leading `site` axis, and one batched produ
 """
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any, cast
 
 import torch
@@ -18,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from paramlens import native
 from paramlens.config import Gamma
 from paramlens.errors import BatchError, ConfigError
+from paramlens.flex import FLEX_LENGTH, flex_by_offset
 from paramlens.mlps import Mlps, ScalarMlps
 
 LEAK = 0.01
@@ -25,9 +25,6 @@ LEAK = 0.01
 
 SCORES = 2**27
 """Attention scores of γ held at once, and kept for the gradient; beyond it, sequences go one by one."""
-
-FLEX_LENGTH = 1024
-"""Positions from which on γ's attention on CUDA runs as flex attention, which holds no (pos, pos) scores."""
 
 
 class _Lower(torch.autograd.Function):
@@ -217,30 +214,3 @@ class _Group(nn.Module):
 def _attend_once(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Tensor:
     """One sequence of one site; its scores are computed again for the gradient."""
     return F.scaled_dot_product_attention(q[None, None], k[None, None], v[None, None], attn_mask=r)[0, 0]
-
-
-def flex_by_offset(
-    q: Float[Tensor, "site batch pos d"],
-    k: Float[Tensor, "site batch pos d"],
-    v: Float[Tensor, "site batch pos d"],
-    relative: Float[Tensor, "site offset"],
-    *,
-    compiled: bool,
-) -> Float[Tensor, "site batch pos d"]:
-    """softmax((q k^T + r) / sqrt(d)) v with r by offset, never holding the (pos, pos) scores: PyTorch's flex attention, sites as heads."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    half, root = relative.shape[-1] // 2, q.shape[-1] ** 0.5
-
-    def add_relative(score: Tensor, _batch: Tensor, site: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return score + relative[site, key - query + half] / root
-
-    function = _compiled_flex() if compiled else flex_attention
-    return cast("Tensor", function(*(t.transpose(0, 1) for t in (q, k, v)), score_mod=add_relative)).transpose(0, 1)
-
-
-@cache
-def _compiled_flex() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)

@@ -66,7 +66,7 @@ class _Minimality(torch.autograd.Function):
         ctx.save_for_backward(pre)
         ctx.p, ctx.eps = p, eps
         rows = pre.numel() // pre.shape[-1]
-        if native.serves(pre):
+        if native.serves(pre) and not isinstance(p, Tensor):
             sums = pre.new_empty(native.units(pre))
             native.minimality_forward(len(sums), pre.contiguous(), sums, pre.numel(), p, eps)
             return sums.sum() / rows
@@ -77,7 +77,7 @@ class _Minimality(torch.autograd.Function):
     def backward(ctx: Any, grad: Float[Tensor, ""]) -> tuple[Tensor, None, None]:
         (pre,) = ctx.saved_tensors
         rows = pre.numel() // pre.shape[-1]
-        if native.serves(pre):
+        if native.serves(pre) and not isinstance(ctx.p, Tensor):
             out = torch.empty_like(pre, memory_format=torch.contiguous_format)
             native.minimality_backward(native.units(pre), pre.contiguous(), out, pre.numel(), ctx.p, ctx.eps, grad.item() / rows)
             return out, None, None

@@ -49,7 +49,7 @@ def subset_shape(scope: Literal["forward", "sequence", "position"], batch: tuple
 
 
 def stochastic_mask(g: Float[Tensor, "*batch C"], noise: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
-    """R = g + (1 - g) u, in [g, 1]; the gradient with respect to g is 1 - u (Algorithm 3, line 4)."""
+    """Mask r = g + (1 - g) u, in [g, 1]; the gradient with respect to g is 1 - u (Algorithm 3, line 4)."""
     return torch.lerp(g, torch.ones_like(g), noise)
 
 
@@ -67,7 +67,9 @@ def noise_from(rng: torch.Generator) -> Iterator[None]:
 
 
 def mask_noise(key: int, like: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
-    """U ~ U(0, 1) per entry, a pure function of the key, the shape and the kind of device."""
+    """Noise u ~ U(0, 1) per entry: a pure function of key, shape and kind of device; inside `noise_from`, its generator's next numbers."""
+    if (given := _noise_source.get()) is not None:
+        return torch.rand(like.shape, generator=given, device=like.device, dtype=like.dtype)
     if native.serves(like):
         noise = torch.empty_like(like, memory_format=torch.contiguous_format)
         native.uniform(native.units(noise), noise, noise.numel(), key)

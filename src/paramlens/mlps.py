@@ -65,8 +65,8 @@ class Mlps(torch.autograd.Function):
 
 
 @fusible
-def _mixed(before: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor) -> Float[Tensor, "site row C"]:
-    """Every MLP's result from its hidden products (site, row, C * d_gate)."""
+def _mixed(before: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor) -> Tensor:
+    """Every MLP's result (site, row, C) from its hidden products (site, row, C * d_gate)."""
     hidden = F.gelu(before + b_in).unflatten(-1, w_out.shape[1:])
     return (hidden * w_out[:, None]).sum(-1) + b_out[:, None]
 

@@ -139,7 +139,7 @@ class _Replay:
     def __init__(self, steps: Steps) -> None:
         device = steps.decomposition.device
         self.steps, self.graph, self.done = steps, CudaGraph(), 0
-        self.p = torch.zeros((), device=device)
+        self.p = torch.zeros((), device=device, dtype=steps.parameters[0].dtype)
         self.rng = torch.Generator(device=device)
         self.inputs: Inputs | None = None
         self.result: Step | None = None

@@ -165,7 +165,7 @@ def _alternate(case: Case, *, naive: bool, repeats: int, seconds: float) -> Meas
     )
 
 
-def _step(case: Case, side: str) -> Callable[[int], None]:
+def _step(case: Case, side: str) -> Callable[[int], Any]:
     """A function that does one whole training step, update included, on the batch of its index."""
     config = case.config()
     assert isinstance(config.task, InductionTask)
@@ -184,10 +184,7 @@ def _step(case: Case, side: str) -> Callable[[int], None]:
         decomposition.find_blocks(task.batch(0, "train").to(case.device).inputs)
         steps = Steps(config, task, decomposition, importance, make_optimizer(config, decomposition, importance))
 
-        def ours(i: int) -> None:
-            steps(task.batch(i, "train").to(case.device).inputs, i)
-
-        return ours
+        return lambda i: steps(task.batch(i, "train").to(case.device).inputs, i)
     naive = NaiveStep(config, decomposition, importance, max_length=case.length)
     optimizer = torch.optim.Adam(naive.parameters(), lr=config.optim.lr)
     names, rng = decomposition.names, torch.Generator(device=case.device).manual_seed(0)

@@ -1,0 +1,101 @@
+import json
+
+import pytest
+import torch
+
+from paramlens import bench
+from paramlens.bench.naive import NaiveStep
+from paramlens.cli import main
+from paramlens.decomposition import Decomposition, initialise
+from paramlens.errors import ConfigError
+from paramlens.importance import Importance
+from paramlens.masks import mask_noise
+from paramlens.sites import at_rest, find_sites
+from paramlens.step import training_step
+from paramlens.tasks import generator
+from paramlens.tasks.induction import InductionTransformer, induction_task
+
+SMALL = {"length": 6, "batch": 3, "C": 5, "threads": 1}
+
+
+@pytest.mark.parametrize("kind", ["scalar", "vector", "attention"])
+def test_the_naive_step_is_the_same_step(kind: str):
+    """Same losses and gradients as the library's, given the same noise: what is compared is the same work."""
+    config = bench.Case(importance=kind, **SMALL).config()
+    torch.manual_seed(0)
+    model = InductionTransformer(config.task)
+    sites = find_sites(model, config.sites)
+    decomposition = Decomposition(model, sites, C=config.C)
+    importance = Importance({site.name: (site.d_in, config.C) for site in sites}, config.gamma, max_length=config.task.length)
+    initialise(decomposition, config.init, generator=generator("init"))
+    importance.initialise(generator("gamma"))
+    naive = NaiveStep(config, decomposition, importance, max_length=config.task.length)
+    task = induction_task(config.task, model, seed=0, batch=config.batch)
+    tokens, step = task.batch(0, "train").inputs, 7
+
+    def noise(loss: str, site: str, g: torch.Tensor) -> torch.Tensor:
+        keys = torch.randint(2**31, (len(sites),), generator=generator(config.seed, "masks", loss, step))
+        return mask_noise(int(keys[decomposition.names.index(site)]), g.detach())
+
+    with at_rest(model):
+        ours = training_step(config, task, decomposition, importance, tokens, step).total
+        ours.backward()
+        theirs = naive(tokens, step, noise, decomposition.names)
+        theirs.backward()
+    assert theirs.item() == pytest.approx(ours.item(), rel=1e-5)
+    pairs = [*zip(decomposition.U.values(), naive.U, strict=True), *zip(decomposition.V.values(), naive.V, strict=True)]
+    for mine, other in pairs:
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-5)
+    for i, site in enumerate(sites):
+        (group,) = (group for group in importance.groups if site.name in group.names)
+        for key, value in group.named_parameters():
+            torch.testing.assert_close(value.grad[group.names.index(site.name)], naive.gamma[i][key].grad, rtol=1e-3, atol=1e-5)
+
+
+def test_cases_of_a_grid():
+    table = bench.cases("table2")
+    assert [(case.length, case.batch) for case in table[:4]] == [(16, 64), (64, 64), (1024, 64), (10240, 4)]
+    assert {case.importance for case in table} == {"scalar", "vector", "attention"}
+    fixed = bench.cases("C", importance="vector", batch=8)
+    assert [(case.importance, case.batch, case.C) for case in fixed] == [("vector", 8, C) for C in (25, 50, 100, 200, 400)]
+    assert [(case.length, case.batch) for case in bench.cases("length", importance="scalar", batch=2)][:2] == [(16, 2), (32, 2)]
+    with pytest.raises(ConfigError, match="grid big: there are like-for-like, table2"):
+        bench.cases("big")
+    with pytest.raises(ConfigError, match="sites 5: the target has three a block"):
+        bench.Case(sites=5).config()
+
+
+def test_bench_prints_what_others_script_against(capsys: pytest.CaptureFixture[str]):
+    words = ["bench", "--importance", "vector", "--length", "6", "--batch", "3", "--C", "5", "--threads", "1", "--repeats", "3", "--json"]
+    assert main(words) == 0
+    document = json.loads(capsys.readouterr().out)
+    (case,) = document["cases"]
+    assert {key: case[key] for key in ("importance", "length", "batch", "C", "sites", "threads")} == {
+        "importance": "vector",
+        "length": 6,
+        "batch": 3,
+        "C": 5,
+        "sites": 6,
+        "threads": 1,
+    }
+    assert case["ratio"] == pytest.approx(case["steps_per_s"] / case["naive_steps_per_s"])
+    assert case["repeats"] == 3
+    assert case["peak_bytes"] >= 0
+    assert case["naive_peak_bytes"] >= 0
+
+
+def test_what_would_not_fit_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(bench, "_free_memory", lambda: 1e6)
+    (measured,) = bench.bench([bench.Case(**SMALL | {"C": 50})], repeats=3, memory=False)
+    assert measured.naive_left_out.startswith("needs about")
+    assert (measured.naive_steps_per_s, measured.ratio) == (None, None)
+    assert measured.steps_per_s > 0
+
+
+def test_memory_of_a_step_is_far_below_the_naive_one():
+    """Peak beyond what stands before the first step, each in a process of its own, at a size where it shows."""
+    case = bench.Case(length=64, batch=16, C=60, threads=1)
+    ours, naive = (bench._peak(case, side) for side in ("ours", "naive"))
+    if ours is None:
+        pytest.skip("no high-water mark to reset on this system")
+    assert ours < naive / 2

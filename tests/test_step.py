@@ -1,0 +1,180 @@
+"""A step's guard and its replay, as far as a CPU can try what is meant for a GPU."""
+
+import math
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import tiny_with
+from paramlens import step as step_module
+from paramlens.decomposition import Decomposition, initialise
+from paramlens.errors import BatchError, ConfigError, DivergedError
+from paramlens.importance import Importance
+from paramlens.losses import annealed_p
+from paramlens.machine import _core_seconds, free_threads, machine
+from paramlens.sites import find_sites
+from paramlens.step import Steps
+from paramlens.tasks import generator
+from paramlens.tasks.induction import InductionTransformer, induction_task
+from paramlens.train import make_optimizer, set_rates
+
+
+def make(**fields: object) -> Steps:
+    config = tiny_with(**fields)
+    torch.manual_seed(5)
+    dtype = getattr(torch, config.dtype)
+    model = InductionTransformer(config.task).to(dtype)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    sites = find_sites(model, config.sites)
+    decomposition = Decomposition(model, sites, C=config.C, dtype=dtype)
+    initialise(decomposition, config.init, generator=generator("init"))
+    importance = Importance({site.name: (site.d_in, config.C) for site in sites}, config.gamma, max_length=config.task.length)
+    importance.initialise(generator("gamma"))
+    importance.to(dtype)
+    task = induction_task(config.task, model, seed=0, batch=config.batch)
+    return Steps(config, task, decomposition, importance, make_optimizer(config, decomposition, importance))
+
+
+def parameters(steps: Steps) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in steps.parameters]
+
+
+def batch(steps: Steps, step: int) -> torch.Tensor:
+    return steps.task.batch(step, "train").inputs
+
+
+def test_a_guard_that_does_not_wait_keeps_every_later_update_out():
+    """As on a GPU: no check between steps, the optimizer skips from the broken step on, and the next look tells."""
+    steps = make()
+    steps.waits = False
+    steps.optimizer.found_inf = steps.broken
+    for i in range(2):
+        steps.require_finite(steps(batch(steps, i), i), i)
+    before = parameters(steps)
+    hook = steps.decomposition.V["blocks.0.attn.v"].register_hook(lambda gradient: gradient * math.nan)
+    steps(batch(steps, 2), 2)
+    hook.remove()
+    result = steps(batch(steps, 3), 3)
+    assert all(torch.equal(mine, other) for mine, other in zip(parameters(steps), before, strict=True))
+    with pytest.raises(DivergedError, match=r"^by step 3: a gradient is not finite"):
+        steps.require_finite(result, 3)
+
+
+class Recorded:
+    """What CudaGraph does, by calling the captured function again."""
+
+    def warm(self, function):
+        self.last = function()
+        return self.last
+
+    def capture(self, function, rng):
+        self.function = function
+        return self.last
+
+    def replay(self):
+        self.function()
+
+
+def test_a_replayed_step_is_the_step(monkeypatch: pytest.MonkeyPatch):
+    """Inputs, power, rates and noise reach a step that is captured once: its updates equal those of ordinary steps with that noise."""
+    monkeypatch.setattr(step_module, "CudaGraph", Recorded)
+    losses = {"stochastic_recon": 1.0, "stochastic_recon_layerwise": 1.0, "recon": 0.5, "faithfulness": 10.0, "minimality": 0.1}
+    replayed, ordinary = make(losses=losses, dtype="float64"), make(losses=losses, dtype="float64")
+    replayed.replay = step_module._Replay(replayed)
+    p: list[float] = []
+    original = step_module.training_step
+
+    def noting(*args, **kwargs):
+        p.append(float("nan" if kwargs["p"] is None else kwargs["p"]))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(step_module, "training_step", noting)
+    for i in range(6):
+        share = 1.0 - i / 10
+        for steps in (replayed, ordinary):
+            set_rates(steps.optimizer, share)
+        replayed(batch(replayed, i), i)
+        rng = torch.Generator().manual_seed(step_module.seed_of(ordinary.config.seed, "masks", i))
+        with step_module.noise_from(rng):
+            ordinary.run(batch(ordinary, i), i)
+    for mine, other in zip(parameters(replayed), parameters(ordinary), strict=True):
+        torch.testing.assert_close(mine, other)
+    assert p[::2] == pytest.approx([annealed_p(replayed.config.losses, i, replayed.config.steps) for i in range(6)])
+    with pytest.raises(BatchError, match="replays one shape of batch"):
+        replayed(batch(replayed, 6)[:1], 6)
+
+
+def test_rates_reach_an_optimizer_that_reads_them_from_tensors():
+    steps = make()
+    kept = [torch.zeros(()) for _ in steps.optimizer.param_groups]
+    for group, tensor in zip(steps.optimizer.param_groups, kept, strict=True):
+        group["lr"] = tensor
+    set_rates(steps.optimizer, 0.5)
+    assert [group["lr"] for group in steps.optimizer.param_groups] == kept
+    assert kept[0].item() == pytest.approx(0.5 * steps.config.optim.lr)
+
+
+COMPILED = """
+import torch
+from paramlens import bench, native
+from paramlens.machine import machine
+
+native.serves = lambda *_: False  # as on a GPU
+losses = []
+for compile in (False, True):
+    case = bench.Case(length=6, batch=3, C=5, threads=1, compile=compile)
+    with machine(case.config()):
+        step = bench._step(case, "ours")
+        losses.append([step(i).total.item() for i in range(3)])
+torch.testing.assert_close(*map(torch.tensor, losses))
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_steps_are_the_same_steps():
+    """In a process of its own: torch.compile does not look through the type checks that the tests put around functions."""
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"cuda_graph": True}, "cuda_graph true needs device cuda, not cpu"),
+        ({"cuda_graph": True, "device": "cuda", "losses": {"recon_partial": 1.0}}, "cuda_graph true replays one set of plans"),
+        ({"cuda_graph": True, "device": "cuda", "losses": {"recon_layerwise": 1.0, "layerwise_sites": 2}}, "replays one set of plans"),
+        ({"matmul": "fp16"}, "matmul: 'fp16': give 'fp32', 'tf32' or 'bf16'"),
+        ({"losses": {"recon_layerwise": 1.0, "layerwise_sites": 0}}, "layerwise_sites"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny_with(**fields)
+
+
+def test_the_machine_is_left_as_it_was():
+    before = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    with pytest.raises(KeyError), machine(tiny_with(threads=2, matmul="tf32")):
+        assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == (2, "high")
+        raise KeyError
+    assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == before
+
+
+def test_threads_follow_what_others_leave_free(monkeypatch: pytest.MonkeyPatch):
+    readings = iter([(0.0, 0.0), (40.0, 80.0), (0.0, 0.0), (0.0, 80.0), (0.0, 0.0), (80.0, 80.0)])
+    monkeypatch.setattr("paramlens.machine._core_seconds", lambda: next(readings))
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert [free_threads() for _ in range(3)] == [4, 1, 4]
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {3}, raising=False)
+    assert free_threads() == 1
+
+
+def test_core_seconds_grow_where_linux_tells():
+    first = _core_seconds()
+    if first is not None:
+        assert 0 < first[0] < first[1]
