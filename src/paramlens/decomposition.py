@@ -279,7 +279,7 @@ def _fitted(replacement: Replacement, x: Tensor) -> Replacement:
     if where is not None:
         where = where.expand(g.shape[:-1])
     if x.dim() != 3 or g.shape[1] <= x.shape[1]:
-        return Replacement(g, key, where)
+        return Replacement(g, key, where, replacement.sink)
     last = slice(g.shape[1] - x.shape[1], None)
     mask = g[:, last] if key is None else stochastic_mask(g[:, last], mask_noise(key, g)[:, last])
     return Replacement(mask, None, None if where is None else where[:, last])

@@ -207,6 +207,7 @@ def reconstruction_losses(
     generator: gives each loss its own random numbers by name.
     """
     leaves = {site: value.detach().requires_grad_() for site, value in g.items()}
+    sinks = {site: torch.zeros_like(value) for site, value in leaves.items() if value.is_contiguous() and native.serves(value)}
     plans: list[tuple[str, Plan]] = []
     for name in coefficients:
         drawn = reconstruction_plans(
@@ -217,7 +218,7 @@ def reconstruction_losses(
             partial_scope=partial_scope,
             generator=lambda name=name: generator(name),
         )
-        plans += [(name, plan) for plan in drawn]
+        plans += [(name, {site: replace(each, sink=sinks.get(site)) for site, each in plan.items()}) for plan in drawn]
     plans.sort(key=lambda each: decomposition.entry(each[1]))
     count = Counter(name for name, _ in plans)
     target_log_probs = loss_positions(target.logits, last_token_only=last_token_only).log_softmax(-1)
@@ -232,7 +233,9 @@ def reconstruction_losses(
 
     size = stack_size(target_log_probs)
     stacks = [plans[i : i + size] for i in range(0, len(plans), size)]
-    total = _Accumulated.apply(lambda: map(run, stacks), list(leaves.values()), *g.values(), *decomposition.parameters())
+    total = _Accumulated.apply(
+        lambda: map(run, stacks), list(leaves.values()), [sinks.get(site) for site in g], *g.values(), *decomposition.parameters()
+    )
     return total, {name: torch.stack(values).mean() for name, values in divergences.items()}
 
 
@@ -245,11 +248,13 @@ class _Accumulated(torch.autograd.Function):
     """The sum of `terms`, whose gradients are taken one after the other as the terms are made."""
 
     @staticmethod
-    def forward(ctx: Any, terms: Callable[[], Iterable[Tensor]], leaves: list[Tensor], *values: Tensor) -> Tensor:
-        """values: what the gradient goes to; `leaves` stand for the first of them in the terms."""
-        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
+    def forward(
+        ctx: Any, terms: Callable[[], Iterable[Tensor]], leaves: list[Tensor], sinks: list[Tensor | None], *values: Tensor
+    ) -> Tensor:
+        """values: what the gradient goes to; `leaves` stand for the first of them in the terms, whose gradient may also be in `sinks`."""
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[3:]) if needed]
         inputs = [leaves[i] if i < len(leaves) else values[i] for i in wanted]
-        sums: dict[int, Tensor] = {}
+        sums = {i: sink for i, sink in enumerate(sinks) if sink is not None}
         total = values[0].new_zeros(())
         with torch.set_grad_enabled(bool(wanted)):
             for term in terms():
@@ -265,4 +270,4 @@ class _Accumulated(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         torch._foreach_mul_([gradient for gradient in ctx.gradients if gradient is not None], grad)
-        return None, None, *ctx.gradients
+        return None, None, None, *ctx.gradients

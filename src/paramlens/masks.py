@@ -20,11 +20,13 @@ class Replacement:
     """A site's masked weight in one plan: mask r = g, or, with a key, r = g + (1 - g) u for the noise u of that key, in [g, 1].
 
     where: (batch, pos or 1) at which it stands in, elsewhere the target's own weight; none: everywhere.
+    sink: shaped as g; the compiled product adds g's gradient there instead of handing autograd a tensor of its own for each plan.
     """
 
     g: Float[Tensor, "*batch C"]
     key: int | None = None
     where: Bool[Tensor, "*#batch"] | None = None
+    sink: Float[Tensor, "*batch C"] | None = None
 
 
 def rounded_mask(g: Float[Tensor, "*batch C"], *, threshold: float) -> Float[Tensor, "*batch C"]:
@@ -94,7 +96,7 @@ def masked_linear(
         raise BatchError(f"mask has leading axes {leading}, the site's input {tuple(x.shape[:-1])}; masks come from the same batch")
     gs, keys = [replacement.g for replacement in replacements], [replacement.key for replacement in replacements]
     if native.serves(x, U, *gs) and _noise_source.get() is None:
-        product = _MaskedProduct.apply(x, U, V, keys, *gs)
+        product = _MaskedProduct.apply(x, U, V, keys, [replacement.sink for replacement in replacements], *gs)
         return product if bias is None else product + bias
     masks = [g if key is None else stochastic_mask(g, mask_noise(key, g)) for g, key in zip(gs, keys, strict=True)]
     return F.linear((x @ U) * torch.cat(masks), V.T, bias)
@@ -104,12 +106,14 @@ class _MaskedProduct(torch.autograd.Function):
     """`((x @ U) * r) @ V` by chunks of rows; inner activations and masks never leave the cache and are computed again for the gradients."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, U: Tensor, V: Tensor, keys: Sequence[int | None], *gs: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, U: Tensor, V: Tensor, keys: Sequence[int | None], sinks: Sequence[Tensor | None], *gs: Tensor
+    ) -> Tensor:
         rows = x.reshape(len(gs), -1, x.shape[-1])
         U, V = U.contiguous(), V.contiguous()
         masks = [g.contiguous() for g in gs]
         ctx.save_for_backward(rows, U, V, *masks)
-        ctx.keys = keys
+        ctx.keys, ctx.sinks = keys, sinks
         out = x.new_empty(*rows.shape[:2], V.shape[1])
         size = _chunk_rows(rows, U)
         inner = x.new_empty(size, U.shape[1])
@@ -130,12 +134,13 @@ class _MaskedProduct(torch.autograd.Function):
         wanted = ctx.needs_input_grad[0]
         grad_rows = torch.empty_like(rows if wanted else rows[:, :0])
         grad_U, grad_V = torch.zeros_like(U), torch.zeros_like(V)
-        grad_gs = {id(g): torch.zeros_like(g) for g in gs}  # plans that share g share its gradient
+        grad_gs = {id(g): torch.zeros_like(g) for g, sink in zip(gs, ctx.sinks, strict=True) if sink is None}  # shared with g by plans
+        to_gs = [grad_gs[id(g)] if sink is None else sink for g, sink in zip(gs, ctx.sinks, strict=True)]
         size = _chunk_rows(rows, U)
         inner, below = rows.new_empty(2, size, U.shape[1])
         plans = [
-            [each.split(size) for each in (x, a, g.flatten(0, -2), grad_gs[id(g)].flatten(0, -2), to_x)]
-            for x, a, g, to_x in zip(rows, above, gs, grad_rows, strict=True)
+            [each.split(size) for each in (x, a, g.flatten(0, -2), to_g.flatten(0, -2), to_x)]
+            for x, a, g, to_g, to_x in zip(rows, above, gs, to_gs, grad_rows, strict=True)
         ]
         for i in range(len(plans[0][0])):
             for (x, a, g, to_g, to_x), key in zip(plans, ctx.keys, strict=True):
@@ -148,7 +153,7 @@ class _MaskedProduct(torch.autograd.Function):
                 if wanted:
                     torch.mm(grad_part, U.T, out=to_x[i])
         given = [grad_gs.pop(id(g), None) for g in gs]
-        return grad_rows.view(*grad.shape[:-1], -1) if wanted else None, grad_U, grad_V, None, *given
+        return grad_rows.view(*grad.shape[:-1], -1) if wanted else None, grad_U, grad_V, None, None, *given
 
 
 def _noise(key: int | None, place: int) -> tuple[int, int, int]:
