@@ -371,3 +371,25 @@ def test_linear_with_a_forward_of_its_own_is_refused():
 
     with pytest.raises(SiteError, match="site 0: Scaled has a forward of its own"):
         decompose(nn.Sequential(Scaled(4, 3)), batches, **TOY)
+
+
+@pytest.mark.parametrize("form", ["tensor", "mapping", "tuple"])
+def test_a_model_that_can_unembeds_its_last_position_alone(form: str):
+    """Masked runs under last_token_only ask a Hugging Face model for no other logits."""
+
+    class Keeper(Toy):
+        def __init__(self):
+            super().__init__()
+            self.kept = []
+
+        def forward(self, input_ids, logits_to_keep=0):
+            self.kept.append(logits_to_keep)
+            return self.second(self.first(input_ids).relu())[:, -logits_to_keep:]
+
+    model = Keeper()
+    x = torch.randn(2, 5, 4)
+    batch = {"tensor": x, "mapping": {"input_ids": x}, "tuple": (x,)}[form]
+    run = decompose(model, [batch], sites="*", C=5, steps=2, last_token_only=True, gamma={"kind": "vector"}, losses={"recon": 1.0})
+    assert run.status == "finished"
+    assert 1 in model.kept
+    assert 0 in model.kept, "the target itself runs whole"

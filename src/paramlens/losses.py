@@ -231,7 +231,7 @@ def reconstruction_losses(
             divergences[name].append(value)
         return torch.stack([coefficients[name] / count[name] * value for (name, _), value in zip(stack, divergence, strict=True)]).sum()
 
-    size = stack_size(target_log_probs)
+    size = stack_size(target_log_probs.numel(), device=target_log_probs.device.type)
     stacks = [plans[i : i + size] for i in range(0, len(plans), size)]
     total = _Accumulated.apply(
         lambda: map(run, stacks), list(leaves.values()), [sinks.get(site) for site in g], *g.values(), *decomposition.parameters()
@@ -239,9 +239,9 @@ def reconstruction_losses(
     return total, {name: torch.stack(values).mean() for name, values in divergences.items()}
 
 
-def stack_size(log_probs: Float[Tensor, "*batch token"]) -> int:
-    """Plans in one pass: on a CPU as many as keep the pass in cache, elsewhere all."""
-    return max(1, CPU_STACK // log_probs.numel()) if log_probs.device.type == "cpu" else 2**20
+def stack_size(logits: int, *, device: str) -> int:
+    """Plans in one pass, given the logits of one: on a CPU as many as keep the pass in cache, elsewhere all."""
+    return max(1, CPU_STACK // logits) if device == "cpu" else 2**20
 
 
 class _Accumulated(torch.autograd.Function):

@@ -1,8 +1,9 @@
 """From a model or a configuration to a finished run directory: `decompose` and `decompose_config`."""
 
 import dataclasses
+import inspect
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +56,28 @@ def decompose(
         raise ConfigError(f"device {fields['device']}: the model is on {device}; move the model, or leave device out")
     tree = {"device": device, **fields, "sites": [sites] if isinstance(sites, str) else list(sites), "C": C, "steps": steps}
     config = make_config(tree, source="decompose")
-    task = Task(model=model, batch=batch_function(batches))
+    task = Task(model=model, batch=batch_function(batches), last_token=_last_logits(model))
     if resume and not (callable(batches) or isinstance(batches, Sequence)):
         raise ConfigError("resume: batches from an iterable cannot be taken up at a step; give a function of the step or a sequence")
     path = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="paramlens-"))
     if resume:
         _require_resumable(config, path, overwrite=overwrite)
     return _run(config, task, path, resume=resume, overwrite=overwrite, tracker=tracker or Silent())
+
+
+def _last_logits(model: nn.Module) -> Callable[[Inputs], Inputs] | None:
+    """Inputs that make a Hugging Face language model unembed its last position alone, by its own argument for it."""
+    names = list(inspect.signature(model.forward).parameters)
+    if "logits_to_keep" not in names:
+        return None
+
+    def last(inputs: Inputs) -> Inputs:
+        if isinstance(inputs, Mapping):
+            return {**inputs, "logits_to_keep": 1}
+        given = inputs if isinstance(inputs, tuple | list) else (inputs,)
+        return {**dict(zip(names, given, strict=False)), "logits_to_keep": 1}
+
+    return last
 
 
 def decompose_config(

@@ -4,8 +4,10 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from paramlens import native
 from paramlens.config import Config
 from paramlens.importance import Importance
+from paramlens.losses import stack_size
 from paramlens.sites import Site
 
 _ADAM_STATE = 2
@@ -27,9 +29,9 @@ class Diagnosis:
 def diagnose(config: Config, sites: tuple[Site, ...], *, length: int, vocabulary: int) -> Diagnosis:
     """Count U, V and γ of `sites` and estimate a step's memory at `config.batch` sequences of `length` tokens.
 
-    Activations are what the backward pass keeps: γ's inputs, pre-activations and importances (and its hidden layers where the kind
-    stores them), masks and inner activations of every replaced site in every plan, the sites' inputs and outputs in every plan,
-    logits of every plan and their log-probabilities. What the target keeps between its sites (attention patterns, say) is not counted.
+    Activations are the most that one step holds: γ's inputs, and pre-activations, importances and their gradients; in one pass of
+    plans the sites' inputs and outputs, the logits and their gradients, and, where no compiled loop recomputes them, masks and
+    inner activations. What the target keeps between its sites (attention patterns, say) is not counted.
     """
     with torch.device("meta"):
         shapes = {site.name: (site.d_in, config.C) for site in sites}
@@ -39,18 +41,20 @@ def diagnose(config: Config, sites: tuple[Site, ...], *, length: int, vocabulary
     positions = config.batch * length
     kind, d_gate, C = config.gamma.kind, config.gamma.d_gate, config.C
     read = sum({"scalar": C, "vector": site.d_in, "attention": 6 * site.d_in, "shared": site.d_in}[kind] for site in sites)
-    hidden = len(sites) * {"scalar": 3 * C * d_gate, "vector": 0, "attention": 2 * length, "shared": 2 * d_gate}[kind]
+    hidden = len(sites) * {"scalar": 0, "vector": 0, "attention": 2 * length, "shared": 2 * d_gate}[kind]
     samples, losses = config.losses.samples, config.losses
     whole = samples * bool(losses.stochastic_recon) + bool(losses.recon)
-    partial = samples * bool(losses.stochastic_recon_partial) + bool(losses.recon_partial)
-    each = len(sites) * (samples * bool(losses.stochastic_recon_layerwise) + bool(losses.recon_layerwise))
-    plans = whole + partial + each
-    replaced = (whole + partial) * len(sites) + each
+    whole += samples * bool(losses.stochastic_recon_partial) + bool(losses.recon_partial)
+    alone = len(sites) if losses.layerwise_sites == "all" else min(len(sites), losses.layerwise_sites)
+    each = alone * (samples * bool(losses.stochastic_recon_layerwise) + bool(losses.recon_layerwise))
     seen = config.batch if config.last_token_only else positions
+    plans = min(whole + each, stack_size(seen * vocabulary, device=torch.device(config.device).type))
+    replaced = min(whole, plans) * len(sites) + max(0, plans - whole)
+    compiled = native.serves(torch.empty(0, dtype=getattr(torch, config.dtype), device="cpu" if config.device == "cpu" else "meta"))
     activations = {
-        "gamma activations": (read + hidden + 3 * len(sites) * C) * positions * word,
-        "masks and inner activations": 3 * replaced * positions * C * word,
-        "site inputs and outputs": plans * sum(site.d_in + site.d_out for site in sites) * positions * word,
+        "gamma activations": (read + hidden + 4 * len(sites) * C) * positions * word,
+        "masks and inner activations": 0 if compiled else 3 * replaced * positions * C * word,
+        "site inputs and outputs": 2 * plans * sum(site.d_in + site.d_out for site in sites) * positions * word,
         "logits": 3 * plans * seen * vocabulary * word,
     }
     trained = factors + gamma
