@@ -248,6 +248,16 @@ def test_blocks_that_talk_behind_the_chain_are_run_whole():
     torch.testing.assert_close(decomposition.masked_run(x, plans, decomposition.target_run(x))[1], decomposition.model(x))
 
 
+def test_a_table_as_long_as_the_stack_is_not_cut(target):
+    """Two plans of 4 sequences are as many rows as the toy has positions, which every block is given."""
+    decomposition = decomposed(target, "random")
+    x = torch.cat([tokens(), tokens(1)[:1]])
+    decomposition.find_blocks(x)
+    late, early = {"blocks.1.attn.v": Replacement(torch.rand(4, 8, 6))}, {"blocks.0.attn.v": Replacement(torch.rand(4, 8, 6))}
+    whole = decomposition.masked_run(x, [late, early])
+    torch.testing.assert_close(decomposition.masked_run(x, [late, early], decomposition.target_run(x)), whole)
+
+
 def test_a_model_without_blocks_has_one_entry(target):
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     decomposition = decomposed(model, "random", patterns=["*"])

@@ -35,22 +35,30 @@ from paramlens.config import Init
 from paramlens.errors import BatchError, SiteError
 from paramlens.masks import Replacement, mask_noise, masked_linear, stochastic_mask
 from paramlens.sites import Site, swapped_in
-from paramlens.tasks import Inputs, map_tensors
+from paramlens.tasks import Inputs, map_tensors, tensors_of
 
 Plan = Mapping[str, Replacement]
 """Site name → replacement; sites left out run the target's own weight."""
 
 
 @dataclass(frozen=True)
+class BlockRun:
+    """What a block returned in the target's run, and of each tensor among its further arguments whether it leads with the batch axis."""
+
+    output: Any
+    batched: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
 class TargetRun:
     """One run of the target: its logits [batch, pos, token] and each site's input [batch, pos, d_in], both without gradient.
 
-    block_outputs: what each of the decomposition's `blocks` returned.
+    blocks: of each block that `Decomposition.find_blocks` found.
     """
 
     logits: Tensor
     inputs: dict[str, Tensor]
-    block_outputs: tuple[Any, ...] = ()
+    blocks: tuple[BlockRun, ...] = ()
 
 
 class Decomposition(nn.Module):
@@ -92,9 +100,9 @@ class Decomposition(nn.Module):
     def target_run(self, inputs: Inputs) -> TargetRun:
         """The target as it is: logits bit-equal to calling it, and what every site was given."""
         seen: dict[str, list[Tensor]] = {site.name: [] for site in self.sites}
-        outputs: list[Any] = []
+        blocks: list[BlockRun] = []
         hooks = [site.module.register_forward_pre_hook(partial(_keep_input, seen[site.name], site.name)) for site in self.sites]
-        hooks += [block.register_forward_hook(lambda _module, _args, output: outputs.append(output)) for block in self._blocks]
+        hooks += [block.register_forward_hook(partial(_keep_block, blocks), with_kwargs=True) for block in self._blocks]
         try:
             with torch.no_grad():
                 logits = call(self.model, inputs)
@@ -104,7 +112,7 @@ class Decomposition(nn.Module):
         for name, calls in seen.items():
             if len(calls) != 1:
                 raise SiteError(f"site {name}: the model calls it {len(calls)} times per run; a site must be called exactly once")
-        return TargetRun(logits, {name: calls[0] for name, calls in seen.items()}, tuple(outputs))
+        return TargetRun(logits, {name: calls[0] for name, calls in seen.items()}, tuple(blocks))
 
     @torch.no_grad()
     def find_blocks(self, inputs: Inputs) -> None:
@@ -128,7 +136,7 @@ class Decomposition(nn.Module):
         plans: list[Plan] = [{}, *({name: off[name] for name, home in self._home.items() if home == start} for start in ends)]
         try:
             return torch.allclose(self.masked_run(inputs, plans, target), self.masked_run(inputs, plans), rtol=1e-3, atol=1e-4)
-        except (RuntimeError, TypeError, ValueError, IndexError):  # blocks that cannot be entered so
+        except (RuntimeError, TypeError, ValueError, IndexError, StopIteration):  # blocks that cannot be entered so
             return False
 
     def _homes(self, blocks: Sequence[nn.Module]) -> dict[str, int]:
@@ -146,7 +154,7 @@ class Decomposition(nn.Module):
         """
         for name in {name for plan in plans for name in plan} - set(self.names):
             raise SiteError(f"plan names {name}, which is no site of this decomposition; its sites: {', '.join(self.names)}")
-        homes = self._home if target is not None and target.block_outputs else {}
+        homes = self._home if target is not None and target.blocks else {}
         starts = [min((homes.get(name, 0) for name in plan), default=0) for plan in plans]
         order = sorted(range(len(plans)), key=starts.__getitem__)
         active = [sum(start <= i for start in starts) for i in range(len(self._blocks))]  # plans under way in each block
@@ -158,7 +166,7 @@ class Decomposition(nn.Module):
                 forwards[site.module] = _stacked_forward(site, U, V, replacements)
         replaced = set(forwards)
         if target is not None and homes and max(starts) > 0:
-            forwards |= _entering(self._blocks, target.block_outputs, active)
+            forwards |= _entering(self._blocks, target.blocks, active)
         stacked = inputs if len(plans) == 1 else map_tensors(lambda t: t.repeat(len(plans), *[1] * (t.dim() - 1)), inputs)
         calls: Counter[nn.Module] = Counter()
         hooks = [module.register_forward_pre_hook(partial(_count, calls)) for module in replaced]  # also keep fused fast paths off
@@ -204,30 +212,41 @@ def _hidden(values: Any) -> Tensor | None:
     return first if isinstance(first, Tensor) else None
 
 
-def _entering(blocks: Sequence[nn.Module], outputs: Sequence[Any], active: Sequence[int]) -> dict[nn.Module, Callable[..., Any]]:
+def _keep_block(blocks: list[BlockRun], _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    hidden = _hidden(args)
+    rows = None if hidden is None else hidden.shape[0]
+    batched = tuple(tensor.dim() > 0 and tensor.shape[0] == rows for tensor in tensors_of((args[1:], kwargs)))
+    blocks.append(BlockRun(output, batched))
+
+
+def _entering(blocks: Sequence[nn.Module], runs: Sequence[BlockRun], active: Sequence[int]) -> dict[nn.Module, Callable[..., Any]]:
     """Forwards of the blocks when the first `active[i]` of the stacked plans run through block i.
 
-    The plans that start there enter with the target's activations; a block in which none is under way is skipped.
+    The plans that start there enter with the target's activations; a block in which none is under way is skipped. Further arguments
+    that grow with the batch are cut to the plans under way.
     """
     plans = active[-1]
 
     def forward(i: int, original: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not active[i]:
-            return outputs[i]
+            return runs[i].output
         if i == 0:
             rows = hidden.shape[0] // plans
             hidden = hidden[: active[0] * rows]
         else:
-            before = _hidden(outputs[i - 1])
+            before = _hidden(runs[i - 1].output)
             assert before is not None
             rows = before.shape[0]
             entering = before.expand(active[i] - active[i - 1], *before.shape).flatten(0, 1)
             hidden = torch.cat([hidden[: active[i - 1] * rows], entering])
+        batched = iter(runs[i].batched)
 
         def cut(tensor: Tensor) -> Tensor:
-            return tensor[: active[i] * rows] if tensor.dim() and tensor.shape[0] == plans * rows else tensor
+            grows = next(batched) and tensor.shape[0] == plans * rows
+            return tensor[: active[i] * rows] if grows else tensor
 
-        return original(hidden, *map_tensors(cut, args), **map_tensors(cut, kwargs))
+        args, kwargs = map_tensors(cut, (args, kwargs))
+        return original(hidden, *args, **kwargs)
 
     return {block: partial(forward, i, block.forward) for i, block in enumerate(blocks)}
 

@@ -229,7 +229,7 @@ def _run(
                 directory.save_target(task.model, history)
             directory.describe(decomposition, importance)
             identity = {"id": f"{config.name} toy target" if history else type(task.model).__qualname__, "sha256": model_sha256(task.model)}
-            directory.record(device=config.device, dtype=config.dtype, seed=config.seed, target=identity, seconds=0.0)
+            directory.record(device=config.device, dtype=config.dtype, matmul=config.matmul, seed=config.seed, target=identity, seconds=0.0)
         if start == config.steps:
             tracker.message(f"{path}: already finished at step {start}")
         else:
