@@ -254,24 +254,22 @@ def _entering(blocks: Sequence[nn.Module], runs: Sequence[BlockRun], active: Seq
 def _stacked_forward(site: Site, U: Tensor, V: Tensor, replacements: list[Replacement | None]) -> Callable[[Tensor], Tensor]:
     """What the site's module computes when `replacements` (one per plan, none: the target's weight) are stacked along its input."""
     original = site.module.forward
+    runs = [(kind, list(run)) for kind, run in groupby(replacements, key=_product)]
 
     def forward(x: Tensor) -> Tensor:
-        parts, start = [], 0
         rows = x.shape[0] // len(replacements)
-        for kind, run in groupby(replacements, key=_product):
-            run = list(run)
-            part = x[start : start + rows * len(run)]
-            start += rows * len(run)
+        outputs = []
+        for (kind, run), part in zip(runs, x.split([rows * len(run) for _, run in runs]), strict=True):
             if kind == "target":
-                parts.append(original(part))
+                outputs.append(original(part))
                 continue
             masked = [_fitted(replacement, x) for replacement in run if replacement is not None]
             product = masked_linear(part, U, V, masked, site.bias)
             if kind == "scoped":
                 where = [replacement.where for replacement in masked if replacement.where is not None]
                 product = torch.where(torch.cat(where)[..., None], product, original(part))
-            parts.append(product)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            outputs.append(product)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     return forward
 

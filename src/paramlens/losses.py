@@ -59,29 +59,28 @@ def minimality(pre: Mapping[str, Float[Tensor, "*batch C"]], *, p: float | Tenso
 
 
 class _Minimality(torch.autograd.Function):
-    """One site's minimality; the power is computed again in the backward pass, and nothing is kept but the pre-activations."""
+    """One site's minimality. The compiled loop finds the slope with the power, which costs most; PyTorch's twin computes it later."""
 
     @staticmethod
     def forward(ctx: Any, pre: Float[Tensor, "*batch C"], p: float | Tensor, eps: float) -> Float[Tensor, ""]:
-        ctx.save_for_backward(pre)
-        ctx.p, ctx.eps = p, eps
         rows = pre.numel() // pre.shape[-1]
-        if native.serves(pre) and not isinstance(p, Tensor):
-            sums = pre.new_empty(native.units(pre))
-            native.minimality_forward(len(sums), pre.contiguous(), sums, pre.numel(), p, eps)
-            return sums.sum() / rows
-        return _minimality(pre, p, eps) / rows
+        ctx.p, ctx.eps, ctx.rows = p, eps, rows
+        ctx.has_slope = native.serves(pre) and not isinstance(p, Tensor)
+        if not ctx.has_slope:
+            ctx.save_for_backward(pre)
+            return _minimality(pre, p, eps) / rows
+        pre = pre.contiguous()
+        slope, sums = torch.empty_like(pre), pre.new_empty(native.units(pre))
+        native.minimality(len(sums), pre, slope, sums, pre.numel(), p, eps)
+        ctx.save_for_backward(slope)
+        return sums.sum() / rows
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Float[Tensor, ""]) -> tuple[Tensor, None, None]:
-        (pre,) = ctx.saved_tensors
-        rows = pre.numel() // pre.shape[-1]
-        if native.serves(pre) and not isinstance(ctx.p, Tensor):
-            out = torch.empty_like(pre, memory_format=torch.contiguous_format)
-            native.minimality_backward(native.units(pre), pre.contiguous(), out, pre.numel(), ctx.p, ctx.eps, grad.item() / rows)
-            return out, None, None
-        return _minimality_slope(pre, grad / rows, ctx.p, ctx.eps), None, None
+        (saved,) = ctx.saved_tensors
+        scale = grad / ctx.rows
+        return saved * scale if ctx.has_slope else _minimality_slope(saved, scale, ctx.p, ctx.eps), None, None
 
 
 @fusible
@@ -219,7 +218,7 @@ def reconstruction_losses(
             generator=lambda name=name: generator(name),
         )
         plans += [(name, {site: replace(each, sink=sinks.get(site)) for site, each in plan.items()}) for plan in drawn]
-    plans.sort(key=lambda each: decomposition.entry(each[1]))
+    plans.sort(key=lambda each: (decomposition.entry(each[1]), -len(each[1])))  # whole plans together: they read every g
     count = Counter(name for name, _ in plans)
     target_log_probs = loss_positions(target.logits, last_token_only=last_token_only).log_softmax(-1)
     divergences: dict[str, list[Tensor]] = {name: [] for name in coefficients}

@@ -43,7 +43,10 @@ def _kernels() -> Any:
         from paramlens import _kernels
     except ImportError:  # Numba is not made for this Python or machine
         return None
-    return _kernels if _kernels.enabled() else None
+    if not _kernels.enabled():
+        return None
+    _kernels.prefer_wide_vectors()
+    return _kernels
 
 
 @cache
@@ -93,8 +96,7 @@ mlps_backward = _Kernel("mlps_backward")
 scalar_mlps_forward = _Kernel("scalar_mlps_forward")
 scalar_mlps_backward = _Kernel("scalar_mlps_backward")
 lower_backward = _Kernel("lower_backward")
-minimality_forward = _Kernel("minimality_forward")
-minimality_backward = _Kernel("minimality_backward")
+minimality = _Kernel("minimality")
 uniform = _Kernel("uniform")
 mask_forward = _Kernel("mask_forward")
 mask_backward = _Kernel("mask_backward")
