@@ -10,12 +10,17 @@ import math
 import statistics
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
-from paramlens import bench
+from paramlens import bench, losses, step
 from paramlens.bench import D_GATE, WIDTH
+from paramlens.decomposition import Decomposition
+from paramlens.importance import Importance
+from paramlens.machine import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results" / "performance.json"
@@ -115,6 +120,55 @@ def figure(value: float | None, places: int) -> str:
     return "-" if value is None else f"{value:.{places}f}"
 
 
+def parts() -> None:
+    """Clocks around the parts of the like-for-like step with vector γ; what is left is the backward pass through γ, and loose ends."""
+    timed = {
+        "the target's run": (Decomposition, "target_run"),
+        "γ forward": (Importance, "forward"),
+        "masked runs, forward": (Decomposition, "masked_run"),
+        "divergences": (losses, "kl_divergence"),
+        "gradients of the masked runs, to U, V and g": (torch.autograd, "grad"),
+        "minimality": (step, "minimality"),
+        "gradients of γ and minimality": (torch.Tensor, "backward"),
+        "Adam": (torch.optim.Adam, "step"),
+    }
+    columns = {}
+    for threads in (1, 2):
+        case = bench.Case(threads=threads)
+        taken: dict[str, list[float]] = {name: [] for name in timed}
+        total: list[float] = []
+        with machine(case.config()), ExitStack() as stack:
+            once = bench._step(case, "ours")
+            once(0)
+            for name, (owner, attribute) in timed.items():
+                stack.enter_context(patch.object(owner, attribute, clocked(getattr(owner, attribute), taken[name])))
+            calls = {}
+            for i in range(16):
+                before = {name: len(times) for name, times in taken.items()}
+                start = time.perf_counter()
+                once(i)
+                total.append(time.perf_counter() - start)
+                for name, times in taken.items():
+                    calls.setdefault(name, []).append(sum(times[before[name] :]))
+        columns[threads] = {name: statistics.median(each) for name, each in calls.items()} | {"whole step": statistics.median(total)}
+    print("| part | ms, 1 thread | share | ms, 2 threads |\n|---|---:|---:|---:|")
+    for name, one in columns[1].items():
+        print(f"| {name} | {one * 1e3:.1f} | {one / columns[1]['whole step']:.0%} | {columns[2][name] * 1e3:.1f} |")
+
+
+def clocked(function, times: list[float]):
+    """The function, its time noted; nested calls of the same one would count twice, and there are none."""
+
+    def run(*args, **kwargs):
+        start = time.perf_counter()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            times.append(time.perf_counter() - start)
+
+    return run
+
+
 def picture() -> None:
     import plotly.graph_objects as go
     from playwright.sync_api import sync_playwright
@@ -160,4 +214,4 @@ def picture() -> None:
 
 
 if __name__ == "__main__":
-    {"measure": measure, "tables": tables, "picture": picture}[sys.argv[1]]()
+    {"measure": measure, "tables": tables, "parts": parts, "picture": picture}[sys.argv[1]]()
