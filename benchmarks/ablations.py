@@ -73,11 +73,11 @@ def main(threads: int) -> None:
         steps: dict[str, tuple[Callable[[], Any], Callable[[int], Any]]] = {}
         for name, context in VARIANTS.items():
             with context():
-                steps[name] = context, bench._step(case, "ours")
+                steps[name] = context, bench.training(case.config(), "ours")
                 steps[name][1](0)
         alone = bench.Case(threads=threads, layerwise_sites=1)
-        steps["layerwise_sites 1 (another estimate of the same loss)"] = nullcontext, bench._step(alone, "ours")
-        steps["naive"] = nullcontext, bench._step(case, "naive")
+        steps["layerwise_sites 1 (another estimate of the same loss)"] = nullcontext, bench.training(alone.config(), "ours")
+        steps["naive"] = nullcontext, bench.training(case.config(), "naive")
         times: dict[str, list[float]] = {name: [] for name in steps}
         for i in range(REPEATS):
             for name, (context, step) in steps.items():

@@ -138,7 +138,7 @@ def parts() -> None:
         taken: dict[str, list[float]] = {name: [] for name in timed}
         total: list[float] = []
         with machine(case.config()), ExitStack() as stack:
-            once = bench._step(case, "ours")
+            once = bench.training(case.config(), "ours")
             once(0)
             for name, (owner, attribute) in timed.items():
                 stack.enter_context(patch.object(owner, attribute, clocked(getattr(owner, attribute), taken[name])))

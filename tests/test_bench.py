@@ -95,7 +95,7 @@ def test_what_would_not_fit_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch
 def test_memory_of_a_step_is_far_below_the_naive_one():
     """Peak beyond what stands before the first step, each in a process of its own, at a size where it shows."""
     case = bench.Case(length=64, batch=16, C=60, threads=1)
-    ours, naive = (bench._peak(case, side) for side in ("ours", "naive"))
+    ours, naive = (bench.peak(case.config(), side) for side in ("ours", "naive"))
     if ours is None:
         pytest.skip("no high-water mark to reset on this system")
     assert ours < naive / 2

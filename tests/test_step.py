@@ -128,7 +128,7 @@ losses = []
 for compile in (False, True):
     case = bench.Case(length=6, batch=3, C=5, threads=1, compile=compile)
     with machine(case.config()):
-        step = bench._step(case, "ours")
+        step = bench.training(case.config(), "ours")
         losses.append([step(i).total.item() for i in range(3)])
 torch.testing.assert_close(*map(torch.tensor, losses))
 """

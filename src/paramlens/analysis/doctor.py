@@ -54,7 +54,7 @@ def diagnose(config: Config, sites: tuple[Site, ...], *, length: int, vocabulary
     activations = {
         "gamma activations": (read + hidden + 4 * len(sites) * C) * positions * word,
         "masks and inner activations": 0 if compiled else 3 * replaced * positions * C * word,
-        "site inputs and outputs": 2 * plans * sum(site.d_in + site.d_out for site in sites) * positions * word,
+        "site inputs and outputs": plans * sum(site.d_in + site.d_out for site in sites) * positions * word,
         "logits": 3 * plans * seen * vocabulary * word,
     }
     trained = factors + gamma

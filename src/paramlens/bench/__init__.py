@@ -119,8 +119,9 @@ def bench(
     for case in chosen:
         left_out = _too_large(case) if naive else "not asked for"
         timed = _alternate(case, naive=left_out is None, repeats=repeats, seconds=seconds)
-        peaks = {side: _peak(case, side) if memory and (side == "ours" or left_out is None) else None for side in ("ours", "naive")}
-        yield replace(timed, naive_left_out=left_out, peak_bytes=peaks["ours"], naive_peak_bytes=peaks["naive"])
+        ours = peak(case.config(), "ours") if memory else None
+        theirs = peak(case.config(), "naive") if memory and left_out is None else None
+        yield replace(timed, naive_left_out=left_out, peak_bytes=ours, naive_peak_bytes=theirs)
 
 
 def document(measured: Sequence[Measured]) -> dict[str, Any]:
@@ -139,8 +140,9 @@ def _processor() -> str:
 
 
 def _alternate(case: Case, *, naive: bool, repeats: int, seconds: float) -> Measured:
-    with machine(case.config()):
-        steps = {"ours": _step(case, "ours")} | ({"naive": _step(case, "naive")} if naive else {})
+    config = case.config()
+    with machine(config):
+        steps = {"ours": training(config, "ours")} | ({"naive": training(config, "naive")} if naive else {})
         times: dict[str, list[float]] = {side: [] for side in steps}
         warm = 5 if case.cuda_graph else 1
         began = time.perf_counter()
@@ -165,35 +167,36 @@ def _alternate(case: Case, *, naive: bool, repeats: int, seconds: float) -> Meas
     )
 
 
-def _step(case: Case, side: str) -> Callable[[int], Any]:
-    """A function that does one whole training step, update included, on the batch of its index."""
-    config = case.config()
+def training(config: Config, side: Literal["ours", "naive"]) -> Callable[[int], Any]:
+    """A function that does one whole training step, update included, on the batch of its index; the toy target is not trained."""
     assert isinstance(config.task, InductionTask)
     torch.manual_seed(0)
-    model = InductionTransformer(config.task).to(case.device)
+    model = InductionTransformer(config.task).to(config.device)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    task = induction_task(config.task, model.eval(), seed=0, batch=case.batch)
+    task = induction_task(config.task, model.eval(), seed=0, batch=config.batch)
     sites = find_sites(model, config.sites)
-    decomposition = Decomposition(model, sites, C=case.C)
-    importance = Importance({site.name: (site.d_in, case.C) for site in sites}, config.gamma, max_length=case.length)
+    decomposition = Decomposition(model, sites, C=config.C)
+    importance = Importance({site.name: (site.d_in, config.C) for site in sites}, config.gamma, max_length=config.task.length)
     initialise(decomposition, config.init, generator=generator(0, "init"))
     importance.initialise(generator(0, "gamma"))
-    importance = importance.to(case.device)
-    if side == "ours":
-        decomposition.find_blocks(task.batch(0, "train").to(case.device).inputs)
-        steps = Steps(config, task, decomposition, importance, make_optimizer(config, decomposition, importance))
+    importance = importance.to(config.device)
 
-        return lambda i: steps(task.batch(i, "train").to(case.device).inputs, i)
-    naive = NaiveStep(config, decomposition, importance, max_length=case.length)
+    def inputs(i: int) -> Any:
+        return task.batch(i, "train").to(config.device).inputs
+
+    if side == "ours":
+        decomposition.find_blocks(inputs(0))
+        steps = Steps(config, task, decomposition, importance, make_optimizer(config, decomposition, importance))
+        return lambda i: steps(inputs(i), i)
+    naive = NaiveStep(config, decomposition, importance, max_length=config.task.length)
     optimizer = torch.optim.Adam(naive.parameters(), lr=config.optim.lr)
-    names, rng = decomposition.names, torch.Generator(device=case.device).manual_seed(0)
+    names, alone = decomposition.names, config.losses.layerwise_sites
+    rng = torch.Generator(device=config.device).manual_seed(0)
 
     def obvious(i: int) -> None:
-        alone = names if case.layerwise_sites == "all" else tuple(random.Random(i).sample(names, case.layerwise_sites))
-        tokens = task.batch(i, "train").to(case.device).inputs
-        assert isinstance(tokens, torch.Tensor)
-        loss = naive(tokens, i, lambda _loss, _site, g: torch.rand(g.shape, generator=rng, device=g.device), alone)
+        layerwise = names if alone == "all" else tuple(random.Random(i).sample(names, alone))
+        loss = naive(inputs(i), i, lambda _loss, _site, g: torch.rand(g.shape, generator=rng, device=g.device), layerwise)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -220,26 +223,24 @@ def _free_memory() -> float:
         return float("inf")
 
 
-def _peak(case: Case, side: str) -> int | None:
-    """Most memory that steps need beyond what stands before the first, in bytes; on a CPU of a process of its own."""
-    if case.device.startswith("cuda"):
-        step = _step(case, side)
+def peak(config: Config, side: Literal["ours", "naive"]) -> int | None:
+    """Most memory that steps need beyond what stands before the first, in bytes; on a CPU of a process of its own, where Linux tells."""
+    if config.device.startswith("cuda"):
+        step = training(config, side)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step(0)
         return torch.cuda.max_memory_allocated() - before
     if not Path("/proc/self/clear_refs").exists():
         return None
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(_peak_here, (case, side))
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak_here, (config, side))
 
 
-def _peak_here(case: Case, side: str) -> int:
-    with machine(case.config()):
-        small = replace(case, length=16, batch=1, C=4)
-        _step(small, side)(0)  # loads and compiles what a step needs
-        step = _step(case, side)
+def _peak_here(config: Config, side: Literal["ours", "naive"]) -> int:
+    with machine(config):
+        training(config.model_copy(update={"batch": 1, "C": 4}), side)(0)  # loads and compiles what a step needs
+        step = training(config, side)
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark becomes what is resident now
         before = _resident("VmRSS")
         step(0)
