@@ -254,6 +254,7 @@ def test_a_table_as_long_as_the_stack_is_not_cut(target):
     x = torch.cat([tokens(), tokens(1)[:1]])
     decomposition.find_blocks(x)
     late, early = {"blocks.1.attn.v": Replacement(torch.rand(4, 8, 6))}, {"blocks.0.attn.v": Replacement(torch.rand(4, 8, 6))}
+    assert decomposition.entry(late) == 1, "the chain holds, whatever the batch"
     whole = decomposition.masked_run(x, [late, early])
     torch.testing.assert_close(decomposition.masked_run(x, [late, early], decomposition.target_run(x)), whole)
 
