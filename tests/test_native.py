@@ -115,7 +115,7 @@ def test_power_over_all_importances(p: float):
 
 
 def test_minimality_of_many_blocks_is_one_sum():
-    pre = numbers(3 * native.BLOCK // 8 + 5, 8, key="blocks")
+    pre = numbers(3 * native._kernels().BLOCK // 8 + 5, 8, key="blocks")
     ours = minimality({"site": pre}, p=0.5, eps=1e-12)
     assert ours.item() == pytest.approx(((upper(pre.double()) + 1e-12).sqrt() - 1e-6).sum(-1).mean().item(), rel=1e-5)
 

@@ -18,6 +18,7 @@ from numba.extending import intrinsic
 
 OPTIONS: dict[str, Any] = {"fastmath": {"contract", "reassoc", "nsz", "arcp"}, "nogil": True, "error_model": "numpy"}
 SLOTS = 24
+"""Numbers in the packed argument."""
 BLOCK = 4096
 """Numbers in one unit of an elementwise kernel."""
 

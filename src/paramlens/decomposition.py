@@ -154,19 +154,19 @@ class Decomposition(nn.Module):
         """
         for name in {name for plan in plans for name in plan} - set(self.names):
             raise SiteError(f"plan names {name}, which is no site of this decomposition; its sites: {', '.join(self.names)}")
-        homes = self._home if target is not None and target.blocks else {}
-        starts = [min((homes.get(name, 0) for name in plan), default=0) for plan in plans]
+        runs = () if target is None else target.blocks
+        starts = [self.entry(plan) if runs else 0 for plan in plans]
         order = sorted(range(len(plans)), key=starts.__getitem__)
         active = [sum(start <= i for start in starts) for i in range(len(self._blocks))]  # plans under way in each block
         plans = [plans[i] for i in order]
         forwards: dict[nn.Module, Callable[..., Any]] = {}
         for site, U, V in zip(self.sites, self._U, self._V, strict=True):
-            replacements = [plan.get(site.name) for plan in plans[: active[homes[site.name]] if site.name in homes else None]]
+            replacements = [plan.get(site.name) for plan in plans[: active[self._home[site.name]] if site.name in self._home else None]]
             if any(replacement is not None for replacement in replacements):
                 forwards[site.module] = _stacked_forward(site, U, V, replacements)
         replaced = set(forwards)
-        if target is not None and homes and max(starts) > 0:
-            forwards |= _entering(self._blocks, target.blocks, active)
+        if max(starts) > 0:
+            forwards |= _entering(self._blocks, runs, active)
         stacked = inputs if len(plans) == 1 else map_tensors(lambda t: t.repeat(len(plans), *[1] * (t.dim() - 1)), inputs)
         calls: Counter[nn.Module] = Counter()
         hooks = [module.register_forward_pre_hook(partial(_count, calls)) for module in replaced]  # also keep fused fast paths off

@@ -13,9 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK = 4096
-"""Numbers in one unit of an elementwise kernel."""
-
 
 def serves(*tensors: Tensor) -> bool:
     """Whether the compiled kernels take these tensors: float32, on the CPU, where Numba is installed."""
@@ -73,7 +70,7 @@ class _Kernel:
     def __call__(self, units: int, *arguments: Tensor | int | float | None) -> None:
         if self.run is None:
             self.run = _kernels().compiled(self.name, _openmp())
-        packed = (ctypes.c_int64 * 24)(units, *map(_packed, arguments))
+        packed = (ctypes.c_int64 * _kernels().SLOTS)(units, *map(_packed, arguments))
         threads = min(torch.get_num_threads(), units)
         openmp = _openmp()
         if openmp is None or threads <= 1:
@@ -106,4 +103,4 @@ divergence_backward = _Kernel("divergence_backward")
 
 def units(tensor: Tensor) -> int:
     """Units of an elementwise kernel over all numbers of `tensor`."""
-    return -(-tensor.numel() // BLOCK)
+    return -(-tensor.numel() // _kernels().BLOCK)
