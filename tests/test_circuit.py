@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from paramlens.analysis.circuit import attention_divergence, circuit, silence
+from paramlens.analysis.attention import attention_divergence
+from paramlens.analysis.circuit import circuit, silence
 from paramlens.errors import ConfigError
 from paramlens.evaluation import evaluate, importances
 from paramlens.rundir import open_run
@@ -21,7 +22,7 @@ def test_counts_by_hand(tiny_run, monkeypatch: pytest.MonkeyPatch):
         made[batch.roles == S1] = torch.tensor([0.9, 0.2, 0.0, 0.0, 0.05])
         return target, {name: made if name == "blocks.0.attn.q" else torch.zeros_like(made) for name in g}
 
-    monkeypatch.setattr("paramlens.analysis.circuit.importances", by_hand)
+    monkeypatch.setattr("paramlens.analysis.held_out.importances", by_hand)
     result = circuit(tiny_run, batches=2)
     site = result.sites["blocks.0.attn.q"]
     assert site.active == {"s1": 2.0, "m": 0.0, "s2": 0.0, "random": 0.0}

@@ -1,26 +1,20 @@
 """The circuit of a run: which subcomponents are active at which role of token, and how well they stand for the model (Table 1)."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
+from paramlens.analysis.attention import attention_divergence
+from paramlens.analysis.held_out import ALL_POSITIONS, HeldOut, data_of, held_out, role_names
 from paramlens.config import InductionTask
-from paramlens.decomposition import Decomposition, Plan
 from paramlens.errors import ConfigError
-from paramlens.evaluation import ACTIVE, evaluate, importances
+from paramlens.evaluation import ACTIVE, evaluate
 from paramlens.machine import machine
-from paramlens.masks import Replacement
 from paramlens.rundir import Run
 from paramlens.sites import at_rest
-from paramlens.tasks import Batch
-
-ALL_POSITIONS = "all"
-"""The one role of a task whose positions have none."""
 
 
 @dataclass(frozen=True)
@@ -73,31 +67,30 @@ def circuit(run: Run, *, threshold: float = ACTIVE, batches: int = 16) -> Circui
     The roles of a task without any are one, "all". attention_kl needs a task that names its attention patterns. Raises `ConfigError` for
     a run on your own model that was opened without batches.
     """
-    task = run.task
-    if task is None:
-        raise ConfigError(f"{run.path}: no data to look at; open_run(path, model=..., batches=...)")
+    task = data_of(run)
     if not 0 <= threshold < 1:
         raise ConfigError(f"threshold {threshold}: importances lie in [0, 1], so give a number from 0 to below 1")
-    if batches < 1:
-        raise ConfigError(f"batches {batches}: give 1 or more")
-    decomposition, importance, config = run.decomposition, run.importance, run.config
-    roles = list(task.roles) or [ALL_POSITIONS]
-    held_out = [task.batch(index, "circuit").to(decomposition.device) for index in range(batches)]
+    decomposition, config, roles = run.decomposition, run.config, role_names(task)
     rows: list[dict[str, float]] = []
     divergences: list[dict[str, Tensor]] = []
-    gs: list[dict[str, Tensor]] = []
     with at_rest(task.model), machine(config):
-        for batch in held_out:
-            target, g = importances(decomposition, importance, batch)
-            scores = evaluate(
-                task, decomposition, batch, target, g, last_token_only=config.last_token_only, threshold=threshold, seed=config.seed
+        data = held_out(run, batches=batches)
+        for held in data:
+            rows.append(
+                evaluate(
+                    task,
+                    decomposition,
+                    held.batch,
+                    held.target,
+                    held.g,
+                    last_token_only=config.last_token_only,
+                    threshold=threshold,
+                    seed=config.seed,
+                )
             )
-            rows.append(scores)
-            gs.append(g)
             if task.attention_patterns:
-                divergences.append(attention_divergence(decomposition, batch, g, task.attention_patterns))
-    positions = [_role_index(batch, g) for batch, g in zip(held_out, gs, strict=True)]
-    role_index = torch.cat(positions)
+                divergences.append(attention_divergence(decomposition, held.batch, held.g, task.attention_patterns))
+    role_index = torch.cat([held.roles for held in data])
     metrics = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
     attention = {
         name: _by_role(torch.cat([divergence[name] for divergence in divergences]), role_index, roles) for name in task.attention_patterns
@@ -111,20 +104,15 @@ def circuit(run: Run, *, threshold: float = ACTIVE, batches: int = 16) -> Circui
         sequences=len(role_index),
         roles=roles,
         sites={
-            name: _site(torch.cat([g[name] for g in gs]), role_index, roles, threshold, if_silent=_if_silent(run, name, threshold))
+            name: _site(
+                torch.cat([held.g[name] for held in data]), role_index, roles, threshold, if_silent=_if_silent(run, name, threshold)
+            )
             for name in decomposition.names
         },
         metrics=metrics,
         attention_kl=attention,
-        example=_example(held_out[0], gs[0], positions[0], roles),
+        example=_example(data[0], roles),
     )
-
-
-def _role_index(batch: Batch, g: Mapping[str, Tensor]) -> Tensor:
-    if batch.roles is not None:
-        return batch.roles
-    first = next(iter(g.values()))
-    return torch.zeros(first.shape[:-1], dtype=torch.long, device=first.device)
 
 
 def _site(g: Float[Tensor, "*batch C"], role_index: Tensor, roles: Sequence[str], threshold: float, *, if_silent: str) -> SiteCircuit:
@@ -159,57 +147,18 @@ def silence(site: str, *, has_bias: bool, threshold: float, added_after: bool) -
     return f"{text}, and the model runs on without what it carried"
 
 
-def attention_divergence(
-    decomposition: Decomposition, batch: Batch, g: Mapping[str, Tensor], names: Sequence[str]
-) -> dict[str, Float[Tensor, "batch query"]]:
-    """KL(target ‖ masked) of every query's attention in nats, mean over heads; masks are g at all sites (Table 1c)."""
-    target = attention_patterns(decomposition, batch, [{}], names)
-    masked = attention_patterns(decomposition, batch, [{site: Replacement(value) for site, value in g.items()}], names)
-    divergences: dict[str, Tensor] = {}
-    for name, p in target.items():
-        q = masked[name].clamp(min=torch.finfo(p.dtype).tiny)  # where q underflows to 0 the divergence is large, not infinite
-        divergences[name] = (torch.xlogy(p, p) - torch.xlogy(p, q)).sum(-1).mean(1)
-    return divergences
-
-
-@torch.no_grad()
-def attention_patterns(
-    decomposition: Decomposition, batch: Batch, plans: Sequence[Plan], names: Sequence[str]
-) -> dict[str, Float[Tensor, "batch head query key"]]:
-    """The attention patterns of a masked run, by module name; an empty plan is the target itself."""
-    with _captured(decomposition.model, names) as seen:
-        decomposition.masked_run(batch.inputs, plans)
-    return seen
-
-
-@contextmanager
-def _captured(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    seen: dict[str, Tensor] = {}
-
-    hooks = [model.get_submodule(name).register_forward_hook(partial(_keep, seen, name)) for name in names]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _keep(seen: dict[str, Tensor], name: str, _module: nn.Module, _args: object, pattern: Tensor) -> None:
-    seen[name] = pattern
-
-
 def _by_role(values: Float[Tensor, "batch pos"], role_index: Tensor, roles: Sequence[str]) -> dict[str, float]:
     means = {role: _mean(values[role_index == i]) for i, role in enumerate(roles)}
     return means | {ALL_POSITIONS: _mean(values)}
 
 
-def _example(batch: Batch, g: Mapping[str, Tensor], role_index: Tensor, roles: Sequence[str]) -> ExampleSequence:
-    inputs = batch.inputs
+def _example(held: HeldOut, roles: Sequence[str]) -> ExampleSequence:
+    inputs = held.batch.inputs
     tokens = inputs[0].tolist() if isinstance(inputs, Tensor) and inputs.dim() == 2 and not inputs.is_floating_point() else []
     return ExampleSequence(
         tokens=tokens,
-        roles=[str(roles[i]) for i in role_index[0].reshape(-1).tolist()],
-        importance={name: [round(v, 5) for v in value[0].sum(-1).reshape(-1).tolist()] for name, value in g.items()},
+        roles=[str(roles[i]) for i in held.roles[0].reshape(-1).tolist()],
+        importance={name: [round(v, 5) for v in value[0].sum(-1).reshape(-1).tolist()] for name, value in held.g.items()},
     )
 
 

@@ -1,0 +1,66 @@
+"""Held-out batches of a run, with what every analysis needs of them: the target's run, importances, and the role of each position."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from paramlens.decomposition import Plan, TargetRun
+from paramlens.errors import ConfigError
+from paramlens.evaluation import importances
+from paramlens.masks import Replacement
+from paramlens.rundir import Run
+from paramlens.tasks import Batch, Task
+
+ALL_POSITIONS = "all"
+"""The one role of a task whose positions have none."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """One held-out batch of a run.
+
+    g: site name → (batch, pos, C) in [0, 1]. roles: indices into `role_names`, shaped as the leading axes of g.
+    """
+
+    batch: Batch
+    target: TargetRun
+    g: dict[str, Tensor]
+    roles: Tensor
+
+    @property
+    def masked(self) -> Plan:
+        """The masked model: every site replaced, masks g."""
+        return {site: Replacement(value) for site, value in self.g.items()}
+
+
+def data_of(run: Run) -> Task:
+    """The run's task. Raises `ConfigError` for a run on your own model that was opened without batches."""
+    if run.task is None:
+        raise ConfigError(f"{run.path}: no data to look at; open_run(path, model=..., batches=...)")
+    return run.task
+
+
+def held_out(run: Run, *, batches: int) -> list[HeldOut]:
+    """`batches` batches of the stream that analyses share, so that their numbers are of the same sequences."""
+    task = data_of(run)
+    if batches < 1:
+        raise ConfigError(f"batches {batches}: give 1 or more")
+    data: list[HeldOut] = []
+    for index in range(batches):
+        batch = task.batch(index, "circuit").to(run.decomposition.device)
+        target, g = importances(run.decomposition, run.importance, batch)
+        data.append(HeldOut(batch, target, g, _roles(batch, g)))
+    return data
+
+
+def role_names(task: Task) -> list[str]:
+    return list(task.roles) or [ALL_POSITIONS]
+
+
+def _roles(batch: Batch, g: Mapping[str, Tensor]) -> Tensor:
+    if batch.roles is not None:
+        return batch.roles
+    first = next(iter(g.values()))
+    return torch.zeros(first.shape[:-1], dtype=torch.long, device=first.device)
