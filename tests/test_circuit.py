@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from paramlens.analysis.attention import attention_divergence
+from paramlens.analysis.attention import attention_divergence, attention_patterns
 from paramlens.analysis.circuit import circuit, silence
 from paramlens.errors import ConfigError
 from paramlens.evaluation import evaluate, importances
+from paramlens.masks import Replacement
 from paramlens.rundir import open_run
 from paramlens.runs import decompose
 from paramlens.tasks.induction import S1
@@ -52,8 +53,9 @@ def test_circuit_json(tiny_run):
     assert 0 <= site["unique"] <= 5
     assert set(document["metrics"]) == {
         *("faithfulness", "recon", "recon_layerwise", "stochastic_recon", "recon_rounded"),
-        *("accuracy_target", "accuracy_masked", "attention_kl"),
+        *("accuracy_target", "accuracy_masked", "attention_kl", "attention_kl_all", "recon_adversarial"),
     }
+    assert len(document["example"]["attention"]["blocks.0.attn.pattern"]["masked"]) == 8
     assert len(document["example"]["tokens"]) == len(document["example"]["roles"]) == 8
     assert document["sequences"] == 4
 
@@ -70,8 +72,10 @@ def test_metrics_of_a_perfect_decomposition(tiny_run):
         target, g = importances(decomposition, tiny_run.importance, batch)
         ones = {name: torch.ones_like(value) for name, value in g.items()}
         metrics = evaluate(task, decomposition, batch, target, ones, last_token_only=True)
-        divergence = attention_divergence(decomposition, batch, ones, task.attention_patterns)
-        halves = attention_divergence(decomposition, batch, {n: v / 2 for n, v in ones.items()}, task.attention_patterns)
+        plans = [{}, *({site: Replacement(factor * value) for site, value in ones.items()} for factor in (1, 0.5))]
+        target_patterns, masked, halved = (attention_patterns(decomposition, batch, [plan], task.attention_patterns) for plan in plans)
+        divergence = {name: attention_divergence(pattern, masked[name]) for name, pattern in target_patterns.items()}
+        halves = {name: attention_divergence(pattern, halved[name]) for name, pattern in target_patterns.items()}
         for name, (U, V) in saved.items():
             decomposition.U[name].copy_(U)
             decomposition.V[name].copy_(V)
@@ -90,7 +94,9 @@ def test_metrics_of_a_perfect_decomposition(tiny_run):
 def test_attention_divergence_is_a_mean_over_queries(tiny_run):
     result = circuit(tiny_run, batches=2)
     blocks = result.attention_kl
-    assert result.metrics["attention_kl"] == pytest.approx(sum(block["all"] for block in blocks.values()) / 2)
+    assert result.metrics["attention_kl_all"] == pytest.approx(sum(block["all"] for block in blocks.values()) / 2)
+    linked = blocks["blocks.0.attn.pattern"]["m"] + blocks["blocks.1.attn.pattern"]["s2"]
+    assert result.metrics["attention_kl"] == pytest.approx(linked / 2)
     block = blocks["blocks.0.attn.pattern"]
     weights = {"s1": 1, "m": 1, "s2": 1, "random": 5}
     assert block["all"] == pytest.approx(sum(weights[role] * block[role] for role in weights) / 8, rel=1e-6)

@@ -5,25 +5,42 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from paramlens.decomposition import Decomposition, Plan
-from paramlens.masks import Replacement
-from paramlens.tasks import Batch
+from paramlens.tasks import Batch, Link
 
 
 def attention_divergence(
-    decomposition: Decomposition, batch: Batch, g: Mapping[str, Tensor], names: Sequence[str]
-) -> dict[str, Float[Tensor, "batch query"]]:
-    """KL(target ‖ masked) of every query's attention in nats, mean over heads; masks are g at all sites (Table 1c)."""
-    target = attention_patterns(decomposition, batch, [{}], names)
-    masked = attention_patterns(decomposition, batch, [{site: Replacement(value) for site, value in g.items()}], names)
-    divergences: dict[str, Tensor] = {}
-    for name, p in target.items():
-        q = masked[name].clamp(min=torch.finfo(p.dtype).tiny)  # where q underflows to 0 the divergence is large, not infinite
-        divergences[name] = (torch.xlogy(p, p) - torch.xlogy(p, q)).sum(-1).mean(1)
-    return divergences
+    target: Float[Tensor, "batch head query key"], masked: Float[Tensor, "batch head query key"]
+) -> Float[Tensor, "batch query"]:
+    """KL(target ‖ masked) of every query's attention in nats, mean over heads (Table 1c)."""
+    masked = masked.clamp(min=torch.finfo(masked.dtype).tiny)  # where it underflows to 0 the divergence is large, not infinite
+    return (torch.xlogy(target, target) - torch.xlogy(target, masked)).sum(-1).mean(1)
+
+
+def attention_by_role(
+    pattern: Float[Tensor, "batch head query key"], role_index: Int[Tensor, "batch pos"], count: int
+) -> Float[Tensor, "query_role key_role"]:
+    """Mean over queries of a role, and over heads, of the attention that all keys of a role receive together; rows sum to 1.
+
+    The row of a role that stands nowhere is 0.
+    """
+    keys = F.one_hot(role_index, count).to(pattern.dtype)
+    received = pattern.mean(1) @ keys  # (batch, query, role)
+    at = [role_index == i for i in range(count)]
+    return torch.stack([received[here].sum(0) / here.sum().clamp(min=1) for here in at])
+
+
+def attention_along(
+    link: Link, patterns: Mapping[str, Float[Tensor, "batch head query key"]], role_index: Int[Tensor, "batch pos"], roles: Sequence[str]
+) -> Float[Tensor, "batch head"]:
+    """Attention from the link's query to its key in every sequence; both roles stand at exactly one position each."""
+    query, key = ((role_index == roles.index(role)).int().argmax(1) for role in (link.query, link.key))
+    pattern = patterns[link.pattern]
+    return pattern[torch.arange(len(pattern), device=pattern.device), :, query, key]
 
 
 @torch.no_grad()

@@ -1,20 +1,28 @@
 """The circuit of a run: which subcomponents are active at which role of token, and how well they stand for the model (Table 1)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from paramlens.analysis.attention import attention_divergence
+from paramlens.analysis.adversary import STEPS, adversarial_recon
+from paramlens.analysis.attention import attention_by_role, attention_divergence, attention_patterns
 from paramlens.analysis.held_out import ALL_POSITIONS, HeldOut, data_of, held_out, role_names
+from paramlens.analysis.interventions import Intervention, interventions
+from paramlens.analysis.maps import AlignedImportance, aligned_importance
 from paramlens.config import InductionTask
+from paramlens.decomposition import Decomposition
 from paramlens.errors import ConfigError
 from paramlens.evaluation import ACTIVE, evaluate
 from paramlens.machine import machine
 from paramlens.rundir import Run
 from paramlens.sites import at_rest
+from paramlens.tasks import Task, generator
+
+EXAMPLE_LENGTH = 128
+"""Longest example whose attention patterns are kept, tokens."""
 
 
 @dataclass(frozen=True)
@@ -34,17 +42,31 @@ class SiteCircuit:
 
 
 @dataclass(frozen=True)
+class PatternPair:
+    """An attention pattern of the target and of the masked model (masks g): rows are queries, columns keys, rows sum to 1."""
+
+    target: list[list[float]]
+    masked: list[list[float]]
+
+
+@dataclass(frozen=True)
 class ExampleSequence:
     """One held-out sequence: tokens (where the input is tokens), roles, and at each site and position the summed importance Σ_c g."""
 
     tokens: list[int]
     roles: list[str]
     importance: dict[str, list[float]]
+    attention: dict[str, PatternPair]
+    """Attention pattern → [query][key], mean over heads; empty for more than `EXAMPLE_LENGTH` positions."""
 
 
 @dataclass(frozen=True)
 class Circuit:
-    """Table 1 of a run. metrics: faithfulness (eq. 1), reconstructions and attention_kl in nats, accuracies in [0, 1]."""
+    """Table 1 of a run, and what its parts do (§6.1).
+
+    metrics: faithfulness (eq. 1), reconstructions and attention_kl in nats, accuracies in [0, 1]. attention_kl is the mean over the
+    task's links of the KL at the link's query, since the output is free of the others; attention_kl_all, over all patterns and queries.
+    """
 
     run: str
     step: int
@@ -55,64 +77,99 @@ class Circuit:
     metrics: dict[str, float]
     attention_kl: dict[str, dict[str, float]]
     """Attention pattern → KL(target ‖ masked) in nats, mean over heads and queries: of all positions, and of each role."""
+    attention_by_role: dict[str, PatternPair]
+    """Attention pattern → attention that queries of a role (rows) give to all keys of a role (columns), mean over heads."""
+    interventions: list[Intervention]
+    maps: dict[str, AlignedImportance]
+    """Role that stands at one position of every sequence → mean importance around it."""
     example: ExampleSequence
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
 
 
-def circuit(run: Run, *, threshold: float = ACTIVE, batches: int = 16) -> Circuit:
-    """Table 1 of `run` on `batches` held-out batches: a (active by role), b (unique), c (metrics).
+def circuit(run: Run, *, threshold: float = ACTIVE, batches: int = 16, adversary: int = STEPS) -> Circuit:
+    """Table 1 of `run` on `batches` held-out batches: a (active by role), b (unique), c (metrics); interventions and maps.
 
-    The roles of a task without any are one, "all". attention_kl needs a task that names its attention patterns. Raises `ConfigError` for
-    a run on your own model that was opened without batches.
+    adversary: steps of projected gradient that look for the worst masks (recon_adversarial); 0 leaves it out. The roles of a task without
+    any are one, "all". Raises `ConfigError` for a number out of range and for a run on your own model that was opened without batches.
     """
     task = data_of(run)
     if not 0 <= threshold < 1:
         raise ConfigError(f"threshold {threshold}: importances lie in [0, 1], so give a number from 0 to below 1")
-    decomposition, config, roles = run.decomposition, run.config, role_names(task)
-    rows: list[dict[str, float]] = []
-    divergences: list[dict[str, Tensor]] = []
-    with at_rest(task.model), machine(config):
+    if adversary < 0:
+        raise ConfigError(f"adversary {adversary}: give a number of steps, 0 to leave it out")
+    decomposition, last_token_only, roles = run.decomposition, run.config.last_token_only, role_names(task)
+    with at_rest(task.model), machine(run.config):
         data = held_out(run, batches=batches)
-        for held in data:
-            rows.append(
-                evaluate(
-                    task,
-                    decomposition,
-                    held.batch,
-                    held.target,
-                    held.g,
-                    last_token_only=config.last_token_only,
-                    threshold=threshold,
-                    seed=config.seed,
-                )
-            )
-            if task.attention_patterns:
-                divergences.append(attention_divergence(decomposition, held.batch, held.g, task.attention_patterns))
+        metrics = _metrics(run, task, data, threshold=threshold, adversary=adversary)
+        changed = interventions(decomposition, task, data, threshold=threshold, last_token_only=last_token_only)
+        patterns = [_patterns(decomposition, held, task.attention_patterns) for held in data]
     role_index = torch.cat([held.roles for held in data])
-    metrics = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-    attention = {
-        name: _by_role(torch.cat([divergence[name] for divergence in divergences]), role_index, roles) for name in task.attention_patterns
+    g = {name: torch.cat([held.g[name] for held in data]) for name in decomposition.names}
+    divergence = {
+        name: _by_role(torch.cat([attention_divergence(*pair[name]) for pair in patterns]), role_index, roles)
+        for name in task.attention_patterns
     }
-    if attention:
-        metrics["attention_kl"] = sum(block[ALL_POSITIONS] for block in attention.values()) / len(attention)
+    if divergence:
+        everywhere = [each[ALL_POSITIONS] for each in divergence.values()]
+        linked = [divergence[link.pattern][link.query] for link in task.links]
+        metrics |= {"attention_kl": _average(linked or everywhere), "attention_kl_all": _average(everywhere)}
     return Circuit(
         run=str(run.path),
         step=run.step,
         threshold=threshold,
         sequences=len(role_index),
         roles=roles,
-        sites={
-            name: _site(
-                torch.cat([held.g[name] for held in data]), role_index, roles, threshold, if_silent=_if_silent(run, name, threshold)
-            )
-            for name in decomposition.names
-        },
+        sites={name: _site(value, role_index, roles, threshold, if_silent=_if_silent(run, name, threshold)) for name, value in g.items()},
         metrics=metrics,
-        attention_kl=attention,
-        example=_example(data[0], roles),
+        attention_kl=divergence,
+        attention_by_role={
+            name: PatternPair(*(_attention_by_role([pair[name][side] for pair in patterns], role_index, len(roles)) for side in (0, 1)))
+            for name in task.attention_patterns
+        },
+        interventions=changed,
+        maps=aligned_importance(g, role_index, roles),
+        example=_example(data[0], roles, patterns[0]),
     )
+
+
+def _metrics(run: Run, task: Task, data: Sequence[HeldOut], *, threshold: float, adversary: int) -> dict[str, float]:
+    last_token_only, seed = run.config.last_token_only, run.config.seed
+    rows: list[dict[str, float]] = []
+    for held in data:
+        row = evaluate(
+            task,
+            run.decomposition,
+            held.batch,
+            held.target,
+            held.g,
+            last_token_only=last_token_only,
+            threshold=threshold,
+            seed=seed,
+        )
+        if adversary:
+            row["recon_adversarial"] = adversarial_recon(
+                run.decomposition,
+                task.loss_inputs(held.batch.inputs, last_token_only=last_token_only),
+                held.target,
+                held.g,
+                last_token_only=last_token_only,
+                generator=generator(seed, "adversary"),
+                steps=adversary,
+            )
+        rows.append(row)
+    return {name: _average([row[name] for row in rows]) for name in rows[0]}
+
+
+def _patterns(decomposition: Decomposition, held: HeldOut, names: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Attention pattern → of the target, of the masked model."""
+    target, masked = (attention_patterns(decomposition, held.batch, [plan], names) for plan in ({}, held.masked))
+    return {name: (target[name], masked[name]) for name in names}
+
+
+def _attention_by_role(patterns: Sequence[Tensor], role_index: Tensor, count: int) -> list[list[float]]:
+    return _rounded(attention_by_role(torch.cat(list(patterns)), role_index, count))
 
 
 def _site(g: Float[Tensor, "*batch C"], role_index: Tensor, roles: Sequence[str], threshold: float, *, if_silent: str) -> SiteCircuit:
@@ -152,14 +209,27 @@ def _by_role(values: Float[Tensor, "batch pos"], role_index: Tensor, roles: Sequ
     return means | {ALL_POSITIONS: _mean(values)}
 
 
-def _example(held: HeldOut, roles: Sequence[str]) -> ExampleSequence:
+def _example(held: HeldOut, roles: Sequence[str], patterns: Mapping[str, tuple[Tensor, Tensor]]) -> ExampleSequence:
     inputs = held.batch.inputs
     tokens = inputs[0].tolist() if isinstance(inputs, Tensor) and inputs.dim() == 2 and not inputs.is_floating_point() else []
     return ExampleSequence(
         tokens=tokens,
         roles=[str(roles[i]) for i in held.roles[0].reshape(-1).tolist()],
         importance={name: [round(v, 5) for v in value[0].sum(-1).reshape(-1).tolist()] for name, value in held.g.items()},
+        attention={
+            name: PatternPair(*(_rounded(side[0].mean(0)) for side in pair))
+            for name, pair in patterns.items()
+            if pair[0].shape[-1] <= EXAMPLE_LENGTH
+        },
     )
+
+
+def _rounded(table: Float[Tensor, "row column"]) -> list[list[float]]:
+    return [[round(value, 4) for value in row] for row in table.tolist()]
+
+
+def _average(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _mean(values: Tensor) -> float:

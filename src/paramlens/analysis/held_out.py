@@ -42,9 +42,12 @@ def data_of(run: Run) -> Task:
     return run.task
 
 
-def held_out(run: Run, *, batches: int) -> list[HeldOut]:
-    """`batches` batches of the stream that analyses share, so that their numbers are of the same sequences."""
-    task = data_of(run)
+def held_out(run: Run, *, batches: int, task: Task | None = None) -> list[HeldOut]:
+    """`batches` batches of the stream that analyses share, so that their numbers are of the same sequences.
+
+    task: where they come from; none: the run's own.
+    """
+    task = task or data_of(run)
     if batches < 1:
         raise ConfigError(f"batches {batches}: give 1 or more")
     data: list[HeldOut] = []

@@ -1,7 +1,8 @@
 """A task: a target model and batches that are a pure function of (seed, stream, step)."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any
 
@@ -32,6 +33,16 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Link:
+    """Attention that a task's circuit rests on: in `pattern`, from the one query of a role to the one key of another."""
+
+    name: str
+    pattern: str
+    query: str
+    key: str
+
+
+@dataclass(frozen=True)
 class Task:
     """A target and its data. `batch(step, stream)`: streams are independent ("train", "evaluate")."""
 
@@ -40,6 +51,9 @@ class Task:
     roles: tuple[str, ...] = ()
     attention_patterns: tuple[str, ...] = ()
     """Modules of the target whose output is an attention pattern (batch, head, query, key), rows summing to 1."""
+    links: tuple[Link, ...] = ()
+    changes: Mapping[str, Callable[[Batch], AbstractContextManager[None]]] = field(default_factory=dict)
+    """Name → a change of the target's run on a batch, in force inside the context."""
     last_token: Callable[[Inputs], Inputs] | None = None
     """Inputs that make the target compute the logits of the last position only, where it can."""
 

@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -16,7 +18,7 @@ from torch.nn import functional as F
 
 from paramlens.config import InductionTask, TargetTraining
 from paramlens.errors import DivergedError
-from paramlens.tasks import Batch, Task, generator
+from paramlens.tasks import Batch, Link, Task, generator
 
 ROLES = ("s1", "m", "s2", "random")
 S1, M, S2, RANDOM = range(4)
@@ -115,13 +117,41 @@ def sinusoidal(length: int, width: int) -> Float[Tensor, "pos width"]:
 
 def induction_task(task: InductionTask, model: InductionTransformer, *, seed: int, batch: int) -> Task:
     """The task around a trained target."""
+    patterns = tuple(f"blocks.{i}.attn.pattern" for i in range(task.blocks))
     return Task(
         model=model,
         batch=lambda step, stream: induction_batch(task, seed=seed, stream=stream, step=step, batch=batch),
         roles=ROLES,
-        attention_patterns=tuple(f"blocks.{i}.attn.pattern" for i in range(task.blocks)),
+        attention_patterns=patterns,
+        links=(Link("attention_m_s1", patterns[0], "m", "s1"), Link("attention_s2_m", patterns[-1], "s2", "m")),
+        changes={
+            "no position in the query at m": partial(_without_position, model, "q", M),
+            "no position in the key at s1": partial(_without_position, model, "k", S1),
+        },
         last_token=lambda tokens: {"tokens": tokens, "last_token_only": True},
     )
+
+
+@contextmanager
+def _without_position(model: InductionTransformer, projection: Literal["q", "k"], role: int, batch: Batch) -> Iterator[None]:
+    """While active, the first block's queries or keys at positions of `role` are made without the position encoding (§6.1)."""
+    assert batch.roles is not None
+    attention = model.blocks[0].get_submodule("attn")
+    encoding = model.positions[: batch.roles.shape[1]] * (batch.roles == role)[..., None]
+
+    def before(_module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        return (args[0] - encoding,)
+
+    def after(_module: nn.Module, _args: tuple[Tensor], output: Tensor) -> Tensor:
+        return output - encoding
+
+    module = attention.get_submodule(projection)
+    added_before = attention.added == "before"
+    hook = module.register_forward_pre_hook(before) if added_before else module.register_forward_hook(after)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @dataclass(frozen=True)

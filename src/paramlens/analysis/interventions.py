@@ -1,0 +1,86 @@
+"""What the target loses without a site's active subcomponents, with them alone, or with one of its own inputs changed (§6.1)."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from paramlens.analysis.attention import attention_along, captured
+from paramlens.analysis.held_out import HeldOut
+from paramlens.decomposition import Decomposition, Plan
+from paramlens.losses import kl_divergence, loss_positions
+from paramlens.masks import Replacement, rounded_mask
+from paramlens.tasks import Task
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """One change, and what the model is left with."""
+
+    name: str
+    """"target", "masked", "<site> removed", "<site> alone", or a change of the target that the task names."""
+    site: str | None
+    kl: float
+    """KL(target ‖ changed) in nats at the loss positions."""
+    accuracy: float | None
+    """Share of answers given right; none where the task has no answers."""
+    attention: dict[str, float]
+    """Link → mean attention from its query to its key, of the head where it is largest."""
+
+
+@torch.no_grad()
+def interventions(
+    decomposition: Decomposition, task: Task, data: Sequence[HeldOut], *, threshold: float, last_token_only: bool
+) -> list[Intervention]:
+    """The target, the masked model (masks g), and one change after the other.
+
+    removed: at one site all subcomponents are on but those with g > threshold at the token; alone: they are on, and no others. The
+    other sites run the target's own weights. Then what the task itself offers, such as no position encoding at a query.
+    """
+    done = [
+        _measured("target", None, decomposition, task, data, [{} for _ in data], last_token_only=last_token_only),
+        _measured("masked", None, decomposition, task, data, [held.masked for held in data], last_token_only=last_token_only),
+    ]
+    for effect in ("removed", "alone"):
+        for site in decomposition.names:
+            masks = [rounded_mask(held.g[site], threshold=threshold) for held in data]
+            plans: list[Plan] = [{site: Replacement(1 - mask if effect == "removed" else mask)} for mask in masks]
+            done.append(_measured(f"{site} {effect}", site, decomposition, task, data, plans, last_token_only=last_token_only))
+    for name, change in task.changes.items():
+        changes = [change(held.batch) for held in data]
+        done.append(_measured(name, None, decomposition, task, data, [{} for _ in data], last_token_only=last_token_only, changes=changes))
+    return done
+
+
+def _measured(
+    name: str,
+    site: str | None,
+    decomposition: Decomposition,
+    task: Task,
+    data: Sequence[HeldOut],
+    plans: Sequence[Plan],
+    *,
+    last_token_only: bool,
+    changes: Sequence[AbstractContextManager[None]] | None = None,
+) -> Intervention:
+    divergences: list[float] = []
+    right: list[Tensor] = []
+    seen: dict[str, list[Tensor]] = {link.name: [] for link in task.links}
+    for held, plan, change in zip(data, plans, changes or [nullcontext()] * len(data), strict=True):
+        with captured(decomposition.model, task.attention_patterns) as patterns, change:
+            logits = decomposition.masked_run(held.batch.inputs, [plan])
+        log_probs = loss_positions(held.target.logits, last_token_only=last_token_only).log_softmax(-1)
+        divergences += kl_divergence(log_probs, loss_positions(logits, last_token_only=last_token_only)).tolist()
+        if held.batch.answers is not None:
+            right.append(logits[0, :, -1].argmax(-1) == held.batch.answers)
+        for link in task.links:
+            seen[link.name].append(attention_along(link, patterns, held.roles, task.roles))
+    return Intervention(
+        name=name,
+        site=site,
+        kl=sum(divergences) / len(divergences),
+        accuracy=torch.cat(right).double().mean().item() if right else None,
+        attention={name: torch.cat(values).double().mean(0).max().item() for name, values in seen.items()},
+    )

@@ -1,0 +1,194 @@
+"""Greedy rank-1 SVD pruning beside the decomposition (Algorithm 2, Figure 2): the rank that the same divergence costs."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from paramlens.analysis.held_out import HeldOut, data_of, held_out
+from paramlens.config import Init
+from paramlens.decomposition import Decomposition, Plan, initialise
+from paramlens.errors import ConfigError
+from paramlens.evaluation import ACTIVE
+from paramlens.losses import kl_divergence, loss_positions, stack_size
+from paramlens.machine import machine
+from paramlens.masks import Replacement, rounded_mask
+from paramlens.rundir import Run
+from paramlens.sites import at_rest
+from paramlens.tasks import generator
+
+THRESHOLDS = (0.5, 0.3, 0.2, ACTIVE, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
+"""Where the decomposition's own curve is taken: parts with g above each of these, on; all others, off."""
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A point of the greedy path: the rank left at every site, and KL(target ‖ pruned) in nats."""
+
+    kl: float
+    ranks: dict[str, int]
+    total: int
+    """Σ of `ranks`."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A point of the decomposition's curve: subcomponents with g > threshold, and what is lost with no others."""
+
+    threshold: float
+    kl: float
+    """KL(target ‖ masked) in nats, every token with its own active subcomponents fully on."""
+    active: dict[str, float]
+    """Per site the mean number active at the role where it has most."""
+    unique: dict[str, int]
+    """Per site the number active at one evaluated position at least: what is needed in all."""
+    kl_static: float
+    """KL in nats with the unique ones fully on at every token alike, which is how the pruned SVD runs."""
+
+
+@dataclass(frozen=True)
+class SvdBaseline:
+    """Algorithm 2 on a run's target, at the tolerance and along its whole path, and the decomposition on the same sequences."""
+
+    run: str
+    step: int
+    sequences: int
+    tolerance: float
+    """nats; the decomposition's own recon unless one was given."""
+    kl: float
+    """KL(target ‖ pruned) in nats where the pruning stopped."""
+    ranks: dict[str, int]
+    """Site → rank left there."""
+    curve: list[Pruned]
+    """From full rank down. Its KL need not grow at every step, and the pruning at a tolerance stops the first time it is exceeded."""
+    recon: float
+    """KL(target ‖ masked) in nats of the decomposition, masks g."""
+    decomposition: list[Kept]
+    """At each of `THRESHOLDS`."""
+    factor_active: float | None
+    """Rank that SVD keeps, over the subcomponents active (g > 0.1) at each site's busiest role, both summed over sites; none: none is."""
+    factor_unique: float | None
+    """Rank that SVD keeps, over the unique subcomponents, both summed over sites."""
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def svd_baseline(run: Run, *, tolerance: float | None = None, batches: int = 16, at_once: int = 1) -> SvdBaseline:
+    """Algorithm 2 on the target of `run`, with the decomposition's own counts and divergence on the same held-out sequences.
+
+    Every pick tries, at each site with rank left, to remove the smallest remaining singular values (`at_once` of them), and keeps
+    the attempt with the lowest KL, all sites compared. The pruning ends with the first pick whose KL exceeds the tolerance, which
+    is not made; the printed algorithm ends inside its loop over sites, before all are compared, if their best so far exceeds it.
+    tolerance: nats; none: the decomposition's recon. The path goes on down to rank 0, so that `curve` answers every other tolerance.
+    Raises `ConfigError` for a negative tolerance, fewer than one batch or value at once, and a run opened without batches.
+    """
+    if tolerance is not None and not 0 <= tolerance < float("inf"):
+        raise ConfigError(f"tolerance {tolerance}: give nats, 0 or more")
+    if at_once < 1:
+        raise ConfigError(f"at_once {at_once}: give 1 or more singular values")
+    decomposition = run.decomposition
+    with at_rest(decomposition.model), machine(run.config):
+        data = held_out(run, batches=batches)
+        divergence = _Divergence(run, data)
+        points = [_kept(decomposition, data, divergence, threshold) for threshold in THRESHOLDS]
+        [at_g] = divergence(decomposition, lambda held: [held.masked])
+        curve = _Pruning(decomposition, divergence, at_once).path()
+    tolerance = at_g if tolerance is None else tolerance
+    stop = next((i for i, point in enumerate(curve) if point.kl > tolerance), len(curve))
+    reached = curve[max(0, stop - 1)]
+    ours = next(point for point in points if point.threshold == ACTIVE)
+    return SvdBaseline(
+        run=str(run.path),
+        step=run.step,
+        sequences=sum(held.target.logits.shape[0] for held in data),
+        tolerance=tolerance,
+        kl=reached.kl,
+        ranks=reached.ranks,
+        curve=curve,
+        recon=at_g,
+        decomposition=points,
+        factor_active=_ratio(reached.total, sum(ours.active.values())),
+        factor_unique=_ratio(reached.total, sum(ours.unique.values())),
+    )
+
+
+class _Divergence:
+    """KL(target ‖ plan) in nats of plans on held-out batches, mean over the batches."""
+
+    def __init__(self, run: Run, data: Sequence[HeldOut]) -> None:
+        self.data, self.last_token_only = data, run.config.last_token_only
+        task = data_of(run)
+        self.inputs = [task.loss_inputs(held.batch.inputs, last_token_only=self.last_token_only) for held in data]
+        self.log_probs = [loss_positions(held.target.logits, last_token_only=self.last_token_only).log_softmax(-1) for held in data]
+
+    def __call__(self, decomposition: Decomposition, plans: Callable[[HeldOut], Sequence[Plan]]) -> list[float]:
+        """One number for each plan of the list that `plans` makes of a batch."""
+        each = [self._batch(decomposition, i, plans(held)) for i, held in enumerate(self.data)]
+        return [sum(values) / len(values) for values in zip(*each, strict=True)]
+
+    def _batch(self, decomposition: Decomposition, i: int, plans: Sequence[Plan]) -> list[float]:
+        log_probs, values = self.log_probs[i], list[float]()
+        size = stack_size(log_probs.numel(), device=log_probs.device.type)
+        for start in range(0, len(plans), size):
+            logits = decomposition.masked_run(self.inputs[i], plans[start : start + size])
+            values += kl_divergence(log_probs, loss_positions(logits, last_token_only=self.last_token_only)).tolist()
+        return values
+
+
+def _kept(decomposition: Decomposition, data: Sequence[HeldOut], divergence: _Divergence, threshold: float) -> Kept:
+    roles = torch.cat([held.roles for held in data])
+    active: dict[str, float] = {}
+    ever: dict[str, Tensor] = {}
+    for site in decomposition.names:
+        on = torch.cat([held.g[site] > threshold for held in data])
+        counts = on.sum(-1, dtype=torch.float64)
+        active[site] = max(counts[roles == role].mean().item() for role in roles.unique())
+        ever[site] = on.flatten(0, -2).any(0)
+
+    def plans(held: HeldOut) -> list[Plan]:
+        return [
+            {site: Replacement(rounded_mask(value, threshold=threshold)) for site, value in held.g.items()},
+            {site: Replacement(ever[site].to(value.dtype).expand_as(value)) for site, value in held.g.items()},
+        ]
+
+    kl, kl_static = divergence(decomposition, plans)
+    return Kept(threshold, kl, active, {site: int(on.sum()) for site, on in ever.items()}, kl_static)
+
+
+class _Pruning:
+    """The greedy path. The SVD is a decomposition whose subcomponents are singular pairs in order, so that ranks are masks."""
+
+    def __init__(self, decomposition: Decomposition, divergence: _Divergence, at_once: int) -> None:
+        sites = decomposition.sites
+        self.ranks = {site.name: min(site.W.shape) for site in sites}
+        self.svd = Decomposition(decomposition.model, sites, C=max(self.ranks.values()), dtype=sites[0].W.dtype)
+        initialise(self.svd, Init(kind="svd"), generator=generator("svd"))
+        self.divergence, self.at_once = divergence, at_once
+
+    def path(self) -> list[Pruned]:
+        """From full rank to rank 0 at every site, one pick after the other."""
+        points = [self._point(self._divergences([self.ranks])[0])]
+        while any(self.ranks.values()):
+            attempts = [self.ranks | {site: max(0, rank - self.at_once)} for site, rank in self.ranks.items() if rank]
+            divergences = self._divergences(attempts)
+            best = min(range(len(attempts)), key=divergences.__getitem__)
+            self.ranks = attempts[best]
+            points.append(self._point(divergences[best]))
+        return points
+
+    def _point(self, kl: float) -> Pruned:
+        return Pruned(kl, dict(self.ranks), sum(self.ranks.values()))
+
+    def _divergences(self, attempts: Sequence[Mapping[str, int]]) -> list[float]:
+        return self.divergence(self.svd, lambda held: [self._plan(ranks, held) for ranks in attempts])
+
+    def _plan(self, ranks: Mapping[str, int], held: HeldOut) -> Plan:
+        kept = torch.arange(self.svd.C, device=self.svd.device)
+        return {site: Replacement((kept < ranks[site]).to(g.dtype).expand(*g.shape[:-1], -1)) for site, g in held.g.items()}
+
+
+def _ratio(ranks: float, parts: float) -> float | None:
+    return ranks / parts if parts else None
