@@ -29,9 +29,9 @@ def config(tmp_path):
 def test_alone_it_explains_itself(capsys: pytest.CaptureFixture[str]):
     assert main([]) == 0
     text = capsys.readouterr().out
-    assert len(text.splitlines()) <= 12
+    assert len(text.splitlines()) <= 14
     assert all(len(line) <= 130 for line in text.splitlines())
-    for command in ("demo", "train-target", "decompose", "circuit", "report", "doctor"):
+    for command in ("demo", "train-target", "decompose", "circuit", "svd", "agreement", "report", "doctor"):
         assert command in text
 
 

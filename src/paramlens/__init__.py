@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from paramlens.analysis.agreement import agreement
     from paramlens.analysis.circuit import circuit
+    from paramlens.analysis.svd import svd_baseline
     from paramlens.configfile import load_config
     from paramlens.decomposition import Decomposition
     from paramlens.page import report
@@ -19,12 +21,26 @@ _HOME = {
     "open_run": "paramlens.rundir",
     "load_config": "paramlens.configfile",
     "circuit": "paramlens.analysis.circuit",
+    "svd_baseline": "paramlens.analysis.svd",
+    "agreement": "paramlens.analysis.agreement",
     "report": "paramlens.page",
     "Decomposition": "paramlens.decomposition",
     "Run": "paramlens.rundir",
 }
 
-__all__ = ["Decomposition", "Run", "__version__", "circuit", "decompose", "decompose_config", "load_config", "open_run", "report"]
+__all__ = [
+    "Decomposition",
+    "Run",
+    "__version__",
+    "agreement",
+    "circuit",
+    "decompose",
+    "decompose_config",
+    "load_config",
+    "open_run",
+    "report",
+    "svd_baseline",
+]
 
 
 def __getattr__(name: str) -> Any:

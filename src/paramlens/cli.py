@@ -22,11 +22,12 @@ from paramlens.config import Config, InductionTask
 from paramlens.configfile import LIST_FIELDS, SWITCHES, field_paths, load_config, parse_value, shipped_configs
 from paramlens.errors import ConfigError, ParamLensError, RunInterrupted
 from paramlens.layout import checkpoints, default_out, is_run, read_json, require_free, require_run
-from paramlens.options import Bench, Decompose, Demo, Doctor, Report, ShowCircuit, TrainTarget
-from paramlens.terminal import bench_table, print_circuit, print_diagnosis
+from paramlens.options import Agree, Bench, Decompose, Demo, Doctor, Report, ShowCircuit, Svd, TrainTarget
+from paramlens.terminal import bench_table, print_agreement, print_circuit, print_diagnosis, print_svd
 
 if TYPE_CHECKING:
     from paramlens.analysis.circuit import Circuit
+    from paramlens.rundir import Run
 
 DEMO_CONFIG = "induction-quick"
 
@@ -36,6 +37,8 @@ USAGE = f"""paramlens {__version__}: take a Transformer's weights apart, see whi
   paramlens train-target CONFIG       train and save a toy target
   paramlens decompose CONFIG          a run directory
   paramlens circuit RUN               what is active where, and how faithful it is (Table 1)
+  paramlens svd RUN                   the same target pruned by SVD, at the same divergence (Algorithm 2)
+  paramlens agreement RUN RUN...      do seeds find the same subcomponents
   paramlens report RUN                one offline HTML page
   paramlens doctor CONFIG             parameters and memory, before anything starts
   paramlens bench                     steps per second beside the same step written the obvious way
@@ -84,7 +87,7 @@ def _parse(name: str, kind: type, argv: Sequence[str]) -> tuple[Any, list[str]]:
     asks_help = bool({"-h", "--help"} & set(argv))
     if asks_help and configured:
         tyro.cli(_with_fields(kind, argv), prog=prog, args=["--help"], config=(tyro.conf.AvoidSubcommands,))
-    if first in ("config", "run") and not asks_help and (not argv or argv[0].startswith("-")):
+    if first in ("config", "run", "runs") and not asks_help and (not argv or argv[0].startswith("-")):
         what = f"a configuration, {', '.join(shipped_configs())} or a YAML file" if configured else "a run directory"
         raise ConfigError(f"{name}: give {what} first, then options")
     if asks_help:
@@ -199,6 +202,8 @@ def _train_target(options: TrainTarget, rest: list[str]) -> int:
 
 def _decompose(options: Decompose, rest: list[str]) -> int:
     config = _configuration(options.config, rest)
+    if options.seeds is not None:
+        return _decompose_seeds(options, config, rest)
     path = options.out or default_out(config)
     if not options.resume:
         require_free(path, overwrite=options.overwrite)
@@ -212,10 +217,39 @@ def _decompose(options: Decompose, rest: list[str]) -> int:
     except RunInterrupted:
         place = ["--out", str(options.out)] if options.out else []
         return _interrupted(["paramlens", "decompose", options.config, "--resume", *rest, *place])
-    trained = [line for line in run.metrics if "losses" in line]
-    document = {"run": str(path), "steps": run.step, "seconds": run.info["seconds"], "losses": trained[-1]["losses"] if trained else {}}
-    _emit(document, as_json=options.json, text=f"run: {path}")
+    _emit(_run_document(run), as_json=options.json, text=f"run: {path}")
     return 0
+
+
+def _decompose_seeds(options: Decompose, config: Config, rest: list[str]) -> int:
+    assert options.seeds is not None
+    from paramlens.analysis.agreement import agreement
+    from paramlens.rundir import open_run
+    from paramlens.seeds import decompose_seeds
+
+    try:
+        paths = decompose_seeds(
+            config, options.seeds, out=options.out, target=options.target, resume=options.resume, overwrite=options.overwrite
+        )
+    except RunInterrupted:
+        own = [f"--{name}={value}" for name in ("target", "seeds", "out") if (value := getattr(options, name)) is not None]
+        return _interrupted(["paramlens", "decompose", options.config, "--resume", *rest, *own])
+    alike = options.target is not None and len(paths) > 1
+    found = agreement([open_run(path) for path in paths]) if alike else None
+    if options.json:
+        runs = [_run_document(open_run(path)) for path in paths]
+        print(json.dumps({"runs": runs, "agreement": found.to_json() if found else None}))
+        return 0
+    for path in paths:
+        Console().print(f"run: {path}", highlight=False, markup=False, soft_wrap=True)
+    if found:
+        print_agreement(found, Console())
+    return 0
+
+
+def _run_document(run: "Run") -> dict[str, Any]:
+    trained = [line for line in run.metrics if "losses" in line]
+    return {"run": str(run.path), "steps": run.step, "seconds": run.info["seconds"], "losses": trained[-1]["losses"] if trained else {}}
 
 
 def _interrupted(again: list[str]) -> int:
@@ -226,7 +260,7 @@ def _interrupted(again: list[str]) -> int:
 
 def _circuit_command(options: ShowCircuit, _: list[str]) -> int:
     require_run(options.run)
-    result = _circuit(options.run, threshold=options.threshold, batches=options.batches)
+    result = _circuit(options.run, threshold=options.threshold, batches=options.batches, adversary=options.adversary)
     if options.json:
         print(json.dumps(result.to_json()))
     else:
@@ -234,14 +268,43 @@ def _circuit_command(options: ShowCircuit, _: list[str]) -> int:
     return 0
 
 
-def _circuit(path: Path, *, threshold: float = 0.1, batches: int = 16) -> "Circuit":
+def _circuit(path: Path, **options: Any) -> "Circuit":
     from paramlens.analysis.circuit import circuit
     from paramlens.rundir import open_run
 
     run = open_run(path)
-    result = circuit(run, threshold=threshold, batches=batches)
+    result = circuit(run, **options)
     run.save_analysis("circuit", result.to_json())
     return result
+
+
+def _svd(options: Svd, _: list[str]) -> int:
+    require_run(options.run)
+    from paramlens.analysis.svd import svd_baseline
+    from paramlens.rundir import open_run
+
+    run = open_run(options.run)
+    result = svd_baseline(run, tolerance=options.tolerance, batches=options.batches, at_once=options.at_once)
+    run.save_analysis("svd", result.to_json())
+    if options.json:
+        print(json.dumps(result.to_json()))
+    else:
+        print_svd(result, Console())
+    return 0
+
+
+def _agreement(options: Agree, _: list[str]) -> int:
+    for path in options.runs:
+        require_run(path)
+    from paramlens.analysis.agreement import agreement
+    from paramlens.rundir import open_run
+
+    result = agreement([open_run(path) for path in options.runs], threshold=options.threshold, batches=options.batches)
+    if options.json:
+        print(json.dumps(result.to_json()))
+    else:
+        print_agreement(result, Console())
+    return 0
 
 
 def _report_command(options: Report, _: list[str]) -> int:
@@ -313,6 +376,8 @@ _COMMANDS = {
     "train-target": _Command(TrainTarget, _train_target),
     "decompose": _Command(Decompose, _decompose),
     "circuit": _Command(ShowCircuit, _circuit_command),
+    "svd": _Command(Svd, _svd),
+    "agreement": _Command(Agree, _agreement),
     "report": _Command(Report, _report_command),
     "doctor": _Command(Doctor, _doctor),
     "bench": _Command(Bench, _bench),

@@ -33,6 +33,8 @@ class TargetTraining(_Frozen):
     """Learning rate. Table 3: 0.001."""
     weight_decay: NonNegative = 0.01
     """Decoupled weight decay. Table 3: 0.01."""
+    undecayed: tuple[str, ...] = ()
+    """Patterns of parameters that weight decay leaves alone, as `sites` are written. Table 3: none."""
     batch: Count = 1024
     """Sequences per step. Table 3: 1024."""
     steps: Count = 100_000
@@ -219,6 +221,9 @@ class Optim(_Frozen):
     """Learning rate after the warm-up; the last two end at 0. Table 4: cosine. Figure 6: constant."""
     warmup: NonNegative = 0.0
     """Linear warm-up: steps if 1 or more, a share of all steps if below 1. Table 4: 0. Figure 6: 0.01."""
+    project: bool = False
+    """After every update move U and V to the nearest pair with U V = W, so that faithfulness is rounding alone. Two eigenproblems of the
+    size of its weight for each site and step: for small models."""
 
     @model_validator(mode="after")
     def _decay_has_an_effect(self) -> "Optim":
@@ -295,6 +300,8 @@ class Config(_Frozen):
         partial = self.losses.partial_scope == "forward" and (self.losses.recon_partial or self.losses.stochastic_recon_partial)
         if self.cuda_graph and not self.device.startswith("cuda"):
             raise ValueError(f"cuda_graph true needs device cuda, not {self.device}")
+        if self.cuda_graph and self.optim.project:
+            raise ValueError("cuda_graph true cannot capture optim.project, whose eigenproblems the host waits for; give one of them")
         if self.cuda_graph and (partial or self.losses.layerwise_sites != "all"):
             raise ValueError(
                 "cuda_graph true replays one set of plans; partial losses need losses.partial_scope sequence or position, "

@@ -16,10 +16,10 @@ from pydantic import BaseModel, ValidationError
 from paramlens.config import Config
 from paramlens.errors import ConfigError
 
-LIST_FIELDS = ("sites", "optim.betas")
+LIST_FIELDS = ("sites", "optim.betas", "task.training.undecayed")
 """Fields that hold several values; on the command line, values apart."""
 
-SWITCHES = ("last_token_only",)
+SWITCHES = ("last_token_only", "optim.project")
 """Fields that are true or false; on the command line, the bare flag is true."""
 
 

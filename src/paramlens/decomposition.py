@@ -345,3 +345,26 @@ def initialise(decomposition: Decomposition, init: Init, *, generator: torch.Gen
                 reads, writes = A @ R, R.T @ B
         U.copy_(reads)
         V.copy_(writes)
+
+
+@torch.no_grad()
+def project(decomposition: Decomposition) -> None:
+    """Move U and V to the nearest pair with U V = W, nearest to first order: one Newton step on eq. 1, computed in float64.
+
+    The smallest (dU, dV) with dU V + U dV = E = W - U V is dU = L Vᵀ, dV = Uᵀ L, where U Uᵀ L + L Vᵀ V = E. What is left is dU dV,
+    of the order of E squared. A part of E that no change of U and V reaches to first order stays.
+    """
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i, site in enumerate(decomposition.sites):
+        groups.setdefault((site.d_in, site.d_out), []).append(i)
+    for members in groups.values():
+        held = [(decomposition.sites[i].W, decomposition._U[i], decomposition._V[i]) for i in members]
+        W, U, V = (torch.stack(each).to(torch.float64) for each in zip(*held, strict=True))
+        (a, P), (b, Q) = torch.linalg.eigh(U @ U.mT), torch.linalg.eigh(V.mT @ V)
+        scale = a[:, :, None] + b[:, None, :]  # (site, d_in, d_out)
+        reached = scale > scale.amax((1, 2), keepdim=True) * torch.finfo(torch.float64).eps * max(W.shape[1:])
+        E = P.mT @ (W - U @ V) @ Q
+        L = P @ torch.where(reached, E / scale, 0) @ Q.mT
+        for i, dU, dV in zip(members, L @ V.mT, U.mT @ L, strict=True):
+            decomposition._U[i].add_(dU)
+            decomposition._V[i].add_(dV)

@@ -48,20 +48,27 @@ def torch_threads(threads: int | None) -> Iterator[None]:
 
 
 def free_threads() -> int:
-    """Cores that this process may use and that others leave free, four at most and one at least.
+    """Threads for one run: the free cores, four at most.
+
+    Sums may be rounded otherwise with another number of threads: a run that is to be repeated bit for bit names its number.
+    """
+    return min(free_cores(), MOST_THREADS)
+
+
+def free_cores() -> int:
+    """Cores that this process may use and that others leave free, one at least.
 
     A thread that must wait for its core holds up all others at the end of every parallel loop: two threads on one free core are
-    several times slower than one. What others use is looked at for a tenth of a second, where Linux tells. Sums may be rounded
-    otherwise with another number of threads: a run that is to be repeated bit for bit names its number.
+    several times slower than one. What others use is looked at for a tenth of a second, where Linux tells.
     """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if allowed == 1 or (before := _core_seconds()) is None:
-        return min(allowed, MOST_THREADS)
+        return allowed
     time.sleep(0.1)
     after = _core_seconds() or before
     idle, passed = after[0] - before[0], after[1] - before[1]
     free = round((os.cpu_count() or allowed) * idle / passed) if passed > 0 else allowed
-    return max(1, min(allowed, free, MOST_THREADS))
+    return max(1, min(allowed, free))
 
 
 def _core_seconds() -> tuple[float, float] | None:

@@ -40,8 +40,10 @@ class Decompose:
     """Shipped name or YAML path."""
     target: Path | None = None
     """Directory that holds the target; none: train it first."""
+    seeds: int | None = None
+    """This many seeds in one go, in as many processes as cores are free; with --target, and how far they agree."""
     out: Path | None = None
-    """Run directory (runs/<name>-s<seed>)."""
+    """Run directory (runs/<name>-s<seed>); with --seeds, the folder of the run directories s<seed>."""
     resume: bool = False
     """Continue the run at its last checkpoint."""
     overwrite: bool = False
@@ -70,6 +72,38 @@ class ShowCircuit:
     """A subcomponent is active where its importance exceeds this, in [0, 1)."""
     batches: int = 16
     """Held-out batches evaluated."""
+    adversary: int = 20
+    """Steps of projected gradient towards the worst masks; 0 leaves recon_adversarial out."""
+    json: bool = False
+    """One JSON document on stdout."""
+
+
+@dataclass
+class Svd:
+    """Algorithm 2, greedy rank-1 SVD pruning of the target, beside the decomposition."""
+
+    run: Positional[Path]
+    """Run directory."""
+    tolerance: float | None = None
+    """KL in nats at which the pruning stops; none: the decomposition's own recon."""
+    batches: int = 16
+    """Held-out batches evaluated."""
+    at_once: int = 1
+    """Singular values removed with every pick: more is faster and less exact."""
+    json: bool = False
+    """One JSON document on stdout."""
+
+
+@dataclass
+class Agree:
+    """How far runs of one target agree: their subcomponents matched by direction and by where they are active."""
+
+    runs: Positional[tuple[Path, ...]]
+    """Run directories, two or more."""
+    threshold: float = 0.1
+    """A subcomponent takes part where its importance exceeds this at one token at least."""
+    batches: int = 16
+    """Held-out batches evaluated, of the first run."""
     json: bool = False
     """One JSON document on stdout."""
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from paramlens.config import RECONSTRUCTION_NAMES, Config
-from paramlens.decomposition import Decomposition
+from paramlens.decomposition import Decomposition, project
 from paramlens.errors import BatchError, DivergedError
 from paramlens.importance import Importance, lower
 from paramlens.losses import annealed_p, faithfulness, minimality, reconstruction_losses
@@ -97,6 +97,8 @@ class Steps:
         if self.waits:
             self.require_finite(result, step)
         self.optimizer.step()
+        if self.config.optim.project:
+            project(self.decomposition)
         return result
 
     def require_finite(self, result: Step, step: int) -> None:

@@ -7,8 +7,10 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from paramlens.analysis.agreement import Agreement
     from paramlens.analysis.circuit import Circuit
     from paramlens.analysis.doctor import Diagnosis
+    from paramlens.analysis.svd import SvdBaseline
 
 
 def print_circuit(result: "Circuit", console: Console) -> None:
@@ -26,9 +28,65 @@ def print_circuit(result: "Circuit", console: Console) -> None:
     for name, value in result.metrics.items():
         metrics.add_row(name, f"{value:.4f}" if name.startswith("accuracy") else f"{value:.2e}")
     console.print(metrics)
+    if any(change.attention or change.accuracy is not None for change in result.interventions):
+        console.print(_interventions(result))
     for name, site in result.sites.items():
         if site.silent:
             console.print(f"{name} is silent: it {site.silent}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+
+def _interventions(result: "Circuit") -> Table:
+    links = list(result.interventions[0].attention)
+    table = Table(title="Without and with a site's active subcomponents alone, and other changes (§6.1)", title_justify="left")
+    for name in ("change", "KL, nats", "accuracy", *links):
+        table.add_column(name, justify="left" if name == "change" else "right", no_wrap=True)
+    for change in result.interventions:
+        accuracy = "-" if change.accuracy is None else f"{change.accuracy:.4f}"
+        table.add_row(change.name, f"{change.kl:.2e}", accuracy, *[f"{change.attention[link]:.3f}" for link in links])
+    return table
+
+
+def print_svd(result: "SvdBaseline", console: Console) -> None:
+    """Ranks at the tolerance beside the decomposition's counts, and both curves at a few points."""
+    ours = result.counted
+    title = f"SVD pruned to KL {result.kl:.2e} (tolerance {result.tolerance:.2e}) nats beside the decomposition's {result.recon:.2e}"
+    table = Table(title=title, title_justify="left")
+    for name in ("site", "SVD rank", "active at its role", "unique"):
+        table.add_column(name, justify="left" if name == "site" else "right")
+    for site, rank in result.ranks.items():
+        table.add_row(site, str(rank), f"{ours.active[site]:.3f}", str(ours.unique[site]))
+    table.add_row("sum", str(sum(result.ranks.values())), f"{sum(ours.active.values()):.3f}", str(sum(ours.unique.values())))
+    console.print(table)
+    factors = [(name, factor) for name, factor in (("active", result.factor_active), ("unique", result.factor_unique)) if factor]
+    console.print("SVD keeps " + ", ".join(f"{factor:.1f} times as many as are {name}" for name, factor in factors), highlight=False)
+    curve = Table(title="Rank 1 parts in all, and what is lost with them alone", title_justify="left")
+    for name in ("KL up to, nats", "SVD", "active", "unique"):
+        curve.add_column(name, justify="right")
+    for tolerance in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0):
+        held = [point for point in result.decomposition if point.kl <= tolerance]
+        fewest = min(held, key=lambda point: sum(point.active.values()), default=None)
+        curve.add_row(
+            f"{tolerance:.0e}",
+            str(result.rank_at(tolerance)),
+            f"{sum(fewest.active.values()):.1f}" if fewest else "-",
+            str(sum(fewest.unique.values())) if fewest else "-",
+        )
+    console.print(curve)
+
+
+def print_agreement(result: "Agreement", console: Console) -> None:
+    """One row a site: agreement, and by direction and pattern alone, mean over the pairs of runs."""
+    pairs = f"{len(result.pairs)} pair{'s' if len(result.pairs) > 1 else ''}"
+    table = Table(title=f"Agreement of {len(result.runs)} runs, mean over {pairs}, in [0, 1]", title_justify="left")
+    for name in ("site", "agreement", "direction", "by chance", "pattern", "parts"):
+        table.add_column(name, justify="left" if name == "site" else "right")
+    for name, site in result.sites.items():
+        numbers = (site.agreement, site.direction, site.chance, site.pattern)
+        table.add_row(name, *[f"{number:.3f}" for number in numbers], f"{site.parts[0]:.1f}, {site.parts[1]:.1f}")
+    console.print(table)
+    if result.init == "svd":
+        note = "every seed started from the same singular vectors, which flatters the agreement; --init.kind svd_rotated does not"
+        console.print(note, style="yellow", highlight=False, soft_wrap=True)
 
 
 def print_diagnosis(diagnosis: "Diagnosis", console: Console) -> None:

@@ -50,11 +50,11 @@ class Silent:
 
 
 class Terminal:
-    """A live bar on a terminal; elsewhere a line at most every `seconds` seconds."""
+    """A live bar on a terminal; elsewhere, or with a label to begin each line, a line at most every `seconds` seconds."""
 
-    def __init__(self, console: Console | None = None, *, seconds: float = 5.0) -> None:
+    def __init__(self, console: Console | None = None, *, seconds: float = 5.0, label: str = "") -> None:
         self.console = console or Console(stderr=True)
-        self.seconds = seconds
+        self.seconds, self.label = seconds, label
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._steps, self._done, self._started, self._printed = 0, 0, 0.0, -float("inf")
@@ -62,7 +62,7 @@ class Terminal:
     def start(self, phase: str, *, steps: int, done: int) -> None:
         self.close()
         self._steps, self._done, self._started, self._printed = steps, done, time.monotonic(), -float("inf")
-        if self.console.is_terminal:
+        if self.console.is_terminal and not self.label:
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=20),
@@ -98,4 +98,4 @@ class Terminal:
         self._progress, self._task = None, None
 
     def _line(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(f"{self.label}{text}", highlight=False, markup=False, soft_wrap=True)

@@ -143,7 +143,7 @@ def _compared(a: _Parts, b: _Parts) -> SiteAgreement:
         direction=matched(direction)[0],
         pattern=matched(pattern)[0],
         chance=matched(_cosines(a, reads, writes))[0],
-        parts=(len(a.index), len(b.index)),
+        parts=(float(len(a.index)), float(len(b.index))),
         matches=matches,
     )
 

@@ -71,8 +71,23 @@ class SvdBaseline:
     factor_unique: float | None
     """Rank that SVD keeps, over the unique subcomponents, both summed over sites."""
 
+    def rank_at(self, tolerance: float) -> int:
+        """Rank left in all where the pruning stops at `tolerance` nats."""
+        return pruned_to(self.curve, tolerance).total
+
+    @property
+    def counted(self) -> Kept:
+        """The decomposition at Table 1's threshold."""
+        return next(point for point in self.decomposition if point.threshold == ACTIVE)
+
     def to_json(self) -> dict[str, object]:
         return asdict(self)
+
+
+def pruned_to(curve: Sequence[Pruned], tolerance: float) -> Pruned:
+    """Where Algorithm 2 stops: the last point before the first whose KL exceeds `tolerance`, and full rank if none is below."""
+    stop = next((i for i, point in enumerate(curve) if point.kl > tolerance), len(curve))
+    return curve[max(0, stop - 1)]
 
 
 @torch.no_grad()
@@ -97,8 +112,7 @@ def svd_baseline(run: Run, *, tolerance: float | None = None, batches: int = 16,
         [at_g] = divergence(decomposition, lambda held: [held.masked])
         curve = _Pruning(decomposition, divergence, at_once).path()
     tolerance = at_g if tolerance is None else tolerance
-    stop = next((i for i, point in enumerate(curve) if point.kl > tolerance), len(curve))
-    reached = curve[max(0, stop - 1)]
+    reached = pruned_to(curve, tolerance)
     ours = next(point for point in points if point.threshold == ACTIVE)
     return SvdBaseline(
         run=str(run.path),
@@ -111,7 +125,7 @@ def svd_baseline(run: Run, *, tolerance: float | None = None, batches: int = 16,
         recon=at_g,
         decomposition=points,
         factor_active=_ratio(reached.total, sum(ours.active.values())),
-        factor_unique=_ratio(reached.total, sum(ours.unique.values())),
+        factor_unique=_ratio(reached.total, float(sum(ours.unique.values()))),
     )
 
 
@@ -190,5 +204,5 @@ class _Pruning:
         return {site: Replacement((kept < ranks[site]).to(g.dtype).expand(*g.shape[:-1], -1)) for site, g in held.g.items()}
 
 
-def _ratio(ranks: float, parts: float) -> float | None:
+def _ratio(ranks: int, parts: float) -> float | None:
     return ranks / parts if parts else None

@@ -4,12 +4,13 @@ A sequence holds n - 2 ordinary tokens, the special token s at a random place an
 token after the first s. The first s never stands directly before the last, where m would be s itself.
 """
 
+import fnmatch
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from paramlens.config import InductionTask, TargetTraining
-from paramlens.errors import DivergedError
+from paramlens.errors import ConfigError, DivergedError
 from paramlens.tasks import Batch, Link, Task, generator
 
 ROLES = ("s1", "m", "s2", "random")
@@ -238,7 +239,7 @@ def _attempt(
         torch.default_generator.manual_seed(generator(seed, "target", attempt).initial_seed())
         model = InductionTransformer(task).to(device)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[training.optimizer]
-    optimizer = kind(model.parameters(), lr=training.lr, weight_decay=training.weight_decay)
+    optimizer = kind(_decayed(model, training), lr=training.lr)
     warmup = training.warmup if training.warmup >= 1 else training.warmup * training.steps
     checks: list[TargetCheck] = []
     end, settling = training.steps, False
@@ -265,6 +266,20 @@ def _attempt(
             if training.settle and not settling and done >= training.settle_from and check.accuracy >= training.settle_accuracy:
                 settling, end = True, done + training.settle
     return model, checks
+
+
+def _decayed(model: InductionTransformer, training: TargetTraining) -> list[dict[str, Any]]:
+    """The optimizer's groups. Raises `ConfigError` for a pattern that names no parameter."""
+    free: set[str] = set()
+    for pattern in training.undecayed:
+        named = fnmatch.filter((name for name, _ in model.named_parameters()), pattern)
+        if not named:
+            raise ConfigError(f"task.training.undecayed: {pattern!r} names no parameter of the target")
+        free.update(named)
+    return [
+        {"params": [value for name, value in model.named_parameters() if name not in free], "weight_decay": training.weight_decay},
+        {"params": [value for name, value in model.named_parameters() if name in free], "weight_decay": 0.0},
+    ]
 
 
 def _training_logits(
