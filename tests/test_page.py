@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from paramlens.analysis.circuit import circuit
+from paramlens.analysis.svd import svd_baseline
 from paramlens.errors import RunDirError
 from paramlens.page import report
 
@@ -26,6 +27,7 @@ def run(tiny_run, tmp_path):
     shutil.copytree(tiny_run.path, path)
     (path / "analysis").mkdir(exist_ok=True)
     (path / "analysis/circuit.json").write_text(json.dumps(circuit(tiny_run, batches=1).to_json()))
+    (path / "analysis/svd.json").write_text(json.dumps(svd_baseline(tiny_run, batches=1).to_json()))
     return path
 
 
@@ -52,6 +54,8 @@ def test_page_holds_the_tables(run):
         assert f"{site['active']['m']:.3f}" in html
     assert f"{numbers['metrics']['recon']:.2e}" in html
     assert "had not converged when its training ended" in html
+    for change in numbers["interventions"]:
+        assert f"<tr><td>{change['name']}</td><td>{change['kl']:.2e}</td>" in html
     assert len(html) < 8e6
 
 
@@ -98,7 +102,14 @@ def test_page_in_a_browser(run, width: int):
         drawn = page.eval_on_selector_all(".plot", "plots => plots.map(plot => plot.querySelectorAll('.main-svg').length > 0)")
         fits = page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
         browser.close()
-    assert drawn == [True] * 5
+    assert drawn == [True] * 9
     assert complaints == []
     assert [url for url in requests if not url.startswith(("file:", "data:", "blob:"))] == []
     assert fits, "the page itself does not scroll sideways"
+
+
+def test_an_svd_of_an_older_checkpoint_is_left_out(run):
+    assert "plot-svd" in report(run).read_text(encoding="utf-8")
+    file = run / "analysis/svd.json"
+    file.write_text(file.read_text().replace('"step": 12', '"step": 8'))
+    assert "plot-svd" not in report(run).read_text(encoding="utf-8")

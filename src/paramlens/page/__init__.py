@@ -12,7 +12,17 @@ from plotly.offline import get_plotlyjs
 
 from paramlens.configfile import load_config
 from paramlens.layout import checkpoint_step, find_checkpoint, read_json, read_metrics, require_run, write_text
-from paramlens.page.figures import attention_figure, example_figure, losses_figure, role_figure, target_figure
+from paramlens.page.figures import (
+    attention_figure,
+    example_figure,
+    losses_figure,
+    maps_figure,
+    patterns_figure,
+    role_attention_figure,
+    role_figure,
+    svd_figure,
+    target_figure,
+)
 
 if TYPE_CHECKING:
     from paramlens.rundir import Run
@@ -33,10 +43,21 @@ def report(run: "Run | str | Path") -> Path:
         ("example", "One held-out sequence: Σ g at every site and position.", example_figure(circuit)),
         ("losses", "Losses over training, logarithmic.", losses_figure(metrics)),
     ]
+    if circuit["maps"]:
+        figures.insert(1, ("maps", "Importance around each role: mean over sequences of Σ g.", maps_figure(circuit)))
+    if circuit["example"]["attention"]:
+        figures.append(("patterns", "Attention in that sequence: the target's, and the masked model's.", patterns_figure(circuit)))
+    if circuit["attention_by_role"]:
+        caption = "Attention from a role (rows) to a role (columns): the target's, and the masked model's."
+        figures.append(("roleattention", caption, role_attention_figure(circuit)))
     if circuit["attention_kl"]:
         figures.append(("attention", "How far attention moves in the masked model: KL in nats by query.", attention_figure(circuit)))
     if target is not None:
         figures.append(("target", "The target's training: its phase change (Figure 5).", target_figure(target)))
+    svd = _current(path / "analysis" / "svd.json", path)
+    if svd is not None:
+        caption = "What is lost with how many rank-1 parts: SVD pruned greedily (Algorithm 2), and the decomposition (Figure 2)."
+        figures.append(("svd", caption, svd_figure(svd)))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((resources.files("paramlens.page") / "report.html.j2").read_text(encoding="utf-8"))
     html = template.render(
@@ -54,13 +75,19 @@ def report(run: "Run | str | Path") -> Path:
 
 def _circuit(run: "Run | str | Path", path: Path) -> dict[str, Any]:
     file = path / "analysis" / "circuit.json"
-    if not file.is_file() or read_json(file)["step"] != checkpoint_step(find_checkpoint(path, None)):
+    if _current(file, path) is None:
         from paramlens.analysis.circuit import circuit
         from paramlens.rundir import open_run
 
         opened = open_run(run) if isinstance(run, str | Path) else run
         opened.save_analysis("circuit", circuit(opened).to_json())
     return read_json(file)
+
+
+def _current(file: Path, path: Path) -> dict[str, Any] | None:
+    """An analysis in the run directory; none if it is missing or of an older checkpoint."""
+    document = read_json(file) if file.is_file() else None
+    return document if document and document["step"] == checkpoint_step(find_checkpoint(path, None)) else None
 
 
 def _embedded(figure: go.Figure) -> Markup:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 _COLOURS = ["#3366aa", "#cc6633", "#339966", "#884499", "#bb3355", "#777733", "#2299bb", "#555555"]
 
@@ -61,6 +62,53 @@ def attention_figure(circuit: Mapping[str, Any]) -> go.Figure:
     return _map(z, x=roles, y=patterns, texts=[[f"{value:.3f}" for value in row] for row in z], hover="%{y}, query %{x}: %{z:.4f} nats")
 
 
+def maps_figure(circuit: Mapping[str, Any]) -> go.Figure:
+    """One panel for each role that stands alone: sites × positions around it, mean Σ_c g."""
+    maps, sites = circuit["maps"], list(circuit["sites"])
+    highest = max(max(row) for each in maps.values() for row in each["importance"].values())
+    figure = make_subplots(1, len(maps), shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=[f"around {role}" for role in maps])
+    for column, (role, each) in enumerate(maps.items(), 1):
+        z = [each["importance"][site] for site in sites]
+        labels = [role if offset == 0 else f"{offset:+d}" for offset in each["offsets"]]
+        heatmap = _heatmap(z, x=labels, y=sites, hover="%{y}, %{x}: %{z:.3f}", highest=highest, scale=column == len(maps))
+        figure.add_trace(heatmap, row=1, col=column)
+    figure.update_yaxes(autorange="reversed")
+    return _styled(figure, height=120 + 34 * len(sites), top=30)
+
+
+def patterns_figure(circuit: Mapping[str, Any]) -> go.Figure:
+    """Attention of one sequence, target beside masked model, a row for each pattern; keys across, queries down."""
+    attention = circuit["example"]["attention"]
+    positions = list(range(len(circuit["example"]["roles"])))
+    return _pairs(attention, x=positions, y=positions, hover="query %{y}, key %{x}: %{z:.3f}", height=330)
+
+
+def role_attention_figure(circuit: Mapping[str, Any]) -> go.Figure:
+    """Attention from queries of a role (down) to all keys of a role (across), target beside masked model, a row for each pattern."""
+    roles = circuit["roles"]
+    return _pairs(circuit["attention_by_role"], x=roles, y=roles, hover="from %{y} to %{x}: %{z:.4f}", height=220, texts=True)
+
+
+def svd_figure(svd: Mapping[str, Any]) -> go.Figure:
+    """Figure 2 as curves: KL against the number of rank-1 parts, for pruned SVD and for the decomposition at several thresholds."""
+    figure = go.Figure()
+    curve, ours = svd["curve"], svd["decomposition"]
+    counts = {name: [sum(point[name].values()) for point in ours] for name in ("active", "unique")}
+    for name, x, y, colour in (
+        ("SVD, rank left", [point["total"] for point in curve], [point["kl"] for point in curve], _COLOURS[1]),
+        ("active at their role", counts["active"], [point["kl"] for point in ours], _COLOURS[0]),
+        ("unique, the active ones on", counts["unique"], [point["kl"] for point in ours], _COLOURS[2]),
+        ("unique, all on everywhere", counts["unique"], [point["kl_static"] for point in ours], _COLOURS[7]),
+    ):
+        points = {"size": 4 if name.startswith("SVD") else 7}
+        y = [max(value, 1e-9) for value in y]
+        figure.add_scatter(x=x, y=y, name=name, mode="lines+markers", line={"color": colour, "width": 1.5}, marker=points)
+    figure.add_hline(y=svd["tolerance"], line={"color": "#9aa3af", "dash": "dot", "width": 1})
+    figure.update_yaxes(type="log", exponentformat="power", title="KL, nats")
+    figure.update_xaxes(title="rank-1 parts, all sites")
+    return _styled(figure, height=380)
+
+
 def target_figure(target: Mapping[str, Any]) -> go.Figure:
     """Cross-entropy, accuracy and the two attentions over the target's training."""
     checks = target["checks"]
@@ -79,8 +127,36 @@ def target_figure(target: Mapping[str, Any]) -> go.Figure:
     return _styled(figure, height=340)
 
 
+def _pairs(pairs: Mapping[str, Any], *, x: Sequence[Any], y: Sequence[Any], hover: str, height: int, texts: bool = False) -> go.Figure:
+    """Target on the left, masked model on the right, one row for each entry of `pairs`."""
+    titles = [f"{name}, {side}" for name in pairs for side in ("target", "masked")]
+    figure = make_subplots(len(pairs), 2, subplot_titles=titles, horizontal_spacing=0.1, vertical_spacing=0.12 if len(pairs) > 1 else 0)
+    for row, pair in enumerate(pairs.values(), 1):
+        for column, side in enumerate(("target", "masked"), 1):
+            text = [[f"{value:.2f}" for value in line] for line in pair[side]] if texts else None
+            last = row == 1 and column == 2
+            figure.add_trace(_heatmap(pair[side], x=x, y=y, hover=hover, highest=1, texts=text, scale=last), row=row, col=column)
+    figure.update_yaxes(autorange="reversed")
+    return _styled(figure, height=40 + height * len(pairs), top=30)
+
+
 def _map(z: list[list[float]], *, x: Sequence[Any], y: Sequence[str], hover: str, texts: list[list[str]] | None = None) -> go.Figure:
-    heatmap = go.Heatmap(
+    figure = go.Figure(_heatmap(z, x=x, y=y, hover=hover, texts=texts))
+    figure.update_yaxes(autorange="reversed", automargin=True)
+    return _styled(figure, height=90 + 34 * len(y))
+
+
+def _heatmap(
+    z: list[list[float]],
+    *,
+    x: Sequence[Any],
+    y: Sequence[Any],
+    hover: str,
+    texts: list[list[str]] | None = None,
+    highest: float | None = None,
+    scale: bool = True,
+) -> go.Heatmap:
+    return go.Heatmap(
         z=z,
         x=list(x),
         y=list(y),
@@ -89,21 +165,20 @@ def _map(z: list[list[float]], *, x: Sequence[Any], y: Sequence[str], hover: str
         hovertemplate=hover + "<extra></extra>",
         colorscale=[[0, "#f4f6fa"], [0.15, "#b9cde8"], [0.5, "#4d80bf"], [1, "#12305c"]],
         zmin=0,
+        zmax=highest,
+        showscale=scale,
         colorbar={"thickness": 10},
     )
-    figure = go.Figure(heatmap)
-    figure.update_yaxes(autorange="reversed", automargin=True)
-    return _styled(figure, height=90 + 34 * len(y))
 
 
 def _line(figure: go.Figure, name: str, x: list[int], y: list[float], colour: str, *, axis: str = "y", dash: str = "solid") -> None:
     figure.add_scatter(x=x, y=y, name=name, mode="lines", line={"color": colour, "width": 1.5, "dash": dash}, yaxis=axis)
 
 
-def _styled(figure: go.Figure, *, height: int) -> go.Figure:
+def _styled(figure: go.Figure, *, height: int, top: int = 10) -> go.Figure:
     figure.update_layout(
         height=height,
-        margin={"l": 10, "r": 10, "t": 10, "b": 10},
+        margin={"l": 10, "r": 10, "t": top, "b": 10},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         legend={"orientation": "h", "y": -0.25},
