@@ -1,0 +1,162 @@
+"""Interventions and maps, against the same numbers from the target and its weights directly."""
+
+import pytest
+import torch
+
+from paramlens.analysis.adversary import adversarial_recon
+from paramlens.analysis.attention import attention_along, attention_by_role
+from paramlens.analysis.circuit import circuit
+from paramlens.analysis.held_out import held_out
+from paramlens.analysis.interventions import interventions
+from paramlens.analysis.maps import aligned_importance
+from paramlens.config import InductionTask
+from paramlens.losses import kl_divergence
+from paramlens.masks import Replacement
+from paramlens.tasks import Link, generator
+from paramlens.tasks.induction import S1, InductionTransformer, M, check_target, induction_batch, induction_task
+
+
+def measured(run, threshold: float = 0.1) -> dict:
+    data = held_out(run, batches=2)
+    return {each.name: each for each in interventions(run.decomposition, run.task, data, threshold=threshold, last_token_only=True)}
+
+
+def test_names_and_the_target_itself(tiny_run):
+    changes = measured(tiny_run)
+    sites = tiny_run.decomposition.names
+    assert list(changes) == [
+        *("target", "masked"),
+        *(f"{site} {effect}" for effect in ("removed", "alone") for site in sites),
+        *("no position in the query at m", "no position in the key at s1"),
+    ]
+    target = changes["target"]
+    assert target.kl == pytest.approx(0, abs=1e-6)
+    data = held_out(tiny_run, batches=2)
+    right = [held.target.logits[:, -1].argmax(-1) == held.batch.answers for held in data]
+    assert target.accuracy == torch.cat(right).double().mean().item()
+    table = circuit(tiny_run, batches=2, adversary=0)
+    assert changes["masked"].kl == pytest.approx(table.metrics["recon"], rel=1e-5)
+    assert changes["masked"].accuracy == table.metrics["accuracy_masked"]
+
+
+def test_all_removed_is_the_weight_that_is_left(tiny_run):
+    """At a threshold below every g the whole sum is removed: the site is W - (W - U V) zeroed, so its output is 0 everywhere."""
+    run, site = tiny_run, "blocks.1.attn.v"
+    with torch.no_grad():
+        for group in run.importance.typed_groups:
+            group.b_out += 5
+    try:
+        removed = measured(run)[f"{site} removed"]
+    finally:
+        with torch.no_grad():
+            for group in run.importance.typed_groups:
+                group.b_out -= 5
+    weight = run.decomposition.model.get_submodule(site).weight
+    kept = weight.detach().clone()
+    values = []
+    with torch.no_grad():
+        weight.zero_()
+        for index in range(2):
+            batch = run.task.batch(index, "circuit")
+            without = run.decomposition.model(batch.inputs)[:, -1:]
+            weight.copy_(kept)
+            values.append(kl_divergence(run.decomposition.model(batch.inputs)[:, -1:].log_softmax(-1), without[None]).item())
+            weight.zero_()
+        weight.copy_(kept)
+    assert removed.kl == pytest.approx(sum(values) / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("added", ["before", "after"])
+def test_position_is_missing_at_one_query_alone(added):
+    """Attention as computed by hand with the query at m made from the embedding without its position."""
+    settings = InductionTask(vocabulary=6, length=8, width=4, added=added)
+    torch.manual_seed(0)
+    model = InductionTransformer(settings)
+    batch = induction_batch(settings, seed=0, stream="x", step=0, batch=5)
+    attention, task = model.blocks[0].attn, induction_task(settings, model, seed=0, batch=5)
+    seen = {}
+    before = model(batch.inputs)
+    hook = attention.pattern.register_forward_hook(lambda _m, _a, pattern: seen.update(pattern=pattern))
+    model(batch.inputs)
+    whole = seen["pattern"]
+    with task.changes["no position in the query at m"](batch):
+        model(batch.inputs)
+    hook.remove()
+    at = batch.roles == M
+    assert torch.equal(seen["pattern"].transpose(1, 2)[~at], whole.transpose(1, 2)[~at])
+    x = model.embed(batch.inputs)
+    k = attention.k(x + model.positions) if added == "before" else attention.k(x) + model.positions
+    scores = attention.q(x[at])[:, None] @ k.transpose(1, 2) / 2
+    place = at.int().argmax(1)[:, None, None]
+    by_hand = scores.masked_fill(torch.arange(8) > place, -torch.inf).softmax(-1)
+    assert torch.allclose(seen["pattern"].transpose(1, 2)[at], by_hand, atol=1e-6)
+    assert torch.equal(model(batch.inputs), before)
+
+
+def test_links_are_what_the_target_check_measures(tiny_run):
+    model, task = tiny_run.decomposition.model, tiny_run.config.task
+    check = check_target(model, task, seed=0, step=0, batch=64)
+    batch = induction_batch(task, seed=0, stream="target-check", step=0, batch=64)
+    seen = {}
+    hooks = [
+        model.get_submodule(name).register_forward_hook(lambda _m, _a, pattern, name=name: seen.update({name: pattern}))
+        for name in tiny_run.task.attention_patterns
+    ]
+    model(batch.inputs)
+    for hook in hooks:
+        hook.remove()
+    for link in tiny_run.task.links:
+        mean = attention_along(link, seen, batch.roles, tiny_run.task.roles).mean(0).max().item()
+        assert mean == pytest.approx(getattr(check, link.name), rel=1e-5)
+
+
+def test_attention_by_role_by_hand():
+    pattern = torch.tensor([[[[1.0, 0, 0], [0.5, 0.5, 0], [0.2, 0.3, 0.5]]]])
+    roles = torch.tensor([[0, 1, 1]])
+    assert torch.allclose(attention_by_role(pattern, roles, 3), torch.tensor([[1.0, 0, 0], [0.35, 0.65, 0], [0, 0, 0]]))
+    link = Link("x", "p", "s2", "s1")
+    assert attention_along(link, {"p": pattern}, torch.tensor([[0, 2, 1]]), ("s1", "s2", "rest")).tolist() == [[pytest.approx(0.2)]]
+
+
+def test_maps_are_aligned_on_roles_that_stand_alone():
+    roles = torch.tensor([[0, 1, 2, 2], [2, 0, 1, 2]])
+    g = {"a": torch.zeros(2, 4, 2)}
+    g["a"][roles == 1] = torch.tensor([0.25, 0.5])
+    g["a"][1, 0, 0] = 0.5
+    maps = aligned_importance(g, roles, ("s1", "m", "random"))
+    assert list(maps) == ["s1", "m"]
+    assert maps["s1"].offsets == [-1, 0, 1, 2, 3]
+    assert maps["s1"].importance["a"] == [0.5, 0.0, 0.75, 0.0, 0.0]
+    assert maps["m"].offsets == [-2, -1, 0, 1, 2]
+    assert maps["m"].importance["a"] == [0.5, 0.0, 0.75, 0.0, 0.0]
+
+
+def test_the_adversary_finds_what_random_masks_miss(tiny_run):
+    """Its masks stay in [g, 1], more steps never find less, and it beats every one of twenty random draws."""
+    run = tiny_run
+    [held] = held_out(run, batches=1)
+    decomposition, task = run.decomposition, run.task
+    inputs = task.loss_inputs(held.batch.inputs, last_token_only=True)
+
+    def found(steps: int) -> float:
+        return adversarial_recon(decomposition, inputs, held.target, held.g, last_token_only=True, generator=generator("test"), steps=steps)
+
+    assert found(0) <= found(5) <= found(20)
+    log_probs = held.target.logits[:, -1:].log_softmax(-1)
+    rng = torch.Generator().manual_seed(0)
+    random = []
+    for _ in range(20):
+        masked = {site: Replacement(g + (1 - g) * torch.rand(g.shape[-1], generator=rng)) for site, g in held.g.items()}
+        with torch.no_grad():
+            random.append(kl_divergence(log_probs, decomposition.masked_run(inputs, [masked])).item())
+    assert found(20) > max(random)
+    ones = {site: torch.ones_like(g) for site, g in held.g.items()}
+    whole = adversarial_recon(decomposition, inputs, held.target, ones, last_token_only=True, generator=generator("test"), steps=5)
+    with torch.no_grad():
+        everything = decomposition.masked_run(inputs, [{site: Replacement(g) for site, g in ones.items()}])
+    assert whole == pytest.approx(kl_divergence(log_probs, everything).item(), abs=1e-7)
+
+
+def test_s1_is_the_role_before_m():
+    batch = induction_batch(InductionTask(vocabulary=6, length=8), seed=0, stream="x", step=0, batch=9)
+    assert torch.equal((batch.roles == S1).int().argmax(1) + 1, (batch.roles == M).int().argmax(1))
