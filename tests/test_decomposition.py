@@ -5,8 +5,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from paramlens.config import Init
-from paramlens.decomposition import Decomposition, call, initialise
+from paramlens.decomposition import Decomposition, call, initialise, project
 from paramlens.errors import BatchError, SiteError
+from paramlens.losses import faithfulness
 from paramlens.masks import Replacement
 from paramlens.sites import find_sites
 from paramlens.tasks import generator
@@ -277,3 +278,37 @@ def _task():
 
 
 _TASK = _task()
+
+
+@pytest.mark.parametrize("C", [4, 7])
+def test_project_reaches_w_by_the_smallest_change(target, C: int):
+    """Once: what is left is second order, and no other change of U and V that does it to first order is smaller. Twice: rounding."""
+    decomposition = Decomposition(target, find_sites(target, ["blocks.*.attn.[qkv]"]), C=C, dtype=torch.float32)
+    initialise(decomposition, Init(kind="svd_rotated"), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for value in decomposition.parameters():
+            value += 0.01 * torch.randn(value.shape, generator=torch.Generator().manual_seed(1))
+    before, off = [value.detach().clone() for value in decomposition.parameters()], faithfulness(decomposition).item()
+    project(decomposition)
+    assert faithfulness(decomposition).item() < 0.01 * off
+    change = torch.cat([(new.detach() - old).flatten() for new, old in zip(decomposition.parameters(), before, strict=True)]).double()
+    site = decomposition.sites[0]
+    (U, V), (dU, dV) = (
+        [values[0].double(), values[len(decomposition.sites)].double()]
+        for values in (before, [new.detach() - old for new, old in zip(decomposition.parameters(), before, strict=True)])
+    )
+    jacobian = torch.cat([torch.kron(torch.eye(site.d_in), V.T.contiguous()), torch.kron(U, torch.eye(site.d_out))], dim=1).double()
+    smallest = torch.linalg.pinv(jacobian) @ (site.W.double() - U @ V).flatten()
+    assert torch.allclose(torch.cat([dU.flatten(), dV.flatten()]), smallest, atol=1e-6)
+    assert change.norm() < 0.5
+    project(decomposition)
+    assert faithfulness(decomposition).item() < 1e-13
+
+
+def test_project_leaves_what_it_cannot_reach(target):
+    """With fewer subcomponents than rank it stays finite and never makes the sum worse."""
+    decomposition = Decomposition(target, find_sites(target, ["blocks.0.attn.q"]), C=2, dtype=torch.float32)
+    initialise(decomposition, Init(kind="svd"), generator=torch.Generator().manual_seed(0))
+    off = faithfulness(decomposition).item()
+    project(decomposition)
+    assert faithfulness(decomposition).item() <= off * 1.001

@@ -99,6 +99,9 @@ class InductionTask(_Frozen):
     """Standard deviation of the token embedding at the start."""
     position_scale: Positive = 1.0
     """Standard deviation of learned position encodings at the start; factor on sinusoidal ones."""
+    position_offset: NonNegative = 0.0
+    """Standard deviation of one vector that all learned encodings share at the start, as sinusoidal ones share their slow waves: a query
+    can then ask for a token wherever it stands."""
     training: TargetTraining = TargetTraining()
 
     @model_validator(mode="after")

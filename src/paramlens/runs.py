@@ -173,7 +173,7 @@ def _require_same_task(task: InductionTask, source: Path) -> None:
     """Raise unless the target in `source` was trained on this very task; heads, say, leave no trace in its weights."""
     if not (source / "config.yaml").is_file():
         raise RunDirError(f"{source}: no config.yaml; give a directory made by train-target or decompose")
-    starts = {"training", "embedding_scale", "position_scale"}  # how it was trained, not what it is
+    starts = {"training", "embedding_scale", "position_scale", "position_offset"}  # how it was trained, not what it is
     ours, theirs = (_leaves(each.model_dump(exclude=starts)) for each in (task, load_config(source / "config.yaml").task))
     changed = [f"task.{name} {theirs.get(name)!r} → {ours[name]!r}" for name in ours if ours[name] != theirs.get(name)]
     if changed:

@@ -94,6 +94,8 @@ class InductionTransformer(nn.Module):
         nn.init.normal_(self.embed.weight, std=task.embedding_scale)
         if task.positions == "learned":
             self.positions = nn.Parameter(torch.randn(task.length, task.width) * task.position_scale)
+            if task.position_offset:
+                self.positions.data += torch.randn(task.width) * task.position_offset
         else:
             self.register_buffer("positions", sinusoidal(task.length, task.width) * task.position_scale)
         self.blocks = nn.ModuleList(Block(task.width, heads=task.heads, added=task.added) for _ in range(task.blocks))

@@ -1,0 +1,229 @@
+"""The induction-head experiment as docs/results-induction.md has it; each part resumes what is there and writes docs/results/<part>.json.
+
+    python benchmarks/induction.py seeds       # Table 1: five seeds, each its own target; circuit and svd of each
+    python benchmarks/induction.py agreement   # three seeds of one target, started from random rotations
+    python benchmarks/induction.py ablations   # one part of the method taken away at a time
+    python benchmarks/induction.py tables      # Markdown of all three, from docs/results
+
+Runs go to runs/; as many at a time as cores are free.
+"""
+
+import json
+import platform
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from paramlens import agreement, circuit, load_config, open_run, svd_baseline
+from paramlens.config import Config
+from paramlens.errors import ParamLensError
+from paramlens.layout import read_json
+from paramlens.seeds import decompose_seeds
+
+CONFIG = "induction-cpu"
+SEEDS = 5
+HOME = {"0.attn.q": "m", "0.attn.k": "s1", "0.attn.v": "s1", "1.attn.q": "s2", "1.attn.k": "m", "1.attn.v": "m"}
+"""Site → the role at which the paper's circuit reads it (Table 1a)."""
+SHORT = {site: f"{site[-1].upper()}{site[0]}" for site in HOME}
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "results"
+RUNS = ROOT / "runs"
+
+ABLATIONS: dict[str, dict[str, object]] = {
+    "as it is": {},
+    "γ vector": {"gamma.kind": "vector"},
+    "γ scalar": {"gamma.kind": "scalar"},
+    "without layerwise": {"losses.stochastic_recon_layerwise": 0.0, "losses.recon_layerwise": 0.0},
+    "without recon_layerwise (Table 4)": {"losses.recon_layerwise": 0.0},
+    "without stochastic": {"losses.stochastic_recon": 0.0, "losses.stochastic_recon_layerwise": 0.0},
+    "without recon": {"losses.recon": 0.0, "losses.recon_layerwise": 0.0},
+    "p fixed at 0.9": {"losses.p_final": 0.9},
+    "p fixed at 0.1": {"losses.p_start": 0.1},
+    "without projection": {"optim.project": False},
+}
+"""What is taken away → the fields that differ."""
+ABLATION_CONFIG = "induction-quick"
+ABLATION_SEEDS = 2
+
+
+def seeds() -> None:
+    config = load_config(CONFIG)
+    _decompose(config, SEEDS, RUNS / CONFIG)
+    _write("induction", {"config": CONFIG, "seeds": [_measure(RUNS / CONFIG / f"s{seed}", svd=True) for seed in range(SEEDS)]})
+
+
+def agree() -> None:
+    """Random rotations of the SVD as starts: from the SVD itself all seeds would begin alike."""
+    config = load_config(ABLATION_CONFIG, overrides={"init.kind": "svd_rotated"})
+    folder, count = RUNS / "agreement", 3
+    _decompose(config, count, folder, target=_shared_target())
+    runs = [open_run(folder / f"s{seed}") for seed in range(count)]
+    found = agreement(runs).to_json()
+    rows = [_measure(run.path) for run in runs]
+    _write("agreement", {"config": ABLATION_CONFIG, "init": "svd_rotated", "agreement": found, "seeds": rows})
+
+
+def ablations() -> None:
+    rows: dict[str, list[dict[str, object]]] = {}
+    for i, (name, fields) in enumerate(ABLATIONS.items()):
+        folder = RUNS / "ablations" / str(i)
+        _decompose(load_config(ABLATION_CONFIG, overrides=fields), ABLATION_SEEDS, folder)
+        rows[name] = [_measure(folder / f"s{seed}") for seed in range(ABLATION_SEEDS)]
+        _write("ablations", {"config": ABLATION_CONFIG, "fields": ABLATIONS, "rows": rows})
+
+
+def _shared_target() -> Path:
+    """The target of the first ablation's first seed."""
+    folder = RUNS / "ablations" / "0"
+    _decompose(load_config(ABLATION_CONFIG), ABLATION_SEEDS, folder)
+    return folder / "s0"
+
+
+def _decompose(config: Config, count: int, folder: Path, *, target: Path | None = None) -> None:
+    """All seeds that are not finished yet; one that fails is told and left, so that it stands in the table."""
+    try:
+        decompose_seeds(config, count, out=folder, target=target, resume=True)
+    except ParamLensError as error:
+        print(f"{folder}: {error}", file=sys.stderr)
+
+
+def _measure(path: Path, *, svd: bool = False) -> dict[str, object]:
+    """One seed, with the keys of `circuit --json`; of a run that failed, what happened to it."""
+    info = read_json(path / "run.json")
+    row: dict[str, object] = {"seed": info["seed"], "status": info["status"], "steps": info["steps"], "seconds": info["seconds"]}
+    if info["status"] != "finished":
+        return row
+    run = open_run(path)
+    result = circuit(run)
+    run.save_analysis("circuit", result.to_json())
+    history = run.target_history
+    assert history is not None
+    row |= {
+        "threads": info["threads"],
+        "target": {"converged": history.converged, "attempts": history.attempts, **vars(history.checks[-1])},
+        "sites": {name: {"active": site.active, "unique": site.unique, "silent": site.silent} for name, site in result.sites.items()},
+        "metrics": result.metrics | {"minimality": _last_minimality(run.metrics)},
+        "attention_kl": result.attention_kl,
+        "attention_by_role": result.to_json()["attention_by_role"],
+        "interventions": result.to_json()["interventions"],
+        "maps": result.to_json()["maps"],
+    }
+    if svd:
+        baseline = svd_baseline(run)
+        run.save_analysis("svd", baseline.to_json())
+        row["svd"] = {
+            **{key: baseline.to_json()[key] for key in ("tolerance", "kl", "ranks", "factor_active", "factor_unique", "decomposition")},
+            "rank_at": {f"{tolerance:.0e}": baseline.rank_at(tolerance) for tolerance in (1e-4, 1e-3, 1e-2, 1e-1, 1.0)},
+        }
+    return row
+
+
+def _last_minimality(metrics: Sequence[Mapping[str, Any]]) -> float:
+    return statistics.mean(line["losses"]["minimality"] for line in [line for line in metrics if "losses" in line][-10:])
+
+
+def _write(name: str, document: Mapping[str, object]) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    whole = {"machine": platform.processor() or platform.machine(), **document}
+    (RESULTS / f"{name}.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+
+
+def tables() -> None:
+    found = json.loads((RESULTS / "induction.json").read_text(encoding="utf-8"))["seeds"]
+    print(_table(["seed", *(str(row["seed"]) for row in found), "median"], _seed_lines(found)))
+    print(_table(["change", "KL", "accuracy", "attention m→s1", "attention s2→m"], _intervention_lines(found)))
+    print(_table(["KL up to", "SVD", "active", "unique"], _svd_lines(found)))
+    alike = json.loads((RESULTS / "agreement.json").read_text(encoding="utf-8"))["agreement"]["sites"]
+    print(_table(["site", "agreement", "direction", "by chance", "pattern", "parts"], _agreement_lines(alike)))
+    taken = json.loads((RESULTS / "ablations.json").read_text(encoding="utf-8"))["rows"]
+    columns = ["", "recon", "layerwise", "rounded", "adversarial", "faithfulness", *SHORT.values(), "most at random"]
+    print(_table(columns, _ablation_lines(taken)))
+
+
+def _table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [columns, ["---", *["---:"] * (len(columns) - 1)], *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def _seed_lines(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    def line(label: str, form: str, value: Callable[[Any], float | None]) -> list[str]:
+        values = [value(row) if row["status"] == "finished" else None for row in rows]
+        known = [each for each in values if each is not None]
+        return [label, *["failed" if each is None else form.format(each) for each in values], form.format(statistics.median(known))]
+
+    site = "blocks.{}".format
+    lines = [
+        line(f"target {key.replace('_', ' ')}", form, lambda row, key=key: row["target"][key])
+        for key, form in (("loss", "{:.1e}"), ("attention_m_s1", "{:.3f}"), ("attention_s2_m", "{:.3f}"), ("attempts", "{}"))
+    ]
+    for label, form, value in (
+        ("{} active at {}", "{:.2f}", lambda row, name: row["sites"][site(name)]["active"][HOME[name]]),
+        ("{} unique", "{:.0f}", lambda row, name: row["sites"][site(name)]["unique"]),
+        ("{} active at random", "{:.3f}", lambda row, name: row["sites"][site(name)]["active"]["random"]),
+    ):
+        lines += [line(label.format(SHORT[name], HOME[name]), form, lambda row, n=name, v=value: v(row, n)) for name in HOME]
+    first = next(row for row in rows if row["status"] == "finished")
+    for key in first["metrics"]:
+        lines.append(line(key, "{:.4f}" if key.startswith("accuracy") else "{:.1e}", lambda row, key=key: row["metrics"][key]))
+    lines.append(line("attention KL, block 0 at m", "{:.3f}", lambda row: row["attention_kl"]["blocks.0.attn.pattern"]["m"]))
+    lines.append(line("attention KL, block 1 at s2", "{:.4f}", lambda row: row["attention_kl"]["blocks.1.attn.pattern"]["s2"]))
+    lines.append(line("SVD rank at the same KL", "{:.0f}", lambda row: sum(row["svd"]["ranks"].values())))
+    lines.append(line("over active parts", "{:.1f}", lambda row: row["svd"]["factor_active"]))
+    lines.append(line("over unique parts", "{:.2f}", lambda row: row["svd"]["factor_unique"]))
+    lines.append(line("seconds", "{:.0f}", lambda row: row["seconds"]))
+    return lines
+
+
+def _intervention_lines(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    finished = [row["interventions"] for row in rows if row["status"] == "finished"]
+    lines = []
+    for each in zip(*finished, strict=True):
+        numbers = [
+            f"{statistics.median(change['kl'] for change in each):.1e}",
+            f"{statistics.median(change['accuracy'] for change in each):.3f}",
+            *(f"{statistics.median(change['attention'][link] for change in each):.3f}" for link in each[0]["attention"]),
+        ]
+        lines.append([each[0]["name"], *numbers])
+    return lines
+
+
+def _svd_lines(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    finished = [row["svd"] for row in rows if row["status"] == "finished"]
+    lines = []
+    for tolerance in finished[0]["rank_at"]:
+        counts: dict[str, list[float]] = {"active": [], "unique": []}
+        for svd in finished:
+            held = [point for point in svd["decomposition"] if point["kl"] <= float(tolerance)]
+            for name, values in counts.items():
+                values.extend([min(sum(point[name].values()) for point in held)] if held else [])
+        ours = [
+            f"{statistics.median(values):.1f}" + ("" if len(values) == len(finished) else f" ({len(values)} seeds)") if values else "–"
+            for values in counts.values()
+        ]
+        lines.append([tolerance, f"{statistics.median(svd['rank_at'][tolerance] for svd in finished):.0f}", *ours])
+    return lines
+
+
+def _agreement_lines(sites: Mapping[str, Any]) -> list[list[str]]:
+    keys = ("agreement", "direction", "chance", "pattern")
+    return [[name, *(f"{site[key]:.3f}" for key in keys), f"{statistics.mean(site['parts']):.1f}"] for name, site in sites.items()]
+
+
+def _ablation_lines(taken: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[list[str]]:
+    lines = []
+    for name, rows in taken.items():
+        finished = [row for row in rows if row["status"] == "finished"]
+        cells = [
+            " / ".join(f"{row['metrics'][key]:.0e}" for row in finished)
+            for key in ("recon", "recon_layerwise", "recon_rounded", "recon_adversarial", "faithfulness")
+        ]
+        cells += [" / ".join(f"{row['sites'][f'blocks.{site}']['active'][HOME[site]]:.1f}" for row in finished) for site in HOME]
+        cells.append(" / ".join(f"{max(site['active']['random'] for site in row['sites'].values()):.2f}" for row in finished))
+        lines.append([name, *cells])
+    return lines
+
+
+if __name__ == "__main__":
+    {"seeds": seeds, "agreement": agree, "ablations": ablations, "tables": tables}[sys.argv[1]]()
