@@ -1,0 +1,64 @@
+"""Several seeds in one go are the same runs as one after the other."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file
+
+from conftest import TINY, tiny_with
+from paramlens.cli import main
+from paramlens.configfile import dump_config, make_config
+from paramlens.errors import ConfigError, DivergedError, RunDirError
+from paramlens.layout import find_checkpoint, read_json
+from paramlens.runs import decompose_config
+from paramlens.seeds import decompose_seeds
+
+
+def parts(path):
+    return load_file(find_checkpoint(path, None) / "components.safetensors")
+
+
+def test_each_seed_is_the_run_it_would_be_alone(tmp_path):
+    config = tiny_with(seed=3)
+    paths = decompose_seeds(config, 2, out=tmp_path / "seeds")
+    assert paths == [tmp_path / "seeds/s3", tmp_path / "seeds/s4"]
+    alone = decompose_config(config.model_copy(update={"seed": 4}), out=tmp_path / "alone")
+    assert read_json(paths[0] / "run.json")["target"] != read_json(paths[1] / "run.json")["target"]
+    for name, value in parts(alone.path).items():
+        assert value.equal(parts(paths[1])[name])
+    with pytest.raises(RunDirError, match="--resume continues it"):
+        decompose_seeds(config, 3, out=tmp_path / "seeds")
+    assert decompose_seeds(config, 3, out=tmp_path / "seeds", resume=True)[2].is_dir()
+    with pytest.raises(ConfigError, match="seeds 0"):
+        decompose_seeds(config, 0)
+
+
+def test_a_seed_that_fails_does_not_stop_the_others(tmp_path):
+    """The targets of a rate this high are not finite, and say so; every seed is tried."""
+    broken = tiny_with(task=TINY["task"] | {"training": TINY["task"]["training"] | {"lr": 1e30}})
+    with pytest.raises(DivergedError, match="target step"):
+        decompose_seeds(broken, 2, out=tmp_path)
+
+
+def test_the_command_compares_seeds_of_one_target(tmp_path, tiny_run, capsys):
+    file = tmp_path / "tiny.yaml"
+    file.write_text(dump_config(make_config(TINY)), encoding="utf-8")
+    words = ["decompose", str(file), "--seeds", "2", "--target", str(tiny_run.path), "--out", str(tmp_path / "x"), "--json"]
+    assert main(words) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [run["run"] for run in document["runs"]] == [str(tmp_path / "x/s0"), str(tmp_path / "x/s1")]
+    assert [run["steps"] for run in document["runs"]] == [12, 12]
+    assert set(document["agreement"]["sites"]) == set(tiny_run.decomposition.names)
+    assert main(["agreement", str(tmp_path / "x/s0"), str(tmp_path / "x/s1"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == document["agreement"]
+    assert main(["svd", str(tmp_path / "x/s0"), "--tolerance", "0.01", "--batches", "1", "--json"]) == 0
+    svd = json.loads(capsys.readouterr().out)
+    assert (svd["tolerance"], json.loads((tmp_path / "x/s0/analysis/svd.json").read_text())) == (0.01, svd)
+    assert main(["svd", str(tmp_path / "x/s0"), "--batches", "1"]) == 0
+    assert main(["agreement", str(tmp_path / "x/s0"), str(tmp_path / "x/s1")]) == 0
+    shown = capsys.readouterr()
+    assert "times as many as are active" in shown.out
+    assert "Agreement of 2 runs, mean over 1 pair" in shown.out
+    assert main(["agreement", str(tmp_path / "x/s0")]) == 2
+    assert main(["agreement"]) == 2
+    assert main(["svd", str(tmp_path)]) == 2
