@@ -41,7 +41,8 @@ ABLATIONS: dict[str, dict[str, object]] = {
     "without recon": {"losses.recon": 0.0, "losses.recon_layerwise": 0.0},
     "p fixed at 0.9": {"losses.p_final": 0.9},
     "p fixed at 0.1": {"losses.p_start": 0.1},
-    "without projection": {"optim.project": False},
+    "without projection": {"optim.project_from": None},
+    "projection from the first step": {"optim.project_from": 0.0},
 }
 """What is taken away → the fields that differ."""
 ABLATION_CONFIG = "induction-quick"

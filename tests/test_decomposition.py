@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from paramlens.config import Init
-from paramlens.decomposition import Decomposition, call, initialise, project
+from paramlens.decomposition import Decomposition, call, initialise, project, project_gradients
 from paramlens.errors import BatchError, SiteError
 from paramlens.losses import faithfulness
 from paramlens.masks import Replacement
@@ -312,3 +312,20 @@ def test_project_leaves_what_it_cannot_reach(target):
     off = faithfulness(decomposition).item()
     project(decomposition)
     assert faithfulness(decomposition).item() <= off * 1.001
+
+
+def test_projected_gradients_leave_the_sum_alone(target):
+    """No first-order change of U V is left in them, and what they lose is the smallest that achieves it: a second time changes nothing."""
+    decomposition = Decomposition(target, find_sites(target, ["blocks.*.attn.[qkv]"]), C=7, dtype=torch.float32)
+    initialise(decomposition, Init(kind="svd_rotated"), generator=torch.Generator().manual_seed(0))
+    for value in decomposition.parameters():
+        value.grad = torch.randn(value.shape, generator=torch.Generator().manual_seed(2))
+    before = [value.grad.clone() for value in decomposition.parameters()]
+    project_gradients(decomposition)
+    for U, V in zip(decomposition._U, decomposition._V, strict=True):
+        assert (U.grad @ V + U @ V.grad).abs().max() < 1e-5
+    after = [value.grad.clone() for value in decomposition.parameters()]
+    lost = sum(((new - old) * new).sum() for new, old in zip(after, before, strict=True))
+    assert abs(lost) < 1e-4  # what is lost stands at a right angle to what is kept
+    project_gradients(decomposition)
+    assert all(torch.allclose(value.grad, kept, atol=1e-6) for value, kept in zip(decomposition.parameters(), after, strict=True))

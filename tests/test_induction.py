@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from conftest import TINY
 from paramlens.config import InductionTask, TargetTraining
 from paramlens.configfile import make_config
+from paramlens.errors import ConfigError
 from paramlens.tasks.induction import (
     RANDOM,
     ROLES,
@@ -15,6 +16,7 @@ from paramlens.tasks.induction import (
     S2,
     InductionTransformer,
     M,
+    _decayed,
     check_target,
     induction_batch,
     induction_task,
@@ -152,3 +154,26 @@ def test_attempts_start_from_other_weights():
     first, _ = train_target(TASK, seed=0)
     assert history.attempts == 2
     assert not torch.equal(model.embed.weight, first.embed.weight)
+
+
+def test_undecayed_parameters_keep_their_length(target):
+    """Decay reaches what no pattern names, and a pattern that names nothing is refused."""
+    training = make_config(TINY).task.training.model_copy(update={"weight_decay": 0.5, "undecayed": ("positions", "blocks.0.attn.[qk].*")})
+    decayed, free = _decayed(target, training)
+    names = {id(value): name for name, value in target.named_parameters()}
+    assert sorted(names[id(value)] for value in free["params"]) == ["blocks.0.attn.k.weight", "blocks.0.attn.q.weight", "positions"]
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.5, 0.0)
+    assert len(decayed["params"]) + len(free["params"]) == len(names)
+    with pytest.raises(ConfigError, match="undecayed: 'blocks.9' names no parameter"):
+        _decayed(target, training.model_copy(update={"undecayed": ("blocks.9",)}))
+
+
+def test_offset_is_common_to_all_positions():
+    settings = InductionTask(vocabulary=6, length=200, width=4)
+    torch.manual_seed(0)
+    without = InductionTransformer(settings).positions
+    torch.manual_seed(0)
+    shifted = InductionTransformer(settings.model_copy(update={"position_offset": 2.0})).positions
+    difference = shifted - without
+    assert torch.allclose(difference, difference[:1].expand_as(difference), atol=1e-5)
+    assert difference[0].norm() > 1

@@ -13,7 +13,7 @@ from paramlens import step as step_module
 from paramlens.decomposition import Decomposition, initialise
 from paramlens.errors import BatchError, ConfigError, DivergedError
 from paramlens.importance import Importance
-from paramlens.losses import annealed_p
+from paramlens.losses import annealed_p, faithfulness
 from paramlens.machine import _core_seconds, free_threads, machine
 from paramlens.sites import find_sites
 from paramlens.step import Steps
@@ -145,6 +145,7 @@ def test_compiled_steps_are_the_same_steps():
     ("fields", "message"),
     [
         ({"cuda_graph": True}, "cuda_graph true needs device cuda, not cpu"),
+        ({"cuda_graph": True, "device": "cuda", "optim": {"project_from": 0.0}}, "cannot capture the projection"),
         ({"cuda_graph": True, "device": "cuda", "losses": {"recon_partial": 1.0}}, "cuda_graph true replays one set of plans"),
         ({"cuda_graph": True, "device": "cuda", "losses": {"recon_layerwise": 1.0, "layerwise_sites": 2}}, "replays one set of plans"),
         ({"matmul": "fp16"}, "matmul: 'fp16': give 'fp32', 'tf32' or 'bf16'"),
@@ -178,3 +179,16 @@ def test_core_seconds_grow_where_linux_tells():
     first = _core_seconds()
     if first is not None:
         assert 0 < first[0] < first[1]
+
+
+def test_steps_keep_to_the_sum_from_the_share_on():
+    """Up to half of the steps U V strays from W, after that it is W to rounding; the faithfulness loss is not needed for it."""
+    steps = make(steps=6, optim={"project_from": 0.5, "lr": 3e-3}, losses={"recon": 1.0, "minimality": 0.1})
+    off = []
+    for step in range(6):
+        steps(steps.task.batch(step, "train").inputs, step)
+        off.append(faithfulness(steps.decomposition).item())
+    assert min(off[:3]) > 1e-8
+    assert max(off[4:]) < 1e-3 * min(off[:3])
+    moved = [(new - old).abs().max() for new, old in zip(parameters(steps), parameters(make()), strict=True)]
+    assert min(moved[: len(list(steps.decomposition.parameters()))]) > 1e-3

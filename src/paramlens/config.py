@@ -224,9 +224,10 @@ class Optim(_Frozen):
     """Learning rate after the warm-up; the last two end at 0. Table 4: cosine. Figure 6: constant."""
     warmup: NonNegative = 0.0
     """Linear warm-up: steps if 1 or more, a share of all steps if below 1. Table 4: 0. Figure 6: 0.01."""
-    project: bool = False
-    """After every update move U and V to the nearest pair with U V = W, so that faithfulness is rounding alone. Two eigenproblems of the
-    size of its weight for each site and step: for small models."""
+    project_from: Annotated[_Number, Field(ge=0, le=1)] | None = None
+    """Share of the steps after which updates of U and V keep to U V = W: the gradient loses what would change the sum, and every update
+    ends at the nearest pair, so that faithfulness is rounding alone; none: never. Four eigenproblems of the size of its weight for each
+    site and step: for small models."""
 
     @model_validator(mode="after")
     def _decay_has_an_effect(self) -> "Optim":
@@ -303,8 +304,10 @@ class Config(_Frozen):
         partial = self.losses.partial_scope == "forward" and (self.losses.recon_partial or self.losses.stochastic_recon_partial)
         if self.cuda_graph and not self.device.startswith("cuda"):
             raise ValueError(f"cuda_graph true needs device cuda, not {self.device}")
-        if self.cuda_graph and self.optim.project:
-            raise ValueError("cuda_graph true cannot capture optim.project, whose eigenproblems the host waits for; give one of them")
+        if self.cuda_graph and self.optim.project_from is not None:
+            raise ValueError(
+                "cuda_graph true cannot capture the projection of optim.project_from, which the host waits for; give one of them"
+            )
         if self.cuda_graph and (partial or self.losses.layerwise_sites != "all"):
             raise ValueError(
                 "cuda_graph true replays one set of plans; partial losses need losses.partial_scope sequence or position, "

@@ -19,7 +19,7 @@ from paramlens.errors import ConfigError
 LIST_FIELDS = ("sites", "optim.betas", "task.training.undecayed")
 """Fields that hold several values; on the command line, values apart."""
 
-SWITCHES = ("last_token_only", "optim.project")
+SWITCHES = ("last_token_only",)
 """Fields that are true or false; on the command line, the bare flag is true."""
 
 

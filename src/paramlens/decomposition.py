@@ -21,7 +21,7 @@ of the model alone enters the stack at its own first block, with the target's ac
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, pairwise
@@ -351,20 +351,46 @@ def initialise(decomposition: Decomposition, init: Init, *, generator: torch.Gen
 def project(decomposition: Decomposition) -> None:
     """Move U and V to the nearest pair with U V = W, nearest to first order: one Newton step on eq. 1, computed in float64.
 
-    The smallest (dU, dV) with dU V + U dV = E = W - U V is dU = L Vᵀ, dV = Uᵀ L, where U Uᵀ L + L Vᵀ V = E. What is left is dU dV,
-    of the order of E squared. A part of E that no change of U and V reaches to first order stays.
+    What is left of E = W - U V is dU dV, of the order of E squared. A part of E that no change of U and V reaches to first order stays.
     """
-    groups: dict[tuple[int, int], list[int]] = {}
-    for i, site in enumerate(decomposition.sites):
-        groups.setdefault((site.d_in, site.d_out), []).append(i)
+    for sites, Us, Vs in _same_shaped(decomposition):
+        U, V = torch.stack(Us).to(torch.float64), torch.stack(Vs).to(torch.float64)
+        W = torch.stack([site.W for site in sites]).to(torch.float64)
+        _add(_smallest_change(U, V, W - U @ V), Us, Vs)
+
+
+@torch.no_grad()
+def project_gradients(decomposition: Decomposition) -> None:
+    """Take out of the gradients of U and V what would change U V to first order: an optimizer's moments would be made of little else."""
+    for _, Us, Vs in _same_shaped(decomposition):
+        U, V = torch.stack(Us).to(torch.float64), torch.stack(Vs).to(torch.float64)
+        to_U, to_V = ([torch.zeros_like(each) if each.grad is None else each.grad for each in side] for side in (Us, Vs))
+        E = torch.stack(to_U).to(torch.float64) @ V + U @ torch.stack(to_V).to(torch.float64)
+        _add(_smallest_change(U, V, -E), to_U, to_V)
+
+
+def _same_shaped(decomposition: Decomposition) -> Iterator[tuple[list[Site], list[Tensor], list[Tensor]]]:
+    """Sites of one shape, with their U and V."""
+    groups: dict[tuple[int, int], list[tuple[Site, Tensor, Tensor]]] = {}
+    for site, U, V in zip(decomposition.sites, decomposition._U, decomposition._V, strict=True):
+        groups.setdefault((site.d_in, site.d_out), []).append((site, U, V))
     for members in groups.values():
-        held = [(decomposition.sites[i].W, decomposition._U[i], decomposition._V[i]) for i in members]
-        W, U, V = (torch.stack(each).to(torch.float64) for each in zip(*held, strict=True))
-        (a, P), (b, Q) = torch.linalg.eigh(U @ U.mT), torch.linalg.eigh(V.mT @ V)
-        scale = a[:, :, None] + b[:, None, :]  # (site, d_in, d_out)
-        reached = scale > scale.amax((1, 2), keepdim=True) * torch.finfo(torch.float64).eps * max(W.shape[1:])
-        E = P.mT @ (W - U @ V) @ Q
-        L = P @ torch.where(reached, E / scale, 0) @ Q.mT
-        for i, dU, dV in zip(members, L @ V.mT, U.mT @ L, strict=True):
-            decomposition._U[i].add_(dU)
-            decomposition._V[i].add_(dV)
+        sites, Us, Vs = (list(each) for each in zip(*members, strict=True))
+        yield sites, Us, Vs
+
+
+def _smallest_change(
+    U: Float[Tensor, "site d_in C"], V: Float[Tensor, "site C d_out"], E: Float[Tensor, "site d_in d_out"]
+) -> tuple[Float[Tensor, "site d_in C"], Float[Tensor, "site C d_out"]]:
+    """The smallest (dU, dV) with dU V + U dV = E: dU = L Vᵀ and dV = Uᵀ L, where U Uᵀ L + L Vᵀ V = E; float64."""
+    (a, P), (b, Q) = torch.linalg.eigh(U @ U.mT), torch.linalg.eigh(V.mT @ V)
+    scale = a[:, :, None] + b[:, None, :]
+    reached = scale > scale.amax((1, 2), keepdim=True) * torch.finfo(torch.float64).eps * max(E.shape[1:])
+    L = P @ torch.where(reached, P.mT @ E @ Q / scale, 0) @ Q.mT
+    return L @ V.mT, U.mT @ L
+
+
+def _add(changes: tuple[Tensor, Tensor], Us: Sequence[Tensor], Vs: Sequence[Tensor]) -> None:
+    for change, values in zip(changes, (Us, Vs), strict=True):
+        for each, value in zip(change, values, strict=True):
+            value.add_(each)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from paramlens.config import RECONSTRUCTION_NAMES, Config
-from paramlens.decomposition import Decomposition, project
+from paramlens.decomposition import Decomposition, project, project_gradients
 from paramlens.errors import BatchError, DivergedError
 from paramlens.importance import Importance, lower
 from paramlens.losses import annealed_p, faithfulness, minimality, reconstruction_losses
@@ -92,12 +92,16 @@ class Steps:
         result = training_step(self.config, self.task, self.decomposition, self.importance, inputs, step, p=p)
         self.optimizer.zero_grad()
         result.total.backward()
+        start = self.config.optim.project_from
+        projecting = start is not None and step >= start * self.config.steps
+        if projecting:
+            project_gradients(self.decomposition)
         norm = nn.utils.get_total_norm([parameter.grad for parameter in self.parameters if parameter.grad is not None])
         self.broken.copy_(torch.maximum(self.broken, (~(result.total.detach().isfinite() & norm.isfinite())).to(self.broken.dtype)))
         if self.waits:
             self.require_finite(result, step)
         self.optimizer.step()
-        if self.config.optim.project:
+        if projecting:
             project(self.decomposition)
         return result
 
