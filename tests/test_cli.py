@@ -40,7 +40,7 @@ def test_alone_it_explains_itself(capsys: pytest.CaptureFixture[str]):
     [
         (["frob"], "no command 'frob'. There are: demo,"),
         (["decompos"], "no command 'decompos', did you mean decompose?"),
-        (["decompose", "nope"], "no configuration 'nope'. Give a YAML file or one of induction, induction-quick"),
+        (["decompose", "nope"], "no configuration 'nope'. Give a YAML file or one of induction, induction-cpu, induction-quick"),
         (["decompose", "CONFIG", "--optim.lrr", "3"], "optim.lrr: unknown field; did you mean optim.lr?"),
         (["decompose", "CONFIG", "--C", "0"], "C: 0: give 1 or more"),
         (["decompose", "CONFIG", "--steps", "many"], "steps: 'many': give a whole number"),
@@ -55,7 +55,7 @@ def test_alone_it_explains_itself(capsys: pytest.CaptureFixture[str]):
         (["train-target", "CONFIG", "--device", "cuda"], "device cuda: torch"),
         (["decompose", "CONFIG", "--resume", "--overwrite"], "resume and overwrite exclude each other"),
         (["decompose", "CONFIG", "--out", "CONFIG/x"], "tiny.yaml is no writable directory); give another --out"),
-        (["decompose"], "decompose: give a configuration, induction, induction-quick or a YAML file first, then options"),
+        (["decompose"], "decompose: give a configuration, induction, induction-cpu, induction-quick or a YAML file first, then options"),
         (["decompose", "--steps", "3", "CONFIG"], "decompose: give a configuration"),
         (["circuit"], "circuit: give a run directory first, then options"),
         (["circuit", "DIR", "--threshold", "abc"], "circuit: Error parsing --threshold: could not convert string to float: 'abc'"),

@@ -6,7 +6,7 @@ from paramlens.configfile import dump_config, field_paths, load_config, make_con
 from paramlens.errors import ConfigError
 
 
-@pytest.mark.parametrize("name", ["induction", "induction-quick"])
+@pytest.mark.parametrize("name", ["induction", "induction-cpu", "induction-quick"])
 def test_shipped_configs_load_and_round_trip(name: str, tmp_path):
     assert name in shipped_configs()
     config = load_config(name)
