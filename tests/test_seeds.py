@@ -33,6 +33,16 @@ def test_each_seed_is_the_run_it_would_be_alone(tmp_path):
         decompose_seeds(config, 0)
 
 
+def test_each_seed_can_take_its_own_target(tmp_path):
+    config = tiny_with(seed=3)
+    decompose_seeds(config, 2, out=tmp_path / "first")
+    again = decompose_seeds(config, 2, out=tmp_path / "again", target=tmp_path / "first/s{seed}")
+    for path in again:
+        assert (
+            read_json(path / "run.json")["target"]["sha256"] == read_json(tmp_path / "first" / path.name / "run.json")["target"]["sha256"]
+        )
+
+
 def test_a_seed_that_fails_does_not_stop_the_others(tmp_path):
     """The targets of a rate this high are not finite, and say so; every seed is tried."""
     broken = tiny_with(task=TINY["task"] | {"training": TINY["task"]["training"] | {"lr": 1e30}})

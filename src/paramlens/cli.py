@@ -234,7 +234,7 @@ def _decompose_seeds(options: Decompose, config: Config, rest: list[str]) -> int
     except RunInterrupted:
         own = [f"--{name}={value}" for name in ("target", "seeds", "out") if (value := getattr(options, name)) is not None]
         return _interrupted(["paramlens", "decompose", options.config, "--resume", *rest, *own])
-    alike = options.target is not None and len(paths) > 1
+    alike = options.target is not None and "{seed}" not in str(options.target) and len(paths) > 1
     found = agreement([open_run(path) for path in paths]) if alike else None
     if options.json:
         runs = [_run_document(open_run(path)) for path in paths]

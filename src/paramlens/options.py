@@ -39,9 +39,9 @@ class Decompose:
     config: Positional[str]
     """Shipped name or YAML path."""
     target: Path | None = None
-    """Directory that holds the target; none: train it first."""
+    """Directory that holds the target; none: train it first. With --seeds, {seed} in it stands for the seed."""
     seeds: int | None = None
-    """This many seeds in one go, in as many processes as cores are free; with --target, and how far they agree."""
+    """This many seeds in one go, in as many processes as cores are free; those of one --target are compared."""
     out: Path | None = None
     """Run directory (runs/<name>-s<seed>); with --seeds, the folder of the run directories s<seed>."""
     resume: bool = False

@@ -27,9 +27,10 @@ def decompose_seeds(
 ) -> list[Path]:
     """Runs with seeds `config.seed` to `config.seed` + `count` - 1, as many at a time as cores are free; returns their directories.
 
-    Each trains a target of its own, as it would alone, unless `target` names one for all. out: the folder of the run directories
-    `s<seed>`; none: runs/<name>-s<seed> each. threads: as configured, or one where several run at a time, since threads that must
-    wait for each other's cores lose more than they gain. resume: those that have a checkpoint go on at it, the others start.
+    Each trains a target of its own, as it would alone, unless `target` names one for all, or with {seed} in it one for each. out: the
+    folder of the run directories `s<seed>`; none: runs/<name>-s<seed> each. threads: as configured, or one where several run at a time,
+    since threads that must wait for each other's cores lose more than they gain. resume: those that have a checkpoint go on at it, the
+    others start.
     A seed that fails does not stop the others; its error is raised when all are done. Raises as `decompose_config` does.
     """
     if count < 1:
@@ -43,7 +44,8 @@ def decompose_seeds(
         resumable = resume and bool(checkpoints(path))
         if not resumable:
             require_free(path, overwrite=overwrite)
-        jobs.append(_Job(each, path, target, resumable, overwrite))
+        given = None if target is None or resumable else str(target).replace("{seed}", str(seed))
+        jobs.append(_Job(each, path, given, resumable, overwrite))
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
     try:
         failures = list(pool.map(_run, jobs))
@@ -60,7 +62,7 @@ def decompose_seeds(
 class _Job:
     config: Config
     path: Path
-    target: str | Path | None
+    target: str | None
     resume: bool
     overwrite: bool
 
@@ -68,9 +70,8 @@ class _Job:
 def _run(job: _Job) -> ParamLensError | None:
     """One seed in its own process; what went wrong is returned, so that it reaches the parent beside the others' results."""
     tracker = Terminal(seconds=PROGRESS, label=f"seed {job.config.seed}: ")
-    target = None if job.resume else job.target
     try:
-        decompose_config(job.config, out=job.path, target=target, resume=job.resume, overwrite=job.overwrite, tracker=tracker)
+        decompose_config(job.config, out=job.path, target=job.target, resume=job.resume, overwrite=job.overwrite, tracker=tracker)
     except ParamLensError as error:
         return error
     return None
