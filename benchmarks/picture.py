@@ -2,7 +2,7 @@
 
     python benchmarks/picture.py RUN FIGURE OUT.png
 
-FIGURE: roles, example, losses, attention or target.
+FIGURE: roles, maps, example, patterns, roleattention, attention, svd, losses or target; svd needs `paramlens svd RUN` before.
 """
 
 import sys

@@ -39,6 +39,9 @@ def test_page_computes_the_circuit_where_it_is_missing_or_old(run, tmp_path):
     file.write_text(fresh.replace('"step": 12', '"step": 8'))
     report(run)
     assert json.loads(file.read_text())["step"] == 12
+    file.write_text(json.dumps({key: value for key, value in json.loads(fresh).items() if key != "maps"}))
+    report(run)
+    assert "maps" in json.loads(file.read_text())
     shutil.rmtree(run / "analysis")
     report(str(run))
     assert file.is_file()

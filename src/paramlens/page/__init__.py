@@ -1,6 +1,7 @@
 """From a run directory to one offline HTML file: no server, no network, no torch."""
 
 import json
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from paramlens.rundir import Run
 
 
+_READ = {"sites", "metrics", "attention_kl", "attention_by_role", "interventions", "maps", "example"}
+"""What the page reads of a circuit; one written by an earlier version has less, and is computed again."""
+
+
 def report(run: "Run | str | Path") -> Path:
     """Write `report.html` into a run directory and return its path; the circuit is computed where it is missing or older than the run.
 
@@ -37,27 +42,7 @@ def report(run: "Run | str | Path") -> Path:
     require_run(path)
     circuit, info = _circuit(run, path), read_json(path / "run.json")
     target = read_json(path / "target.json") if (path / "target.json").is_file() else None
-    metrics = read_metrics(path)
-    figures: list[tuple[str, str, go.Figure]] = [
-        ("roles", "Importance by site and role: mean over positions of Σ g.", role_figure(circuit)),
-        ("example", "One held-out sequence: Σ g at every site and position.", example_figure(circuit)),
-        ("losses", "Losses over training, logarithmic.", losses_figure(metrics)),
-    ]
-    if circuit["maps"]:
-        figures.insert(1, ("maps", "Importance around each role: mean over sequences of Σ g.", maps_figure(circuit)))
-    if circuit["example"]["attention"]:
-        figures.append(("patterns", "Attention in that sequence: the target's, and the masked model's.", patterns_figure(circuit)))
-    if circuit["attention_by_role"]:
-        caption = "Attention from a role (rows) to a role (columns): the target's, and the masked model's."
-        figures.append(("roleattention", caption, role_attention_figure(circuit)))
-    if circuit["attention_kl"]:
-        figures.append(("attention", "How far attention moves in the masked model: KL in nats by query.", attention_figure(circuit)))
-    if target is not None:
-        figures.append(("target", "The target's training: its phase change (Figure 5).", target_figure(target)))
-    svd = _current(path / "analysis" / "svd.json", path)
-    if svd is not None:
-        caption = "What is lost with how many rank-1 parts: SVD pruned greedily (Algorithm 2), and the decomposition (Figure 2)."
-        figures.append(("svd", caption, svd_figure(svd)))
+    figures = _figures(circuit, read_metrics(path), target, _current(path / "analysis" / "svd.json", path))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((resources.files("paramlens.page") / "report.html.j2").read_text(encoding="utf-8"))
     html = template.render(
@@ -73,9 +58,33 @@ def report(run: "Run | str | Path") -> Path:
     return page
 
 
+def _figures(
+    circuit: dict[str, Any], metrics: list[dict[str, Any]], target: dict[str, Any] | None, svd: dict[str, Any] | None
+) -> Iterator[tuple[str, str, go.Figure]]:
+    """Name, caption and figure of all that there are data for."""
+    yield "roles", "Importance by site and role: mean over positions of Σ g.", role_figure(circuit)
+    if circuit["maps"]:
+        yield "maps", "Importance around each role: mean over sequences of Σ g.", maps_figure(circuit)
+    yield "example", "One held-out sequence: Σ g at every site and position.", example_figure(circuit)
+    if circuit["example"]["attention"]:
+        yield "patterns", "Attention in that sequence: the target's, and the masked model's.", patterns_figure(circuit)
+    if circuit["attention_by_role"]:
+        caption = "Attention from a role (rows) to a role (columns): the target's, and the masked model's."
+        yield "roleattention", caption, role_attention_figure(circuit)
+    if circuit["attention_kl"]:
+        yield "attention", "How far attention moves in the masked model: KL in nats by query.", attention_figure(circuit)
+    if svd is not None:
+        caption = "What is lost with how many rank-1 parts: SVD pruned greedily (Algorithm 2), and the decomposition (Figure 2)."
+        yield "svd", caption, svd_figure(svd)
+    yield "losses", "Losses over training, logarithmic.", losses_figure(metrics)
+    if target is not None:
+        yield "target", "The target's training: its phase change (Figure 5).", target_figure(target)
+
+
 def _circuit(run: "Run | str | Path", path: Path) -> dict[str, Any]:
     file = path / "analysis" / "circuit.json"
-    if _current(file, path) is None:
+    document = _current(file, path)
+    if document is None or not document.keys() >= _READ:
         from paramlens.analysis.circuit import circuit
         from paramlens.rundir import open_run
 
