@@ -4,7 +4,9 @@
     python benchmarks/induction.py agreement   # three seeds of one target, started from random rotations
     python benchmarks/induction.py ablations   # one part of the method taken away at a time
     python benchmarks/induction.py bounds      # how few rank-1 parts the first block's queries and keys can do with
-    python benchmarks/induction.py tables      # Markdown of all four, from docs/results
+    python benchmarks/induction.py quick       # docs/results.md: five seeds of induction-quick
+    python benchmarks/induction.py vector      # the same on the same targets with the vector γ
+    python benchmarks/induction.py tables      # Markdown of all that docs/results holds
 
 Runs go to runs/; as many at a time as cores are free.
 """
@@ -28,6 +30,7 @@ from paramlens.seeds import decompose_seeds
 from paramlens.tasks.induction import ROLES, induction_batch
 
 CONFIG = "induction-cpu"
+QUICK = "induction-quick"
 SEEDS = 5
 HOME = {"0.attn.q": "m", "0.attn.k": "s1", "0.attn.v": "s1", "1.attn.q": "s2", "1.attn.k": "m", "1.attn.v": "m"}
 """Site → the role at which the paper's circuit reads it (Table 1a)."""
@@ -60,6 +63,18 @@ def seeds() -> None:
     config = load_config(CONFIG)
     _decompose(config, SEEDS, RUNS / CONFIG)
     _write("induction", {"config": CONFIG, "seeds": [_measure(RUNS / CONFIG / f"s{seed}", svd=True) for seed in range(SEEDS)]})
+
+
+def quick() -> None:
+    _decompose(load_config(QUICK), SEEDS, RUNS / QUICK)
+    _write(QUICK, {"config": QUICK, "seeds": [_measure(RUNS / QUICK / f"s{seed}") for seed in range(SEEDS)]})
+
+
+def vector() -> None:
+    fields = {"gamma.kind": "vector"}
+    _decompose(load_config(QUICK, overrides=fields), SEEDS, RUNS / "vector", target=RUNS / QUICK / "s{seed}")
+    rows = [_measure(RUNS / "vector" / f"s{seed}") for seed in range(SEEDS)]
+    _write("vector", {"config": QUICK, "fields": fields, "seeds": rows})
 
 
 def agree() -> None:
@@ -177,17 +192,26 @@ def _write(name: str, document: Mapping[str, object]) -> None:
 
 
 def tables() -> None:
-    found = json.loads((RESULTS / "induction.json").read_text(encoding="utf-8"))["seeds"]
-    print(_table(["seed", *(str(row["seed"]) for row in found), "median"], _seed_lines(found)))
+    found = _read("induction")["seeds"]
+    print(_seed_table(found))
     print(_table(["change", "KL", "accuracy", "attention m→s1", "attention s2→m"], _intervention_lines(found)))
     print(_table(["KL up to", "SVD", "active", "unique"], _svd_lines(found)))
-    alike = json.loads((RESULTS / "agreement.json").read_text(encoding="utf-8"))["agreement"]["sites"]
+    alike = _read("agreement")["agreement"]["sites"]
     print(_table(["site", "agreement", "direction", "by chance", "pattern", "parts"], _agreement_lines(alike)))
-    least = json.loads((RESULTS / "bounds.json").read_text(encoding="utf-8"))["seeds"]
+    least = _read("bounds")["seeds"]
     print(_table(["parts", *(str(row["seed"]) for row in least), "median"], _bound_lines(least)))
-    taken = json.loads((RESULTS / "ablations.json").read_text(encoding="utf-8"))["rows"]
     columns = ["", "recon", "layerwise", "rounded", "adversarial", "faithfulness", *SHORT.values(), "most at random"]
-    print(_table(columns, _ablation_lines(taken)))
+    print(_table(columns, _ablation_lines(_read("ablations")["rows"])))
+    for name in (QUICK, "vector"):
+        print(_seed_table(_read(name)["seeds"]))
+
+
+def _read(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def _seed_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    return _table(["seed", *(str(row["seed"]) for row in rows), "median"], _seed_lines(rows))
 
 
 def _table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -203,8 +227,13 @@ def _seed_lines(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
     site = "blocks.{}".format
     lines = [
-        line(f"target {key.replace('_', ' ')}", form, lambda row, key=key: row["target"][key])
-        for key, form in (("loss", "{:.1e}"), ("attention_m_s1", "{:.3f}"), ("attention_s2_m", "{:.3f}"), ("attempts", "{}"))
+        line(f"target {label}", form, lambda row, key=key: row["target"][key])
+        for key, label, form in (
+            ("loss", "loss", "{:.1e}"),
+            ("attention_m_s1", "attention m→s1", "{:.3f}"),
+            ("attention_s2_m", "attention s2→m", "{:.3f}"),
+            ("attempts", "attempts", "{}"),
+        )
     ]
     for label, form, value in (
         ("{} active at {}", "{:.2f}", lambda row, name: row["sites"][site(name)]["active"][HOME[name]]),
@@ -217,9 +246,10 @@ def _seed_lines(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         lines.append(line(key, "{:.4f}" if key.startswith("accuracy") else "{:.1e}", lambda row, key=key: row["metrics"][key]))
     lines.append(line("attention KL, block 0 at m", "{:.3f}", lambda row: row["attention_kl"]["blocks.0.attn.pattern"]["m"]))
     lines.append(line("attention KL, block 1 at s2", "{:.4f}", lambda row: row["attention_kl"]["blocks.1.attn.pattern"]["s2"]))
-    lines.append(line("SVD rank at the same KL", "{:.0f}", lambda row: sum(row["svd"]["ranks"].values())))
-    lines.append(line("over active parts", "{:.1f}", lambda row: row["svd"]["factor_active"]))
-    lines.append(line("over unique parts", "{:.2f}", lambda row: row["svd"]["factor_unique"]))
+    if "svd" in first:
+        lines.append(line("SVD rank at the same KL", "{:.0f}", lambda row: sum(row["svd"]["ranks"].values())))
+        lines.append(line("over active parts", "{:.1f}", lambda row: row["svd"]["factor_active"]))
+        lines.append(line("over unique parts", "{:.2f}", lambda row: row["svd"]["factor_unique"]))
     lines.append(line("seconds", "{:.0f}", lambda row: row["seconds"]))
     return lines
 
@@ -282,4 +312,13 @@ def _ablation_lines(taken: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[li
 
 
 if __name__ == "__main__":
-    {"seeds": seeds, "agreement": agree, "ablations": ablations, "bounds": bounds, "tables": tables}[sys.argv[1]]()
+    parts = {
+        "seeds": seeds,
+        "agreement": agree,
+        "ablations": ablations,
+        "bounds": bounds,
+        "quick": quick,
+        "vector": vector,
+        "tables": tables,
+    }
+    parts[sys.argv[1]]()

@@ -72,6 +72,7 @@ def maps_figure(circuit: Mapping[str, Any]) -> go.Figure:
         labels = [role if offset == 0 else f"{offset:+d}" for offset in each["offsets"]]
         heatmap = _heatmap(z, x=labels, y=sites, hover="%{y}, %{x}: %{z:.3f}", highest=highest, scale=column == len(maps))
         figure.add_trace(heatmap, row=1, col=column)
+    figure.update_xaxes(type="category")  # "+1" would be read as a number, and the role's own name as none
     figure.update_yaxes(autorange="reversed")
     return _styled(figure, height=120 + 34 * len(sites), top=30)
 
