@@ -38,8 +38,9 @@ def print_circuit(result: "Circuit", console: Console) -> None:
 def _interventions(result: "Circuit") -> Table:
     links = list(result.interventions[0].attention)
     table = Table(title="Without and with a site's active subcomponents alone, and other changes (§6.1)", title_justify="left")
-    for name in ("change", "KL, nats", "accuracy", *links):
-        table.add_column(name, justify="left" if name == "change" else "right", no_wrap=True)
+    for name in ("change", "KL, nats", "accuracy", *(link.replace("_", " ") for link in links)):
+        first = name == "change"
+        table.add_column(name, justify="left" if first else "right", no_wrap=first, min_width=None if first else 8)
     for change in result.interventions:
         accuracy = "-" if change.accuracy is None else f"{change.accuracy:.4f}"
         table.add_row(change.name, f"{change.kl:.2e}", accuracy, *[f"{change.attention[link]:.3f}" for link in links])
