@@ -107,7 +107,8 @@ def _decompose(config: Config, count: int, folder: Path, *, target: Path | None 
 def bounds() -> None:
     """The least KL with k rank-1 parts of any kind, on at m (Q0) or s1 (K0) alone; every other site as the target has it.
 
-    No faithfulness is asked and no other mask need work, so that no decomposition whose k unique parts are on there does better.
+    No faithfulness is asked and no other mask need work: what a decomposition with k unique parts there could reach at best, as far as
+    the descent finds it.
     """
     rows = []
     for seed in range(SEEDS):
