@@ -1,6 +1,11 @@
 """Several seeds in one go are the same runs as one after the other."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from safetensors.torch import load_file
@@ -9,7 +14,7 @@ from conftest import TINY, tiny_with
 from paramlens.cli import main
 from paramlens.configfile import dump_config, make_config
 from paramlens.errors import ConfigError, DivergedError, RunDirError
-from paramlens.layout import find_checkpoint, read_json
+from paramlens.layout import checkpoints, find_checkpoint, read_json
 from paramlens.runs import decompose_config
 from paramlens.seeds import decompose_seeds
 
@@ -48,6 +53,26 @@ def test_a_seed_that_fails_does_not_stop_the_others(tmp_path):
     broken = tiny_with(task=TINY["task"] | {"training": TINY["task"]["training"] | {"lr": 1e30}})
     with pytest.raises(DivergedError, match="target step"):
         decompose_seeds(broken, 2, out=tmp_path)
+
+
+def test_ctrl_c_ends_all_seeds_and_leaves_a_checkpoint(tmp_path):
+    """The signal reaches the whole group, as from a terminal: seeds under way save, those that wait do not begin."""
+    file = tmp_path / "tiny.yaml"
+    file.write_text(dump_config(make_config(TINY)), encoding="utf-8")
+    words = ["decompose", str(file), "--seeds", "9", "--steps", "100000", "--checkpoint.every", "100000", "--out", str(tmp_path / "x")]
+    command = [sys.executable, "-W", "error", "-c", "from paramlens.cli import entry; entry()", *words]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        for _ in range(600):
+            if (tmp_path / "x/s0/metrics.jsonl").exists():
+                break
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"--resume --steps 100000 --checkpoint.every 100000 --seeds=9 --out={tmp_path / 'x'}" in told
+    assert "Traceback" not in told
+    assert len(checkpoints(tmp_path / "x/s0")) == 1
+    assert not (tmp_path / "x/s8").exists()
 
 
 def test_the_command_compares_seeds_of_one_target(tmp_path, tiny_run, capsys):
