@@ -12,6 +12,7 @@ from paramlens.analysis.maps import aligned_importance
 from paramlens.config import InductionTask
 from paramlens.losses import kl_divergence
 from paramlens.masks import Replacement
+from paramlens.rundir import open_run
 from paramlens.tasks import Link, generator
 from paramlens.tasks.induction import S1, InductionTransformer, M, check_target, induction_batch, induction_task
 
@@ -41,16 +42,11 @@ def test_names_and_the_target_itself(tiny_run):
 
 def test_all_removed_is_the_weight_that_is_left(tiny_run):
     """At a threshold below every g the whole sum is removed: the site is W - (W - U V) zeroed, so its output is 0 everywhere."""
-    run, site = tiny_run, "blocks.1.attn.v"
+    run, site = open_run(tiny_run.path), "blocks.1.attn.v"
     with torch.no_grad():
         for group in run.importance.typed_groups:
             group.b_out += 5
-    try:
-        removed = measured(run)[f"{site} removed"]
-    finally:
-        with torch.no_grad():
-            for group in run.importance.typed_groups:
-                group.b_out -= 5
+    removed = measured(run)[f"{site} removed"]
     weight = run.decomposition.model.get_submodule(site).weight
     kept = weight.detach().clone()
     values = []

@@ -9,6 +9,7 @@ from torch import Tensor
 from paramlens.decomposition import Plan, TargetRun
 from paramlens.errors import ConfigError
 from paramlens.evaluation import importances
+from paramlens.losses import loss_positions
 from paramlens.masks import Replacement
 from paramlens.rundir import Run
 from paramlens.tasks import Batch, Task
@@ -19,7 +20,7 @@ ALL_POSITIONS = "all"
 
 @dataclass(frozen=True)
 class HeldOut:
-    """One held-out batch of a run.
+    """One held-out batch of a run; of the target's run, what all batches together can afford: the logits that the loss sees.
 
     g: site name → (batch, pos, C) in [0, 1]. roles: indices into `role_names`, shaped as the leading axes of g.
     """
@@ -54,7 +55,8 @@ def held_out(run: Run, *, batches: int, task: Task | None = None) -> list[HeldOu
     for index in range(batches):
         batch = task.batch(index, "circuit").to(run.decomposition.device)
         target, g = importances(run.decomposition, run.importance, batch)
-        data.append(HeldOut(batch, target, g, _roles(batch, g)))
+        logits = loss_positions(target.logits, last_token_only=run.config.last_token_only).clone()
+        data.append(HeldOut(batch, TargetRun(logits, {}), g, _roles(batch, g)))
     return data
 
 
