@@ -3,10 +3,12 @@ import dataclasses
 import pytest
 import torch
 
-from paramlens.analysis.agreement import _compared, _Parts, agreement
+from paramlens.analysis.agreement import _compared, _Parts, _unit, agreement
 from paramlens.errors import ConfigError, RunDirError
 from paramlens.rundir import open_run
 from paramlens.runs import decompose_config
+
+NONE = (torch.zeros(8, 3).double(), torch.zeros(8, 4).double())
 
 
 @pytest.fixture
@@ -41,9 +43,15 @@ def test_opposite_parts_are_not_alike():
     """The cosine of rank-1 matrices has a sign: outer(u, v) and outer(-u, v) are as far apart as can be."""
     g = torch.rand(2, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     a = _Parts([0, 1], torch.eye(2, 3).double(), torch.eye(2, 4).double(), g)
-    assert _compared(a, a).direction == pytest.approx(1)
-    assert _compared(a, dataclasses.replace(a, reads=-a.reads)).direction == 0
-    assert _compared(a, dataclasses.replace(a, reads=-a.reads, writes=-a.writes)).direction == pytest.approx(1)
+    assert _compared(a, a, NONE).direction == pytest.approx(1)
+    assert _compared(a, dataclasses.replace(a, reads=-a.reads), NONE).direction == 0
+    assert _compared(a, dataclasses.replace(a, reads=-a.reads, writes=-a.writes), NONE).direction == pytest.approx(1)
+
+
+def test_a_part_that_writes_nothing_is_like_none():
+    g = torch.rand(2, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    a = _Parts([0, 1], _unit(torch.eye(2, 3).double()), _unit(torch.zeros(2, 4).double()), g)
+    assert _compared(a, a, NONE).direction == 0
 
 
 def test_patterns_and_weights_by_hand():
@@ -51,11 +59,11 @@ def test_patterns_and_weights_by_hand():
     g = torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.0, 0.5, 0.0, 0.5]], dtype=torch.float64)
     both = _Parts([3, 7], torch.eye(2, 3).double(), torch.eye(2, 4).double(), g)
     first = _Parts([2], both.reads[:1], both.writes[:1], g[:1])
-    result = _compared(both, first)
+    result = _compared(both, first, NONE)
     assert result.agreement == result.direction == result.pattern == pytest.approx(0.8)
     assert result.matches == [(3, 2, pytest.approx(1))]
     second = dataclasses.replace(first, g=g[1:])  # active exactly where the first is not
-    assert _compared(both, second).matches == [(3, 2, pytest.approx(0.5))]  # same direction, opposite pattern
+    assert _compared(both, second, NONE).matches == [(3, 2, pytest.approx(0.5))]  # same direction, opposite pattern
 
 
 def test_a_part_without_partner_counts_as_unlike(pair):
@@ -79,6 +87,19 @@ def test_means_over_pairs_and_chance(tiny, tiny_run, tmp_path):
         assert site.agreement == pytest.approx(sum(pair[name].agreement for pair in result.pairs) / 3)
         assert 0 <= site.agreement <= 1
     assert result == agreement([open_run(run.path) for run in (tiny_run, *seeds)], batches=2)
+
+
+def test_chance_is_what_the_same_weight_gives(tiny, tiny_run, tmp_path):
+    """Two untrained rotations of one weight are as alike as chance says, and far more alike than directions at random would be."""
+    fields = {"init": tiny.init.model_copy(update={"kind": "svd_rotated"}), "steps": 1, "C": 16}
+    slow = tiny.optim.model_copy(update={"lr": 1e-9})
+    seeds = [
+        decompose_config(tiny.model_copy(update={**fields, "optim": slow, "seed": seed}), out=tmp_path / str(seed), target=tiny_run.path)
+        for seed in (1, 2)
+    ]
+    for site in agreement(seeds, batches=1).sites.values():
+        assert site.direction == pytest.approx(site.chance, abs=0.15)
+        assert 0.3 < site.chance < 0.9
 
 
 def test_what_cannot_be_compared(tiny, tiny_run, tmp_path):

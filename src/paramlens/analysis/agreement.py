@@ -10,6 +10,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from paramlens.analysis.held_out import HeldOut, data_of, held_out
+from paramlens.config import Init
+from paramlens.decomposition import Decomposition, initialise
 from paramlens.errors import ConfigError, RunDirError
 from paramlens.evaluation import ACTIVE
 from paramlens.machine import machine
@@ -33,7 +35,7 @@ class SiteAgreement:
     pattern: float
     """Matched by the correlation of g over all tokens alone, negative ones counted as 0."""
     chance: float
-    """`direction` against random directions of the same number, shape and importances."""
+    """`direction` against as many parts of W's SVD under a random rotation, with the same importances: what the same weight alone gives."""
     parts: tuple[float, float]
     """Subcomponents active somewhere, in either run."""
     matches: list[tuple[int, int, float]]
@@ -78,7 +80,10 @@ def agreement(runs: Sequence[Run], *, threshold: float = ACTIVE, batches: int = 
     for run in runs:
         with at_rest(task.model), machine(run.config):
             parts.append(_parts(run, held_out(run, task=task, batches=batches), threshold))
-    pairs = [{site: _compared(parts[i][site], parts[j][site]) for site in parts[0]} for i, j in combinations(range(len(runs)), 2)]
+    rotated = _rotated(first.decomposition)
+    pairs = [
+        {site: _compared(parts[i][site], parts[j][site], rotated[site]) for site in parts[0]} for i, j in combinations(range(len(runs)), 2)
+    ]
     return Agreement(
         runs=[str(run.path) for run in runs],
         threshold=threshold,
@@ -121,14 +126,19 @@ def _parts(run: Run, data: Sequence[HeldOut], threshold: float) -> dict[str, _Pa
 
 
 def _unit(rows: Float[Tensor, "row d"]) -> Float[Tensor, "row d"]:
-    return rows / rows.norm(dim=1, keepdim=True)
+    return rows / rows.norm(dim=1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)  # a part that writes nothing is like none
 
 
-def _compared(a: _Parts, b: _Parts) -> SiteAgreement:
+def _rotated(decomposition: Decomposition) -> dict[str, tuple[Tensor, Tensor]]:
+    """Reads and writes of every site's subcomponents, as a random rotation of the SVD starts them."""
+    start = Decomposition(decomposition.model, decomposition.sites, C=decomposition.C)
+    initialise(start, Init(kind="svd_rotated"), generator=generator("chance"))
+    return {site: (_unit(start.U[site].T.double()), _unit(start.V[site].double())) for site in start.names}
+
+
+def _compared(a: _Parts, b: _Parts, rotated: tuple[Tensor, Tensor]) -> SiteAgreement:
     direction = _cosines(a, b.reads, b.writes)
     pattern = (a.pattern @ b.pattern.T).clamp(min=0)
-    rng = generator("chance")
-    reads, writes = (_unit(torch.randn(each.shape, generator=rng, dtype=torch.float64).to(each.device)) for each in (b.reads, b.writes))
     weight = a.importance[:, None] + b.importance[None, :]
     whole = (a.importance.sum() + b.importance.sum()).item()
 
@@ -142,7 +152,7 @@ def _compared(a: _Parts, b: _Parts) -> SiteAgreement:
         agreement=score,
         direction=matched(direction)[0],
         pattern=matched(pattern)[0],
-        chance=matched(_cosines(a, reads, writes))[0],
+        chance=matched(_cosines(a, *(side[b.index] for side in rotated)))[0],
         parts=(float(len(a.index)), float(len(b.index))),
         matches=matches,
     )
