@@ -83,6 +83,7 @@ def agree() -> None:
     folder, count = RUNS / "agreement", 3
     _decompose(load_config(CONFIG, overrides=fields), count, folder, target=RUNS / CONFIG / f"s{ABLATION_SEED}")
     found = agreement([open_run(folder / f"s{seed}") for seed in range(count)]).to_json()
+    found["runs"] = [f"runs/agreement/s{seed}" for seed in range(count)]
     _write("agreement", {"config": CONFIG, "fields": fields, "agreement": found})
 
 
