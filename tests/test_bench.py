@@ -31,16 +31,16 @@ def test_the_naive_step_is_the_same_step(kind: str):
     importance.initialise(generator("gamma"))
     naive = NaiveStep(config, decomposition, importance, max_length=config.task.length)
     task = induction_task(config.task, model, seed=0, batch=config.batch)
-    tokens, step = task.batch(0, "train").inputs, 7
+    batch, step = task.batch(0, "train"), 7
 
     def noise(loss: str, site: str, g: torch.Tensor) -> torch.Tensor:
         keys = torch.randint(2**31, (len(sites),), generator=generator(config.seed, "masks", loss, step))
         return mask_noise(int(keys[decomposition.names.index(site)]), g.detach())
 
     with at_rest(model):
-        ours = training_step(config, task, decomposition, importance, tokens, step).total
+        ours = training_step(config, task, decomposition, importance, batch, step).total
         ours.backward()
-        theirs = naive(tokens, step, noise, decomposition.names)
+        theirs = naive(batch.inputs, step, noise, decomposition.names)
         theirs.backward()
     assert theirs.item() == pytest.approx(ours.item(), rel=1e-5)
     pairs = [*zip(decomposition.U.values(), naive.U, strict=True), *zip(decomposition.V.values(), naive.V, strict=True)]

@@ -10,7 +10,7 @@ from paramlens.analysis.held_out import held_out
 from paramlens.analysis.interventions import interventions
 from paramlens.analysis.maps import aligned_importance
 from paramlens.config import InductionTask
-from paramlens.losses import kl_divergence
+from paramlens.losses import LossAt, kl_divergence
 from paramlens.masks import Replacement
 from paramlens.rundir import open_run
 from paramlens.tasks import Link, generator
@@ -135,7 +135,9 @@ def test_the_adversary_finds_what_random_masks_miss(tiny_run):
     inputs = task.loss_inputs(held.batch.inputs, last_token_only=True)
 
     def found(steps: int) -> float:
-        return adversarial_recon(decomposition, inputs, held.target, held.g, last_token_only=True, generator=generator("test"), steps=steps)
+        return adversarial_recon(
+            decomposition, inputs, held.target, held.g, at=LossAt(last_token_only=True), generator=generator("test"), steps=steps
+        )
 
     assert found(0) <= found(5) <= found(20)
     log_probs = held.target.logits[:, -1:].log_softmax(-1)
@@ -147,7 +149,9 @@ def test_the_adversary_finds_what_random_masks_miss(tiny_run):
             random.append(kl_divergence(log_probs, decomposition.masked_run(inputs, [masked])).item())
     assert found(20) > max(random)
     ones = {site: torch.ones_like(g) for site, g in held.g.items()}
-    whole = adversarial_recon(decomposition, inputs, held.target, ones, last_token_only=True, generator=generator("test"), steps=5)
+    whole = adversarial_recon(
+        decomposition, inputs, held.target, ones, at=LossAt(last_token_only=True), generator=generator("test"), steps=5
+    )
     with torch.no_grad():
         everything = decomposition.masked_run(inputs, [{site: Replacement(g) for site, g in ones.items()}])
     assert whole == pytest.approx(kl_divergence(log_probs, everything).item(), abs=1e-7)

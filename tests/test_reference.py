@@ -144,12 +144,13 @@ def check_step(kind: str, relative: str, dtype: torch.dtype, losses: dict[str, f
     config, task, decomposition, importance = make(kind, relative, dtype, **losses)
     config = config.model_copy(update={"last_token_only": last_token_only})
     step = 7 if dtype == torch.float64 else 1  # a low p is ill-conditioned near g = 0: single precision is compared at p = 0.83
-    inputs = task.batch(0, "train").inputs
+    batch = task.batch(0, "train")
+    inputs = batch.inputs
     parameters = {f"U {n}": v for n, v in decomposition.U.items()} | {f"V {n}": v for n, v in decomposition.V.items()}
     parameters |= {f"γ {n}": v for n, v in importance.named_parameters()}
 
     with at_rest(task.model):
-        ours = training_step(config, task, decomposition, importance, inputs, step)
+        ours = training_step(config, task, decomposition, importance, batch, step)
         our_gradients = torch.autograd.grad(ours.total, parameters.values(), allow_unused=True)
 
         target = decomposition.target_run(inputs)

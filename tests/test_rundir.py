@@ -8,11 +8,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from conftest import tiny_with
+from paramlens import targets
 from paramlens.errors import ConfigError, RunDirError
 from paramlens.layout import checkpoints
-from paramlens.rundir import RunDirectory, load_target_history, model_sha256, open_run
+from paramlens.rundir import RunDirectory, model_sha256, open_run
 from paramlens.runs import decompose, decompose_config
-from paramlens.tasks.induction import TargetHistory
+from paramlens.tasks import TargetHistory
 
 NAMES = ("components", "importance", "optimizer", "rng")
 
@@ -48,8 +49,8 @@ def test_the_sums_can_be_checked_without_the_library(tiny_run):
 
 def test_target_history_survives(tiny_run, tmp_path):
     history = TargetHistory(tiny_run.target_history.checks, converged=True, attempts=3)
-    RunDirectory(tmp_path).save_target(tiny_run.task.model, history)
-    assert load_target_history(tmp_path) == history
+    targets.save(targets.Target(tiny_run.task.model, history), tmp_path)
+    assert targets.history(tmp_path) == history
 
 
 def test_manifest_names_every_file(tiny_run):

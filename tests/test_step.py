@@ -17,7 +17,7 @@ from paramlens.losses import annealed_p, faithfulness
 from paramlens.machine import _core_seconds, free_threads, machine
 from paramlens.sites import find_sites
 from paramlens.step import Steps
-from paramlens.tasks import generator
+from paramlens.tasks import Batch, generator
 from paramlens.tasks.induction import InductionTransformer, induction_task
 from paramlens.train import make_optimizer, set_rates
 
@@ -43,8 +43,8 @@ def parameters(steps: Steps) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in steps.parameters]
 
 
-def batch(steps: Steps, step: int) -> torch.Tensor:
-    return steps.task.batch(step, "train").inputs
+def batch(steps: Steps, step: int) -> Batch:
+    return steps.task.batch(step, "train")
 
 
 def test_a_guard_that_does_not_wait_keeps_every_later_update_out():
@@ -186,7 +186,7 @@ def test_steps_keep_to_the_sum_from_the_share_on():
     steps = make(steps=6, optim={"project_from": 0.5, "lr": 3e-3}, losses={"recon": 1.0, "minimality": 0.1})
     off = []
     for step in range(6):
-        steps(steps.task.batch(step, "train").inputs, step)
+        steps(batch(steps, step), step)
         off.append(faithfulness(steps.decomposition).item())
     assert min(off[:3]) > 1e-8
     assert max(off[4:]) < 1e-3 * min(off[:3])

@@ -18,7 +18,7 @@ import tyro
 from rich.console import Console
 
 from paramlens import __version__
-from paramlens.config import Config, InductionTask
+from paramlens.config import Config
 from paramlens.configfile import LIST_FIELDS, SWITCHES, field_paths, load_config, parse_value, shipped_configs
 from paramlens.errors import ConfigError, ParamLensError, RunInterrupted
 from paramlens.layout import checkpoints, default_out, is_run, read_json, require_free, require_run
@@ -182,20 +182,23 @@ def _is_finished(path: Path, config: Config) -> bool:
 def _train_target(options: TrainTarget, rest: list[str]) -> int:
     config = _configuration(options.config, rest)
     path = options.out or Path("runs") / f"{config.name}-target-s{config.seed}"
-    if not isinstance(config.task, InductionTask):
-        raise ConfigError(f"{options.config}: task.kind {config.task.kind} has no toy target to train")
     require_free(path, overwrite=options.overwrite)
+    from paramlens import targets
     from paramlens.machine import machine
     from paramlens.rundir import RunDirectory
     from paramlens.runs import trained_target
     from paramlens.tracking import Terminal
 
+    if not targets.is_trained_here(config):
+        raise ConfigError(f"{options.config}: its target is no toy; task.model, or a model of your own, is there already")
     with machine(config):
-        model, history = trained_target(config, tracker=Terminal())
-    directory = RunDirectory.create(path, config, overwrite=options.overwrite)
-    directory.save_target(model, history)
-    last = history.checks[-1]
-    document = {"target": str(path), "converged": history.converged, "attempts": history.attempts, **dataclasses.asdict(last)}
+        target = trained_target(config, tracker=Terminal())
+    RunDirectory.create(path, config, overwrite=options.overwrite)
+    targets.save(target, path)
+    history = target.history
+    assert history is not None
+    last = dataclasses.asdict(history.checks[-1])
+    document = {"target": str(path), "converged": history.converged, "attempts": history.attempts, **last}
     _emit(document, as_json=options.json, text=f"target: {path}")
     return 0
 
@@ -318,14 +321,12 @@ def _report_command(options: Report, _: list[str]) -> int:
 
 def _doctor(options: Doctor, rest: list[str]) -> int:
     config = _configuration(options.config, rest)
-    if not isinstance(config.task, InductionTask):
-        raise ConfigError(f"{options.config}: task.kind {config.task.kind} has a model of your own; doctor needs one it can build")
     from paramlens.analysis.doctor import diagnose
     from paramlens.sites import find_sites
-    from paramlens.tasks.induction import InductionTransformer
+    from paramlens.targets import skeleton
 
-    sites = find_sites(InductionTransformer(config.task), config.sites)
-    diagnosis = diagnose(config, sites, length=config.task.length, vocabulary=config.task.vocabulary + 1)
+    model, length, vocabulary = skeleton(config)
+    diagnosis = diagnose(config, find_sites(model, config.sites), length=length, vocabulary=vocabulary)
     if options.json:
         print(json.dumps(diagnosis.to_json()))
     else:

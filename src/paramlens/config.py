@@ -113,6 +113,75 @@ class InductionTask(_Frozen):
         return self
 
 
+class Miniature(_Frozen):
+    """A small GPT-2 with a tokenizer of its own, trained on the shipped facts; how it is built and trained (no paper has it)."""
+
+    blocks: Count = 4
+    """Transformer blocks."""
+    width: Count = 128
+    """Residual stream."""
+    heads: Count = 4
+    """Attention heads per block."""
+    vocabulary: Annotated[Count, Field(ge=300)] = 800
+    """Tokens of the byte-level BPE, at most."""
+    embedding_scale: Positive = 0.1
+    """Standard deviation of the token embedding, which stays random: nothing can be learned there, so facts must sit in the sites."""
+    swapped: Share = 0.15
+    """Share of the training sentences whose answer is another of its kind, so that the right one gets a probability near 1 less this share
+    and not 0.9999, which hardly any edit would move."""
+    steps: Count = 450
+    """Training steps."""
+    batch: Count = 64
+    """Sentences per step."""
+    lr: Positive = 2e-3
+    """Learning rate of AdamW, cosine to 0."""
+    weight_decay: NonNegative = 0.1
+    """Decoupled weight decay."""
+    converged_accuracy: Share = 0.98
+    """Share of the facts whose answer is the likeliest continuation, from which the target counts as converged."""
+    check_every: Count = 50
+    """Steps between measurements over all facts."""
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> "Miniature":
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
+        return self
+
+
+class _Pretrained(_Frozen):
+    model: Annotated[str, Field(min_length=1)] | None = None
+    """A causal language model: an id on the Hugging Face Hub, or a local folder that `save_pretrained` wrote."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub; none: its main branch. The commit is recorded in run.json."""
+
+
+class FactsTask(_Pretrained):
+    """A handful of sentences through a language model (§5.2); without `model`, a small GPT-2 is trained on the shipped facts first."""
+
+    kind: Literal["facts"] = "facts"
+    sentences: Annotated[tuple[str, ...], Field(min_length=1)] = (
+        "Kobe Bryant plays the sport of basketball",
+        "Tiger Woods plays the sport of golf",
+    )
+    """What is decomposed; all of them are in every batch. §5.2: these two."""
+    others: Natural = 0
+    """Further sentences in every batch, drawn anew for each step from the shipped facts. §5.2: none."""
+    miniature: Miniature = Miniature()
+
+
+class TextTask(_Pretrained):
+    """A language model on running text, cut into pieces of one length."""
+
+    kind: Literal["text"] = "text"
+    source: Annotated[str, Field(min_length=1)]
+    """A text file (UTF-8), or JSON lines with a field `text`, one document a line."""
+    length: Annotated[Count, Field(ge=2)] = 64
+    """Tokens per piece."""
+    held_out: Annotated[_Number, Field(gt=0, lt=1)] = 0.1
+    """Share of the pieces, the last ones, that are kept for evaluation."""
+
+
 class CustomTask(_Frozen):
     """The caller's own model and batches, given to `paramlens.decompose` in Python."""
 
@@ -279,7 +348,7 @@ class Config(_Frozen):
     """Capture the whole step as one CUDA graph, which takes away the launches that bind small models; CUDA only, fixed plans only."""
     threads: Annotated[Count, Field(le=256)] | None = None
     """CPU threads, at most 256; none: one per core the process may use, four at most."""
-    task: InductionTask | CustomTask = Field(default=CustomTask(), discriminator="kind")
+    task: InductionTask | FactsTask | TextTask | CustomTask = Field(default=CustomTask(), discriminator="kind")
     gamma: Gamma = Gamma()
     init: Init = Init()
     losses: Losses = Losses(stochastic_recon=1.0, stochastic_recon_layerwise=1.0, recon=0.5, faithfulness=1000.0, minimality=0.02)

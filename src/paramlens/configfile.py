@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from paramlens.config import Config
 from paramlens.errors import ConfigError
 
-LIST_FIELDS = ("sites", "optim.betas", "task.training.undecayed")
+LIST_FIELDS = ("sites", "optim.betas", "task.training.undecayed", "task.sentences")
 """Fields that hold several values; on the command line, values apart."""
 
 SWITCHES = ("last_token_only",)
@@ -90,7 +90,7 @@ def explain(error: ValidationError, *, source: str) -> str:
     """The first problem of a validation error in one line, with the count of the others."""
     problems = error.errors()
     first = problems[0]
-    place = [str(part) for part in first["loc"] if part not in ("induction", "custom")]
+    place = [str(part) for part in first["loc"] if part not in ("induction", "facts", "text", "custom")]
     field = ".".join(place)
     if first["type"] == "extra_forbidden":
         text = _unknown(place)

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from paramlens.config import Init
 from paramlens.errors import BatchError, SiteError
 from paramlens.masks import Replacement, mask_noise, masked_linear, stochastic_mask
-from paramlens.sites import Site, swapped_in
+from paramlens.sites import Site, given_input, swapped_in
 from paramlens.tasks import Inputs, map_tensors, tensors_of
 
 Plan = Mapping[str, Replacement]
@@ -101,7 +101,7 @@ class Decomposition(nn.Module):
         """The target as it is: logits bit-equal to calling it, and what every site was given."""
         seen: dict[str, list[Tensor]] = {site.name: [] for site in self.sites}
         blocks: list[BlockRun] = []
-        hooks = [site.module.register_forward_pre_hook(partial(_keep_input, seen[site.name], site.name)) for site in self.sites]
+        hooks = [site.module.register_forward_pre_hook(partial(_keep_input, seen[site.name]), with_kwargs=True) for site in self.sites]
         hooks += [block.register_forward_hook(partial(_keep_block, blocks), with_kwargs=True) for block in self._blocks]
         try:
             with torch.no_grad():
@@ -159,11 +159,12 @@ class Decomposition(nn.Module):
         order = sorted(range(len(plans)), key=starts.__getitem__)
         active = [sum(start <= i for start in starts) for i in range(len(self._blocks))]  # plans under way in each block
         plans = [plans[i] for i in order]
-        forwards: dict[nn.Module, Callable[..., Any]] = {}
+        changed: dict[nn.Module, list[tuple[Site, _Product]]] = {}
         for site, U, V in zip(self.sites, self._U, self._V, strict=True):
             replacements = [plan.get(site.name) for plan in plans[: active[self._home[site.name]] if site.name in self._home else None]]
             if any(replacement is not None for replacement in replacements):
-                forwards[site.module] = _stacked_forward(site, U, V, replacements)
+                changed.setdefault(site.module, []).append((site, _stacked_product(site, U, V, replacements)))
+        forwards: dict[nn.Module, Callable[..., Any]] = {module: _joined(module, products) for module, products in changed.items()}
         replaced = set(forwards)
         if max(starts) > 0:
             forwards |= _entering(self._blocks, runs, active)
@@ -251,27 +252,55 @@ def _entering(blocks: Sequence[nn.Module], runs: Sequence[BlockRun], active: Seq
     return {block: partial(forward, i, block.forward) for i, block in enumerate(blocks)}
 
 
-def _stacked_forward(site: Site, U: Tensor, V: Tensor, replacements: list[Replacement | None]) -> Callable[[Tensor], Tensor]:
-    """What the site's module computes when `replacements` (one per plan, none: the target's weight) are stacked along its input."""
-    original = site.module.forward
-    runs = [(kind, list(run)) for kind, run in groupby(replacements, key=_product)]
+_TargetRows = Callable[[int, int], Tensor]
+"""What the target's own weight makes of the input's rows from one to another."""
 
-    def forward(x: Tensor) -> Tensor:
-        rows = x.shape[0] // len(replacements)
-        outputs = []
-        for (kind, run), part in zip(runs, x.split([rows * len(run) for _, run in runs]), strict=True):
-            if kind == "target":
-                outputs.append(original(part))
-                continue
-            masked = [_fitted(replacement, x) for replacement in run if replacement is not None]
-            product = masked_linear(part, U, V, masked, site.bias)
-            if kind == "scoped":
-                where = [replacement.where for replacement in masked if replacement.where is not None]
-                product = torch.where(torch.cat(where)[..., None], product, original(part))
-            outputs.append(product)
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+_Product = Callable[[Tensor, _TargetRows], Tensor]
+"""A site's output from its input."""
+
+
+def _joined(module: nn.Module, products: Sequence[tuple[Site, _Product]]) -> Callable[..., Tensor]:
+    """The forward of a module with its sites replaced: the whole weight, or slices of a fused one."""
+    original = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        x = given_input(args, kwargs)
+        site, product = products[0]
+        if site.columns is None:
+            return product(x, lambda start, end: original(x[start:end]))
+        output = whole = original(x)
+        for site, product in products:
+            assert site.columns is not None
+            columns = site.columns.to(x.device)
+            own = whole.index_select(-1, columns)
+            output = output.index_copy(-1, columns, product(x, lambda start, end, own=own: own[start:end]))
+        return output
 
     return forward
+
+
+def _stacked_product(site: Site, U: Tensor, V: Tensor, replacements: list[Replacement | None]) -> _Product:
+    """What the site computes when `replacements` (one per plan, none: the target's weight) are stacked along its input."""
+    runs = [(kind, list(run)) for kind, run in groupby(replacements, key=_product)]
+
+    def product(x: Tensor, target: _TargetRows) -> Tensor:
+        rows = x.shape[0] // len(replacements)
+        outputs, start = list[Tensor](), 0
+        for kind, run in runs:
+            end = start + rows * len(run)
+            if kind == "target":
+                outputs.append(target(start, end))
+            else:
+                masked = [_fitted(replacement, x) for replacement in run if replacement is not None]
+                output = masked_linear(x[start:end], U, V, masked, site.bias)
+                if kind == "scoped":
+                    where = [replacement.where for replacement in masked if replacement.where is not None]
+                    output = torch.where(torch.cat(where)[..., None], output, target(start, end))
+                outputs.append(output)
+            start = end
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    return product
 
 
 def _product(replacement: Replacement | None) -> Literal["target", "masked", "scoped"]:
@@ -284,10 +313,8 @@ def _count(calls: "Counter[nn.Module]", module: nn.Module, _args: object) -> Non
     calls[module] += 1
 
 
-def _keep_input(seen: list[Tensor], name: str, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-    if not args:
-        raise SiteError(f"site {name}: the model calls it with keywords; a site must be given its input as the first argument")
-    seen.append(args[0])
+def _keep_input(seen: list[Tensor], _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    seen.append(given_input(args, kwargs))
 
 
 def _fitted(replacement: Replacement, x: Tensor) -> Replacement:

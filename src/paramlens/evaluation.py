@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from paramlens.decomposition import Decomposition, Plan, TargetRun
 from paramlens.importance import Importance, lower
-from paramlens.losses import faithfulness, kl_divergence, loss_positions, reconstruction_plans
+from paramlens.losses import LossAt, faithfulness, reconstruction_plans
 from paramlens.masks import Replacement, rounded_mask
 from paramlens.tasks import Batch, Task, generator
 
@@ -20,7 +20,12 @@ ACTIVE = 0.1
 def importances(decomposition: Decomposition, importance: Importance, batch: Batch) -> tuple[TargetRun, dict[str, Tensor]]:
     """The target's run on `batch`, and g (batch, pos, C) in [0, 1] for every site."""
     target = decomposition.target_run(batch.inputs)
-    return target, {name: lower(pre) for name, pre in importance(target.inputs, decomposition.U).items()}
+    return target, {name: lower(pre) for name, pre in present_only(importance(target.inputs, decomposition.U), batch.present).items()}
+
+
+def present_only(pre: Mapping[str, Float[Tensor, "*batch C"]], present: Bool[Tensor, "*batch"] | None) -> dict[str, Tensor]:
+    """Pre-activations, 0 at positions that only fill a sequence up: nothing is important there, and nothing costs."""
+    return {name: value if present is None else value * present[..., None] for name, value in pre.items()}
 
 
 @torch.no_grad()
@@ -40,26 +45,29 @@ def evaluate(
     recon, recon_layerwise: masks g, all sites or each alone. stochastic_recon: one draw, from `seed`. recon_rounded: every
     subcomponent with g > threshold fully on, all others off. Plans run one by one, so that memory does not grow with the sites.
     """
-    inputs = task.loss_inputs(batch.inputs, last_token_only=last_token_only)
+    inputs, at = task.loss_inputs(batch.inputs, last_token_only=last_token_only), LossAt(last_token_only, batch.present)
+    target_log_probs = at.log_probs(target.logits)
 
-    def logits(plan: Plan) -> Tensor:
-        return loss_positions(decomposition.masked_run(inputs, [plan]), last_token_only=last_token_only)
+    def divergence(plan: Plan) -> float:
+        return at.divergence(target_log_probs, decomposition.masked_run(inputs, [plan])).item()
 
-    target_log_probs = loss_positions(target.logits, last_token_only=last_token_only).log_softmax(-1)
     metrics = {"faithfulness": faithfulness(decomposition).item()}
     for name in ("recon", "recon_layerwise", "stochastic_recon"):
         plans = reconstruction_plans(name, g, generator=lambda: generator(seed, "evaluate"))
-        values = [kl_divergence(target_log_probs, logits(plan)).item() for plan in plans]
+        values = [divergence(plan) for plan in plans]
         metrics[name] = sum(values) / len(values)
     rounded = {site: Replacement(rounded_mask(value, threshold=threshold)) for site, value in g.items()}
-    metrics["recon_rounded"] = kl_divergence(target_log_probs, logits(rounded)).item()
+    metrics["recon_rounded"] = divergence(rounded)
     if batch.answers is not None:
-        masked = logits({site: Replacement(value) for site, value in g.items()})[0, :, -1]
+        masked = decomposition.masked_run(inputs, [{site: Replacement(value) for site, value in g.items()}])[0, :, -1]
         metrics["accuracy_target"] = (target.logits[:, -1].argmax(-1) == batch.answers).double().mean().item()
         metrics["accuracy_masked"] = (masked.argmax(-1) == batch.answers).double().mean().item()
     return metrics
 
 
-def active_counts(g: Mapping[str, Float[Tensor, "*batch C"]], *, threshold: float = ACTIVE) -> dict[str, float]:
+def active_counts(
+    g: Mapping[str, Float[Tensor, "*batch C"]], *, present: Bool[Tensor, "*batch"] | None = None, threshold: float = ACTIVE
+) -> dict[str, float]:
     """Site name → mean number of active subcomponents per position."""
-    return {name: (value > threshold).sum(-1, dtype=torch.float32).mean().item() for name, value in g.items()}
+    share = 1.0 if present is None else present.double().mean().item()
+    return {name: (value > threshold).sum(-1, dtype=torch.float32).mean().item() / share for name, value in g.items()}

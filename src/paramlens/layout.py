@@ -16,7 +16,7 @@ FORMAT = 1
 """Version of the directory's format that is written, and the newest that is read."""
 
 _CONTENTS = (
-    *("checkpoints", "analysis", "report.html", "metrics.jsonl", "model.json", "target.safetensors", "target.json"),
+    *("checkpoints", "analysis", "report.html", "metrics.jsonl", "model.json", "target.safetensors", "target.json", "target"),
     *("config.yaml", "run.json"),
 )
 

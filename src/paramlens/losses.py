@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from paramlens import native
@@ -49,13 +49,17 @@ def faithfulness(decomposition: Decomposition) -> Float[Tensor, ""]:
     return torch.stack(squares).sum() / sum(site.W.numel() for site in decomposition.sites)
 
 
-def minimality(pre: Mapping[str, Float[Tensor, "*batch C"]], *, p: float | Tensor, eps: float) -> Float[Tensor, ""]:
+def minimality(
+    pre: Mapping[str, Float[Tensor, "*batch C"]], *, p: float | Tensor, eps: float, present: Float[Tensor, ""] | float = 1.0
+) -> Float[Tensor, ""]:
     """Eq. 1: Σ_sites Σ_c ((g + ε)^p - ε^p), mean over batch and positions, for the upper importances g of pre-activations `pre`.
+
+    present: the share of positions that count; at all others `pre` is 0, which costs nothing.
 
     Subtracting ε^p takes out the constant that ε adds (0.06 per subcomponent at p = 0.1, ε = 1e-12); the slope stays at most
     p ε^(p - 1).
     """
-    return torch.stack([_Minimality.apply(value, p, eps) for value in pre.values()]).sum()
+    return torch.stack([_Minimality.apply(value, p, eps) for value in pre.values()]).sum() / present
 
 
 class _Minimality(torch.autograd.Function):
@@ -99,14 +103,39 @@ def annealed_p(losses: Losses, step: int, steps: int) -> float:
     return losses.p_start + (losses.p_final - losses.p_start) * min(1.0, step / max(1, steps - 1))
 
 
-def loss_positions(logits: Float[Tensor, "*batch token"], *, last_token_only: bool) -> Tensor:
-    """The logits that the loss sees: all, or those of the last position (the axis before the tokens, kept)."""
-    return logits[..., -1:, :] if last_token_only else logits
+@dataclass(frozen=True)
+class LossAt:
+    """The positions that the loss sees: all, or the last of every sequence; of sequences filled up to one length, their own alone.
+
+    present: (batch, pos), true at a sequence's own positions, which come before those that fill it up; none: everywhere.
+    """
+
+    last_token_only: bool = False
+    present: Bool[Tensor, "batch pos"] | None = None
+
+    def logits(self, logits: Float[Tensor, "*plan_and_batch token"]) -> Tensor:
+        """The logits that the loss sees; the axis of positions is kept."""
+        if not self.last_token_only:
+            return logits
+        if self.present is None:
+            return logits[..., -1:, :]
+        last = self.present.sum(1) - 1
+        return logits[..., torch.arange(len(last), device=last.device), last, :].unsqueeze(-2)
+
+    def log_probs(self, logits: Float[Tensor, "*batch token"]) -> Tensor:
+        return self.logits(logits).log_softmax(-1)
+
+    def divergence(self, target_log_probs: Float[Tensor, "*batch token"], logits: Float[Tensor, "plan *rest"]) -> Float[Tensor, "plan"]:
+        """KL(target ‖ masked) in nats for each plan, mean over the loss positions; target_log_probs as `log_probs` gives them."""
+        return kl_divergence(target_log_probs, self.logits(logits), None if self.last_token_only else self.present)
 
 
-def kl_divergence(target_log_probs: Float[Tensor, "*batch token"], logits: Float[Tensor, "plan *batch token"]) -> Float[Tensor, "plan"]:
-    """KL(target ‖ masked) in nats for each plan, mean over the loss positions of the batch."""
-    return _Divergence.apply(logits, target_log_probs).flatten(1).mean(1)
+def kl_divergence(
+    target_log_probs: Float[Tensor, "*batch token"], logits: Float[Tensor, "plan *batch token"], where: Bool[Tensor, "*batch"] | None = None
+) -> Float[Tensor, "plan"]:
+    """KL(target ‖ masked) in nats for each plan, mean over all positions, or over those of `where`."""
+    divergence = _Divergence.apply(logits, target_log_probs).flatten(1)
+    return divergence.mean(1) if where is None else (divergence * where.flatten()).sum(1) / where.sum()
 
 
 class _Divergence(torch.autograd.Function):
@@ -193,7 +222,7 @@ def reconstruction_losses(
     g: Mapping[str, Float[Tensor, "*batch C"]],
     coefficients: Mapping[str, float],
     *,
-    last_token_only: bool,
+    at: LossAt,
     samples: int = 1,
     layerwise_sites: int | Literal["all"] = "all",
     partial_scope: Literal["forward", "sequence", "position"] = "forward",
@@ -202,7 +231,7 @@ def reconstruction_losses(
     """Σ coefficient × loss over the losses named in `coefficients`, and each loss (nats, without gradient).
 
     Plans run in few stacked passes, each followed at once by its gradient, so that memory holds one pass at a time.
-    inputs: what the masked runs are given; with `last_token_only` they may ask the model for its last logits alone.
+    inputs: what the masked runs are given; where the loss is `at` the last position they may ask the model for its last logits alone.
     generator: gives each loss its own random numbers by name.
     """
     leaves = {site: value.detach().requires_grad_() for site, value in g.items()}
@@ -220,12 +249,12 @@ def reconstruction_losses(
         plans += [(name, {site: replace(each, sink=sinks.get(site)) for site, each in plan.items()}) for plan in drawn]
     plans.sort(key=lambda each: (decomposition.entry(each[1]), -len(each[1])))  # whole plans together: they read every g
     count = Counter(name for name, _ in plans)
-    target_log_probs = loss_positions(target.logits, last_token_only=last_token_only).log_softmax(-1)
+    target_log_probs = at.log_probs(target.logits)
     divergences: dict[str, list[Tensor]] = {name: [] for name in coefficients}
 
     def run(stack: Sequence[tuple[str, Plan]]) -> Tensor:
         logits = decomposition.masked_run(inputs, [plan for _, plan in stack], target)
-        divergence = kl_divergence(target_log_probs, loss_positions(logits, last_token_only=last_token_only))
+        divergence = at.divergence(target_log_probs, logits)
         for (name, _), value in zip(stack, divergence.detach(), strict=True):
             divergences[name].append(value)
         return torch.stack([coefficients[name] / count[name] * value for (name, _), value in zip(stack, divergence, strict=True)]).sum()

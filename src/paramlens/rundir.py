@@ -3,13 +3,13 @@
     config.yaml   resolved, runnable again          run.json   versions, device, dtype, threads, seed, target, status, seconds
     model.json    format, sites, shapes, γ: all that loading needs
     metrics.jsonl one line per logged step           target.safetensors, target.json   toy targets: weights, training checks
+    target/       a language model that was trained here, as a plain Hugging Face folder
     checkpoints/step-00002000/{components, importance, optimizer, rng}.safetensors, state.json, MANIFEST.json
     analysis/*.json                                  report.html
 
 A checkpoint is written beside its place as `.part`, synced, and renamed: a directory without that ending is finished.
 """
 
-import dataclasses
 import json
 import platform
 import shutil
@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import paramlens
-from paramlens.config import Config, Gamma, InductionTask
+from paramlens import targets
+from paramlens.config import Config, CustomTask, Gamma
 from paramlens.configfile import dump_config, load_config
 from paramlens.decomposition import Decomposition
 from paramlens.errors import RunDirError
@@ -48,8 +48,8 @@ from paramlens.layout import (
     write_text,
 )
 from paramlens.sites import find_sites
-from paramlens.tasks import Batches, Task, batch_function
-from paramlens.tasks.induction import InductionTransformer, TargetCheck, TargetHistory, induction_task
+from paramlens.tasks import Batches, TargetHistory, Task, batch_function
+from paramlens.tensorfile import copy_into, load_tensors
 
 
 @dataclass(frozen=True)
@@ -102,12 +102,6 @@ class RunDirectory:
     def record(self, **fields: Any) -> None:
         """Add fields to `run.json`."""
         write_json(self.path / "run.json", self.info | fields)
-
-    def save_target(self, model: nn.Module, history: TargetHistory) -> None:
-        """A toy target: its weights in `target.safetensors`, its training (Figure 5) in `target.json`."""
-        state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-        save_file(state, self.path / "target.safetensors")
-        write_json(self.path / "target.json", {"format": FORMAT, **dataclasses.asdict(history)})
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
@@ -175,7 +169,7 @@ class Run:
     @cached_property
     def target_history(self) -> TargetHistory | None:
         """How a toy target was trained; none for any other."""
-        return load_target_history(self.path) if (self.path / "target.json").exists() else None
+        return targets.history(self.path) if (self.path / "target.json").exists() else None
 
     def save_analysis(self, name: str, document: Mapping[str, Any]) -> Path:
         """Write `analysis/<name>.json`."""
@@ -227,31 +221,15 @@ def build(described: Mapping[str, Any], model: nn.Module) -> tuple[Decomposition
 def load_parameters(folder: Path, decomposition: Decomposition, importance: Importance) -> None:
     """Copy a checkpoint's U, V and γ in. Raises `RunDirError` naming the tensor that is missing or of another shape."""
     for name, tensors in _parameters(decomposition, importance).items():
-        _copy_into(folder / f"{name}.safetensors", tensors)
+        copy_into(folder / f"{name}.safetensors", tensors)
 
 
 def load_state(folder: Path) -> CheckpointState:
     return CheckpointState(
         step=checkpoint_step(folder),
-        optimizer=_load_tensors(folder / "optimizer.safetensors"),
-        rng=_load_tensors(folder / "rng.safetensors"),
+        optimizer=load_tensors(folder / "optimizer.safetensors"),
+        rng=load_tensors(folder / "rng.safetensors"),
     )
-
-
-def load_target(path: Path, task: InductionTask) -> InductionTransformer:
-    """A toy target from a directory that `save_target` wrote. Raises `RunDirError` if it is missing or of another shape."""
-    model = InductionTransformer(task)
-    file = path / "target.safetensors"
-    if not file.is_file():
-        raise RunDirError(f"{path}: no target.safetensors; give a directory made by train-target or decompose")
-    _copy_into(file, model.state_dict())
-    return model
-
-
-def load_target_history(path: Path) -> TargetHistory:
-    document = read_json(path / "target.json")
-    checks = tuple(TargetCheck(**check) for check in document["checks"])
-    return TargetHistory(checks, converged=document["converged"], attempts=document["attempts"])
 
 
 def model_sha256(model: nn.Module) -> str:
@@ -264,12 +242,12 @@ def model_sha256(model: nn.Module) -> str:
 
 
 def _rebuild_task(path: Path, config: Config) -> Task:
-    if isinstance(config.task, InductionTask):
-        kind = torch.device(config.device).type
-        device = config.device if kind == "cpu" or getattr(torch, kind).is_available() else "cpu"
-        model = load_target(path, config.task).to(device=device, dtype=getattr(torch, config.dtype))
-        return induction_task(config.task, model, seed=config.seed, batch=config.batch)
-    raise RunDirError(f"{path}: a run on your own model, which the directory does not hold; open_run(path, model=...) from Python")
+    if isinstance(config.task, CustomTask):
+        raise RunDirError(f"{path}: a run on your own model, which the directory does not hold; open_run(path, model=...) from Python")
+    kind = torch.device(config.device).type
+    if kind != "cpu" and not getattr(torch, kind).is_available():
+        config = config.model_copy(update={"device": "cpu"})
+    return targets.make_task(config, targets.load(config, path).to(config))
 
 
 def _parameters(decomposition: Decomposition, importance: Importance) -> dict[str, dict[str, Tensor]]:
@@ -279,25 +257,6 @@ def _parameters(decomposition: Decomposition, importance: Importance) -> dict[st
         "components": {f"{name}.U": U[name] for name in U} | {f"{name}.V": V[name] for name in V},
         "importance": {f"{name}.{key}": value for name, parts in importance.site_parameters().items() for key, value in parts.items()},
     }
-
-
-def _copy_into(file: Path, targets: Mapping[str, Tensor]) -> None:
-    loaded = _load_tensors(file)
-    for name in sorted(targets.keys() ^ loaded.keys()):
-        raise RunDirError(f"{file}: tensor {name} is {'missing' if name in targets else 'unexpected'}; the file belongs to another model")
-    for name, target in targets.items():
-        if target.shape != loaded[name].shape:
-            raise RunDirError(f"{file}: {name} has shape {tuple(loaded[name].shape)}, {tuple(target.shape)} was expected")
-        target.copy_(loaded[name])
-
-
-def _load_tensors(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except FileNotFoundError:
-        raise RunDirError(f"{file}: missing") from None
-    except SafetensorError as error:
-        raise RunDirError(f"{file}: no safetensors file ({error})") from None
 
 
 def _versions() -> dict[str, str]:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from paramlens.config import Config, InductionTask
+from paramlens import targets
+from paramlens.config import Config, CustomTask, FactsTask, InductionTask, TextTask
 from paramlens.configfile import load_config, make_config
 from paramlens.decomposition import Decomposition, Plan, TargetRun, initialise
 from paramlens.errors import BatchError, ConfigError, DivergedError, RunDirError, SiteError
@@ -19,10 +20,10 @@ from paramlens.layout import checkpoints, default_out, require_free
 from paramlens.losses import faithfulness
 from paramlens.machine import machine
 from paramlens.masks import Replacement
-from paramlens.rundir import Run, RunDirectory, load_target, load_target_history, model_sha256, open_run
+from paramlens.rundir import Run, RunDirectory, model_sha256, open_run
 from paramlens.sites import at_rest, find_sites
+from paramlens.targets import Target
 from paramlens.tasks import Batches, Inputs, Task, batch_function, generator
-from paramlens.tasks.induction import InductionTransformer, TargetCheck, TargetHistory, induction_task, train_target
 from paramlens.tracking import Silent, Tracker
 from paramlens.train import make_optimizer, restore, train
 
@@ -91,65 +92,48 @@ def decompose_config(
 ) -> Run:
     """The run that a configuration describes, its toy target trained first unless `target` names a directory that holds one.
 
+    target: for language models also any model, an id on the Hugging Face Hub or a local folder.
     out: the run directory; none: runs/<name>-s<seed>. Raises as `decompose` does.
     """
-    tracker = tracker or Silent()
-    if not isinstance(config.task, InductionTask):
-        raise ConfigError(
-            "task: give {kind: induction}; a model of your own is decomposed in Python, paramlens.decompose(model, batches, ...)"
-        )
+    tracker, config = tracker or Silent(), with_target(config, target)
+    if isinstance(config.task, CustomTask):
+        raise ConfigError("task: give one of a kind; a model of your own is decomposed in Python, paramlens.decompose(model, batches, ...)")
     if resume and target is not None:
         raise ConfigError(f"target {target}: a resumed run has its target; leave one of --target and --resume out")
     _require_device(config.device)
-    find_sites(InductionTransformer(config.task), config.sites)
     path = Path(out) if out is not None else default_out(config)
+    made_here = targets.is_trained_here(config)
     if resume:
         _require_resumable(config, path, overwrite=overwrite)
-        source: Path | None = path
+        source = path if made_here else None
     else:
         require_free(path, overwrite=overwrite)
         source = None if target is None else Path(target)
-    if source is None:
+    if made_here:
+        find_sites(targets.skeleton(config)[0], config.sites)
+    if not made_here:
+        found = targets.pretrained(config)
+    elif source is None:
         with machine(config):
-            model, history = trained_target(config, tracker=tracker)
+            found = trained_target(config, tracker=tracker)
     else:
         _require_same_task(config.task, source)
-        model, history = load_target(source, config.task), load_target_history(source)
-    model = model.to(device=config.device, dtype=getattr(torch, config.dtype))
-    task = induction_task(config.task, model, seed=config.seed, batch=config.batch)
-    return _run(config, task, path, resume=resume, overwrite=overwrite, tracker=tracker, history=history)
+        found = targets.load(config, source)
+    found = found.to(config)
+    return _run(config, targets.make_task(config, found), path, resume=resume, overwrite=overwrite, tracker=tracker, target=found)
 
 
-def trained_target(config: Config, *, tracker: Tracker) -> tuple[InductionTransformer, TargetHistory]:
+def with_target(config: Config, target: str | Path | None) -> Config:
+    """`config`, its language model replaced by `target` unless that is a directory in which a toy target lies."""
+    if target is None or isinstance(config.task, InductionTask | CustomTask) or targets.is_toy(Path(target)):
+        return config
+    return config.model_copy(update={"task": config.task.model_copy(update={"model": str(target), "revision": None})})
+
+
+def trained_target(config: Config, *, tracker: Tracker) -> Target:
     """Train the toy target of a configuration, telling its progress and whether it converged."""
-    assert isinstance(config.task, InductionTask)
     _require_device(config.device)
-    tracker.message(f"training the target: {config.task.blocks} attention blocks, up to {config.task.training.steps} steps an attempt")
-    seen = 0
-
-    def on_check(check: TargetCheck) -> None:
-        nonlocal seen
-        seen += 1
-        if seen % 5 == 1:
-            tracker.message(_describe_check(check))
-
-    model, history = train_target(config.task, seed=config.seed, device=config.device, on_check=on_check)
-    last = history.checks[-1]
-    verdict = (
-        "converged"
-        if history.converged
-        else "has NOT converged: read what follows as the circuit of a half-trained model, or raise task.training.steps"
-    )
-    attempts = f" in attempt {history.attempts}" if history.attempts > 1 else ""
-    tracker.message(f"target {verdict}{attempts} at step {last.step}: {_describe_check(last)}")
-    return model, history
-
-
-def _describe_check(check: TargetCheck) -> str:
-    return (
-        f"target step {check.step}  loss {check.loss:.2e} nats  accuracy {check.accuracy:.4f}  "
-        f"attention m→s1 {check.attention_m_s1:.3f}  s2→m {check.attention_s2_m:.3f}"
-    )
+    return targets.train(config, on_message=tracker.message)
 
 
 def _require_resumable(config: Config, path: Path, *, overwrite: bool) -> None:
@@ -169,10 +153,12 @@ def _require_resumable(config: Config, path: Path, *, overwrite: bool) -> None:
         raise RunDirError(f"{path}: holds no finished checkpoint to resume from; --overwrite starts anew")
 
 
-def _require_same_task(task: InductionTask, source: Path) -> None:
+def _require_same_task(task: InductionTask | FactsTask | TextTask, source: Path) -> None:
     """Raise unless the target in `source` was trained on this very task; heads, say, leave no trace in its weights."""
     if not (source / "config.yaml").is_file():
         raise RunDirError(f"{source}: no config.yaml; give a directory made by train-target or decompose")
+    if not isinstance(task, InductionTask):
+        return  # a language model's folder says what it is
     starts = {"training", "embedding_scale", "position_scale", "position_offset"}  # how it was trained, not what it is
     ours, theirs = (_leaves(each.model_dump(exclude=starts)) for each in (task, load_config(source / "config.yaml").task))
     changed = [f"task.{name} {theirs.get(name)!r} → {ours[name]!r}" for name in ours if ours[name] != theirs.get(name)]
@@ -209,7 +195,7 @@ def _run(
     resume: bool,
     overwrite: bool,
     tracker: Tracker,
-    history: TargetHistory | None = None,
+    target: Target | None = None,
 ) -> Run:
     """Train `task` into `path`. Everything that a user can get wrong is checked before a directory is made or replaced."""
     with machine(config), at_rest(task.model), torch.enable_grad(), torch.random.fork_rng(devices=[]):
@@ -225,17 +211,18 @@ def _run(
             directory = RunDirectory.create(path, config, overwrite=overwrite)
             start = 0
             _start_values(config, decomposition, importance)
-            if history is not None:
-                directory.save_target(task.model, history)
+            if target is not None and target.history is not None:
+                targets.save(target, path)
             directory.describe(decomposition, importance)
-            identity = {"id": f"{config.name} toy target" if history else type(task.model).__qualname__, "sha256": model_sha256(task.model)}
+            identity = targets.identity(config, target) if target is not None else {"id": type(task.model).__qualname__}
+            identity["sha256"] = model_sha256(task.model)
             directory.record(device=config.device, dtype=config.dtype, matmul=config.matmul, seed=config.seed, target=identity, seconds=0.0)
         if start == config.steps:
             tracker.message(f"{path}: already finished at step {start}")
         else:
             directory.record(status="running", threads=torch.get_num_threads())
             train(config, task, decomposition, importance, optimizer, directory, start=start, tracker=tracker)
-    return dataclasses.replace(open_run(path, model=None if history is not None else task.model), task=task)
+    return dataclasses.replace(open_run(path, model=task.model), task=task)
 
 
 def _built(config: Config, task: Task) -> tuple[Decomposition, Importance]:
@@ -256,7 +243,7 @@ def _built(config: Config, task: Task) -> tuple[Decomposition, Importance]:
     _require_stackable(decomposition, inputs, target)
     decomposition.find_blocks(inputs)
     longest = max(value.shape[1] for value in target.inputs.values())
-    max_length = config.task.length if isinstance(config.task, InductionTask) else longest
+    max_length = config.task.length if isinstance(config.task, InductionTask | TextTask) else longest
     importance = Importance({site.name: (site.d_in, config.C) for site in sites}, config.gamma, max_length=max_length)
     importance = importance.to(device=config.device, dtype=dtype)
     with torch.no_grad():

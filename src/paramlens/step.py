@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from paramlens.config import RECONSTRUCTION_NAMES, Config
 from paramlens.decomposition import Decomposition, project, project_gradients
 from paramlens.errors import BatchError, DivergedError
+from paramlens.evaluation import present_only
 from paramlens.importance import Importance, lower
-from paramlens.losses import annealed_p, faithfulness, minimality, reconstruction_losses
+from paramlens.losses import LossAt, annealed_p, faithfulness, minimality, reconstruction_losses
 from paramlens.masks import noise_from
-from paramlens.tasks import Inputs, Task, generator, map_tensors, seed_of, tensors_of
+from paramlens.tasks import Batch, Task, generator, seed_of, tensors_of
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Step:
     losses: dict[str, Tensor]
     total: Tensor
     p: float | Tensor
-    pre: dict[str, Tensor]
+    pre: Mapping[str, Tensor]
     g: dict[str, Tensor]
     target_logits: Tensor
 
@@ -32,23 +33,23 @@ def training_step(
     task: Task,
     decomposition: Decomposition,
     importance: Importance,
-    inputs: Inputs,
+    batch: Batch,
     step: int,
     *,
     p: float | Tensor | None = None,
 ) -> Step:
     """Lines 2 to 9 of Algorithm 3 on one minibatch. p: minimality's power; none: the one annealed to at `step`."""
     losses = config.losses
-    target = decomposition.target_run(inputs)  # 2: run the original model
-    pre = importance(target.inputs, decomposition.U)  # 3: causal importances on this batch
+    target = decomposition.target_run(batch.inputs)  # 2: run the original model
+    pre = present_only(importance(target.inputs, decomposition.U), batch.present)  # 3: causal importances on this batch
     g = {name: lower(value) for name, value in pre.items()}
     total, values = reconstruction_losses(  # 4, 5, 8: masks, masked runs, divergences
         decomposition,
-        task.loss_inputs(inputs, last_token_only=config.last_token_only),
+        task.loss_inputs(batch.inputs, last_token_only=config.last_token_only),
         target,
         g,
         {name: getattr(losses, name) for name in RECONSTRUCTION_NAMES if getattr(losses, name)},
-        last_token_only=config.last_token_only,
+        at=LossAt(config.last_token_only, batch.present),
         samples=losses.samples,
         layerwise_sites=losses.layerwise_sites,
         partial_scope=losses.partial_scope,
@@ -59,7 +60,8 @@ def training_step(
     if losses.faithfulness:
         others["faithfulness"] = faithfulness(decomposition)
     if losses.minimality:
-        others["minimality"] = minimality(pre, p=p, eps=losses.minimality_eps)
+        present = 1.0 if batch.present is None else batch.present.to(total.dtype).mean()
+        others["minimality"] = minimality(pre, p=p, eps=losses.minimality_eps, present=present)
     for name, value in others.items():
         total = total + getattr(losses, name) * value
         values[name] = value.detach()
@@ -84,12 +86,12 @@ class Steps:
             optimizer.found_inf = self.broken  # pyright: ignore[reportAttributeAccessIssue]  # read by fused Adam
         self.replay = _Replay(self) if config.cuda_graph else None
 
-    def __call__(self, inputs: Inputs, step: int) -> Step:
+    def __call__(self, batch: Batch, step: int) -> Step:
         """Lines 2 to 10. Raises `DivergedError` before an update that is not finite, on a GPU by the next `require_finite`."""
-        return self.run(inputs, step) if self.replay is None else self.replay(inputs, step)
+        return self.run(batch, step) if self.replay is None else self.replay(batch, step)
 
-    def run(self, inputs: Inputs, step: int, p: Tensor | None = None) -> Step:
-        result = training_step(self.config, self.task, self.decomposition, self.importance, inputs, step, p=p)
+    def run(self, batch: Batch, step: int, p: Tensor | None = None) -> Step:
+        result = training_step(self.config, self.task, self.decomposition, self.importance, batch, step, p=p)
         self.optimizer.zero_grad()
         result.total.backward()
         start = self.config.optim.project_from
@@ -147,12 +149,12 @@ class _Replay:
         self.steps, self.graph, self.done = steps, CudaGraph(), 0
         self.p = torch.zeros((), device=device, dtype=steps.parameters[0].dtype)
         self.rng = torch.Generator(device=device)
-        self.inputs: Inputs | None = None
+        self.batch: Batch | None = None
         self.result: Step | None = None
 
-    def __call__(self, inputs: Inputs, step: int) -> Step:
+    def __call__(self, batch: Batch, step: int) -> Step:
         config = self.steps.config
-        self._place(inputs)
+        self._place(batch)
         self.p.fill_(annealed_p(config.losses, step, config.steps))
         self.rng.manual_seed(seed_of(config.seed, "masks", step))
         if self.done < self.WARM:
@@ -167,15 +169,15 @@ class _Replay:
         return self.result
 
     def _run(self) -> Step:
-        assert self.inputs is not None
+        assert self.batch is not None
         with noise_from(self.rng):
-            return self.steps.run(self.inputs, 0, self.p)
+            return self.steps.run(self.batch, 0, self.p)
 
-    def _place(self, inputs: Inputs) -> None:
-        if self.inputs is None:
-            self.inputs = map_tensors(torch.clone, inputs)
+    def _place(self, batch: Batch) -> None:
+        if self.batch is None:
+            self.batch = batch.map(torch.clone)
             return
-        kept, given = tensors_of(self.inputs), tensors_of(inputs)
+        kept, given = (tensors_of((each.inputs, each.present)) for each in (self.batch, batch))
         if [tensor.shape for tensor in kept] != [tensor.shape for tensor in given]:
             raise BatchError("cuda_graph true replays one shape of batch, and this one has another; give cuda_graph false")
         for place, tensor in zip(kept, given, strict=True):

@@ -20,7 +20,7 @@ from paramlens.evaluation import active_counts, evaluate, importances
 from paramlens.importance import Importance
 from paramlens.rundir import CheckpointState, RunDirectory, load_parameters, load_state
 from paramlens.step import Step, Steps
-from paramlens.tasks import Task
+from paramlens.tasks import Batch, Task
 from paramlens.tracking import LoggedStep, Tracker
 
 
@@ -81,14 +81,14 @@ def train(
                 share = rate(config.optim, step, config.steps)
                 set_rates(optimizer, share)
                 batch = task.batch(step, "train").to(config.device)  # 1
-                result = steps(batch.inputs, step)  # 2 to 10
+                result = steps(batch, step)  # 2 to 10
                 done = step + 1
                 last = done == config.steps
                 log, measure = done % config.log_every == 0 or last, done % config.evaluate.every == 0 or last
                 if log or measure:
                     steps.require_finite(result, step)
                 if log:
-                    _log(config, result, done, share, directory, tracker)
+                    _log(config, result, done, share, batch, directory, tracker)
                 if measure:
                     directory.append_metrics({"step": done, "evaluation": held_out(config, task, decomposition, importance)})
                 stop = interrupted()
@@ -128,14 +128,14 @@ def held_out(config: Config, task: Task, decomposition: Decomposition, importanc
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
-def _log(config: Config, result: Step, done: int, share: float, directory: RunDirectory, tracker: Tracker) -> None:
+def _log(config: Config, result: Step, done: int, share: float, batch: Batch, directory: RunDirectory, tracker: Tracker) -> None:
     logged = LoggedStep(
         step=done,
         losses={name: value.item() for name, value in result.losses.items()},
         total=result.total.item(),
         p=float(result.p),
         lr=config.optim.lr * share,
-        active=active_counts(result.g),
+        active=active_counts(result.g, present=batch.present),
     )
     directory.append_metrics(
         {"step": done, "losses": logged.losses, "total": logged.total, "p": logged.p, "lr": logged.lr, "active": logged.active}

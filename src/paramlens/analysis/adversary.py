@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from paramlens.decomposition import Decomposition, TargetRun
-from paramlens.losses import kl_divergence, loss_positions
+from paramlens.losses import LossAt
 from paramlens.masks import Replacement, stochastic_mask
 from paramlens.tasks import Inputs
 
@@ -23,7 +23,7 @@ def adversarial_recon(
     target: TargetRun,
     g: Mapping[str, Float[Tensor, "*batch C"]],
     *,
-    last_token_only: bool,
+    at: LossAt,
     generator: torch.Generator,
     steps: int = STEPS,
     step_size: float = STEP_SIZE,
@@ -34,7 +34,7 @@ def adversarial_recon(
     not needed, and cannot fit itself to a sequence. Starts at u ~ U(0, 1); a step adds `step_size` times the sign of the gradient,
     and the result is clamped to [0, 1]. inputs: what the masked runs are given.
     """
-    log_probs = loss_positions(target.logits, last_token_only=last_token_only).log_softmax(-1)
+    log_probs = at.log_probs(target.logits)
     us = {
         site: torch.rand(value.shape[-1], generator=generator, dtype=torch.float64).to(value).requires_grad_() for site, value in g.items()
     }
@@ -42,8 +42,7 @@ def adversarial_recon(
     for step in range(steps + 1):
         with torch.enable_grad():
             masked = {site: Replacement(stochastic_mask(value, us[site].expand_as(value))) for site, value in g.items()}
-            logits = loss_positions(decomposition.masked_run(inputs, [masked]), last_token_only=last_token_only)
-            divergence = kl_divergence(log_probs, logits)[0]
+            divergence = at.divergence(log_probs, decomposition.masked_run(inputs, [masked]))[0]
         worst = max(worst, divergence.item())
         if step == steps:
             break

@@ -16,6 +16,7 @@ from paramlens.config import InductionTask
 from paramlens.decomposition import Decomposition
 from paramlens.errors import ConfigError
 from paramlens.evaluation import ACTIVE, evaluate
+from paramlens.losses import LossAt
 from paramlens.machine import machine
 from paramlens.rundir import Run
 from paramlens.sites import at_rest
@@ -154,7 +155,7 @@ def _metrics(run: Run, task: Task, data: Sequence[HeldOut], *, threshold: float,
                 task.loss_inputs(held.batch.inputs, last_token_only=last_token_only),
                 held.target,
                 held.g,
-                last_token_only=last_token_only,
+                at=LossAt(last_token_only, held.batch.present),
                 generator=generator(seed, "adversary"),
                 steps=adversary,
             )

@@ -9,7 +9,7 @@ from torch import Tensor
 from paramlens.decomposition import Plan, TargetRun
 from paramlens.errors import ConfigError
 from paramlens.evaluation import importances
-from paramlens.losses import loss_positions
+from paramlens.losses import LossAt
 from paramlens.masks import Replacement
 from paramlens.rundir import Run
 from paramlens.tasks import Batch, Task
@@ -52,10 +52,10 @@ def held_out(run: Run, *, batches: int, task: Task | None = None) -> list[HeldOu
     if batches < 1:
         raise ConfigError(f"batches {batches}: give 1 or more")
     data: list[HeldOut] = []
-    for index in range(batches):
+    for index in range(min(batches, task.held_out or batches)):
         batch = task.batch(index, "circuit").to(run.decomposition.device)
         target, g = importances(run.decomposition, run.importance, batch)
-        logits = loss_positions(target.logits, last_token_only=run.config.last_token_only).clone()
+        logits = LossAt(run.config.last_token_only and batch.present is None).logits(target.logits).clone()
         data.append(HeldOut(batch, TargetRun(logits, {}), g, _roles(batch, g)))
     return data
 
@@ -65,7 +65,9 @@ def role_names(task: Task) -> list[str]:
 
 
 def _roles(batch: Batch, g: Mapping[str, Tensor]) -> Tensor:
+    """-1: of no role."""
     if batch.roles is not None:
         return batch.roles
     first = next(iter(g.values()))
-    return torch.zeros(first.shape[:-1], dtype=torch.long, device=first.device)
+    roles = torch.zeros(first.shape[:-1], dtype=torch.long, device=first.device)
+    return roles if batch.present is None else roles.masked_fill(~batch.present, -1)

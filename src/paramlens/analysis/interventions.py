@@ -10,7 +10,7 @@ from torch import Tensor
 from paramlens.analysis.attention import attention_along, captured
 from paramlens.analysis.held_out import HeldOut
 from paramlens.decomposition import Decomposition, Plan
-from paramlens.losses import kl_divergence, loss_positions
+from paramlens.losses import LossAt
 from paramlens.masks import Replacement, rounded_mask
 from paramlens.tasks import Task
 
@@ -71,8 +71,8 @@ def _measured(
     for held, plan, change in zip(data, plans, changes or [nullcontext()] * len(data), strict=True):
         with captured(decomposition.model, task.attention_patterns) as patterns, change:
             logits = decomposition.masked_run(held.batch.inputs, [plan])
-        log_probs = loss_positions(held.target.logits, last_token_only=last_token_only).log_softmax(-1)
-        divergences += kl_divergence(log_probs, loss_positions(logits, last_token_only=last_token_only)).tolist()
+        at = LossAt(last_token_only, held.batch.present)
+        divergences += at.divergence(at.log_probs(held.target.logits), logits).tolist()
         if held.batch.answers is not None:
             right.append(logits[0, :, -1].argmax(-1) == held.batch.answers)
         for link in task.links:

@@ -11,7 +11,7 @@ from paramlens.config import Init
 from paramlens.decomposition import Decomposition, Plan, initialise
 from paramlens.errors import ConfigError
 from paramlens.evaluation import ACTIVE
-from paramlens.losses import kl_divergence, loss_positions, stack_size
+from paramlens.losses import LossAt, stack_size
 from paramlens.machine import machine
 from paramlens.masks import Replacement, rounded_mask
 from paramlens.rundir import Run
@@ -136,7 +136,8 @@ class _Divergence:
         self.data, self.last_token_only = data, run.config.last_token_only
         task = data_of(run)
         self.inputs = [task.loss_inputs(held.batch.inputs, last_token_only=self.last_token_only) for held in data]
-        self.log_probs = [loss_positions(held.target.logits, last_token_only=self.last_token_only).log_softmax(-1) for held in data]
+        self.at = [LossAt(self.last_token_only, held.batch.present) for held in data]
+        self.log_probs = [at.log_probs(held.target.logits) for at, held in zip(self.at, data, strict=True)]
 
     def __call__(self, decomposition: Decomposition, plans: Callable[[HeldOut], Sequence[Plan]]) -> list[float]:
         """One number for each plan of the list that `plans` makes of a batch."""
@@ -148,7 +149,7 @@ class _Divergence:
         size = stack_size(log_probs.numel(), device=log_probs.device.type)
         for start in range(0, len(plans), size):
             logits = decomposition.masked_run(self.inputs[i], plans[start : start + size])
-            values += kl_divergence(log_probs, loss_positions(logits, last_token_only=self.last_token_only)).tolist()
+            values += self.at[i].divergence(log_probs, logits).tolist()
         return values
 
 

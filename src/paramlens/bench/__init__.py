@@ -22,7 +22,7 @@ from paramlens.importance import Importance
 from paramlens.machine import machine
 from paramlens.sites import find_sites
 from paramlens.step import Steps
-from paramlens.tasks import generator
+from paramlens.tasks import Batch, generator
 from paramlens.tasks.induction import InductionTransformer, induction_task
 from paramlens.train import make_optimizer
 
@@ -182,13 +182,13 @@ def training(config: Config, side: Literal["ours", "naive"]) -> Callable[[int], 
     importance.initialise(generator(0, "gamma"))
     importance = importance.to(config.device)
 
-    def inputs(i: int) -> Any:
-        return task.batch(i, "train").to(config.device).inputs
+    def batch(i: int) -> Batch:
+        return task.batch(i, "train").to(config.device)
 
     if side == "ours":
-        decomposition.find_blocks(inputs(0))
+        decomposition.find_blocks(batch(0).inputs)
         steps = Steps(config, task, decomposition, importance, make_optimizer(config, decomposition, importance))
-        return lambda i: steps(inputs(i), i)
+        return lambda i: steps(batch(i), i)
     naive = NaiveStep(config, decomposition, importance, max_length=config.task.length)
     optimizer = torch.optim.Adam(naive.parameters(), lr=config.optim.lr)
     names, alone = decomposition.names, config.losses.layerwise_sites
@@ -196,7 +196,7 @@ def training(config: Config, side: Literal["ours", "naive"]) -> Callable[[int], 
 
     def obvious(i: int) -> None:
         layerwise = names if alone == "all" else tuple(random.Random(i).sample(names, alone))
-        loss = naive(inputs(i), i, lambda _loss, _site, g: torch.rand(g.shape, generator=rng, device=g.device), layerwise)
+        loss = naive(batch(i).inputs, i, lambda _loss, _site, g: torch.rand(g.shape, generator=rng, device=g.device), layerwise)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

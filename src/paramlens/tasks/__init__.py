@@ -22,14 +22,33 @@ class Batch:
     inputs: passed to the target as `model(x)`, `model(*sequence)` or `model(**mapping)`; tensors lead with the batch axis.
     roles: (batch, pos) indices into the task's role names, or none.
     answers: (batch,) token expected after the last position, or none.
+    present: (batch, pos), true at a sequence's own positions, which come first, false where it is filled up to the length of the
+    longest; none: everywhere. What is not present counts nowhere.
+    texts: of every sequence the text of its tokens, or none.
     """
 
     inputs: Inputs
     roles: Tensor | None = None
     answers: Tensor | None = None
+    present: Tensor | None = None
+    texts: tuple[tuple[str, ...], ...] | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
-        return replace(self, **{name: move(getattr(self, name), device) for name in ("inputs", "roles", "answers")})
+        return self.map(lambda tensor: tensor.to(device))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        """`function` on every tensor."""
+        return replace(self, **{name: map_tensors(function, getattr(self, name)) for name in ("inputs", "roles", "answers", "present")})
+
+
+@dataclass(frozen=True)
+class TargetHistory:
+    """The training of a target: the checks of its last attempt in order, attempts made, and whether that one converged."""
+
+    checks: tuple[Any, ...]
+    """Dataclasses with `step`, `loss` and `accuracy`, and what else the task measures."""
+    converged: bool
+    attempts: int = 1
 
 
 @dataclass(frozen=True)
@@ -54,6 +73,10 @@ class Task:
     links: tuple[Link, ...] = ()
     changes: Mapping[str, Callable[[Batch], AbstractContextManager[None]]] = field(default_factory=dict)
     """Name → a change of the target's run on a batch, in force inside the context."""
+    tokenizer: Any = None
+    """Of a language model; none for any other."""
+    held_out: int | None = None
+    """Batches that a held-out stream has before it repeats; none: without end."""
     last_token: Callable[[Inputs], Inputs] | None = None
     """Inputs that make the target compute the logits of the last position only, where it can."""
 
@@ -110,10 +133,6 @@ def tensors_of(tree: Any) -> list[Tensor]:
     found: list[Tensor] = []
     map_tensors(lambda tensor: found.append(tensor) or tensor, tree)
     return found
-
-
-def move(tree: Any, device: torch.device | str) -> Any:
-    return map_tensors(lambda tensor: tensor.to(device), tree)
 
 
 def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:

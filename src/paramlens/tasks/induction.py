@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from paramlens.config import InductionTask, TargetTraining
 from paramlens.errors import ConfigError, DivergedError
-from paramlens.tasks import Batch, Link, Task, generator
+from paramlens.tasks import Batch, Link, TargetHistory, Task, generator
 
 ROLES = ("s1", "m", "s2", "random")
 S1, M, S2, RANDOM = range(4)
@@ -169,15 +169,6 @@ class TargetCheck:
     """Mean attention from m to s1 in the first block, over heads its best."""
     attention_s2_m: float
     """Mean attention from s2 to m in the last block, over heads its best."""
-
-
-@dataclass(frozen=True)
-class TargetHistory:
-    """The training of a target: the checks of its last attempt in order, attempts made, and whether that one converged."""
-
-    checks: tuple[TargetCheck, ...]
-    converged: bool
-    attempts: int = 1
 
 
 @torch.no_grad()

@@ -1,0 +1,275 @@
+"""Edits of the target's weights by subcomponents: choosing them, taking them out, and putting the weights back (§5.2).
+
+projection   W ← W - Σ_k a_k û_k v̂_kᵀ, orthogonal to every û_k v̂_kᵀ; a_k = û_kᵀ W v̂_k where these are orthogonal to each other (§5.2)
+subtraction  W ← W - Σ_k u_k v_kᵀ, the parts themselves, as a mask of 0 takes them out
+"""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from paramlens.analysis.components import (
+    active_in,
+    own_sentences,
+    require_subcomponent,
+    require_threshold,
+    run_sentences,
+    tokenizer_of,
+)
+from paramlens.analysis.held_out import data_of
+from paramlens.errors import ConfigError
+from paramlens.evaluation import ACTIVE
+from paramlens.machine import machine
+from paramlens.rundir import Run
+from paramlens.sites import at_rest, find_sites
+from paramlens.tasks.facts import Fact, fact_of, shipped_facts
+from paramlens.tasks.language import encode_fact, save_language, token_texts
+
+Method = Literal["projection", "subtraction"]
+
+
+@dataclass(frozen=True)
+class Selected:
+    """A subcomponent chosen for an edit, at the token where its score is highest; none of it where it was named by hand."""
+
+    site: str
+    subcomponent: int
+    position: int | None = None
+    token: str | None = None
+    importance: float | None = None
+    """g there."""
+    contribution: float | None = None
+    """What it adds there to the log-probability of the answer, in nats, to first order: (x · u) v · ∂ log p / ∂y."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """New weights for some sites of a model. Nothing is changed until it is applied."""
+
+    model: nn.Module
+    tokenizer: Any
+    selected: tuple[Selected, ...]
+    method: Method
+    weights: Mapping[str, Float[Tensor, "d_in d_out"]]
+
+    @contextmanager
+    def applied(self) -> Iterator[nn.Module]:
+        """The model itself with the new weights while the context lasts; then its own again, bit for bit."""
+        with changed(self.model, self.weights):
+            yield self.model
+
+    def copy(self) -> nn.Module:
+        """A copy of the model with the new weights."""
+        with self.applied():
+            return copy.deepcopy(self.model)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the edited model as a plain Hugging Face folder. Raises `ConfigError` if something is there, or if it is no such model."""
+        path = Path(path)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ConfigError(f"save {path}: exists; give a new folder")
+        if not hasattr(self.model, "save_pretrained"):
+            raise ConfigError(f"save {path}: {type(self.model).__name__} is no transformers model; use Edit.copy() and save it yourself")
+        with self.applied():
+            save_language(self.model, self.tokenizer, path)
+        return path
+
+
+@contextmanager
+def changed(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """While active, the sites of `model` named in `weights` hold those; restored bit for bit, whatever happens."""
+    sites = find_sites(model, list(weights)) if weights else ()
+    before = [site.W.clone() for site in sites]
+    try:
+        for site in sites:
+            site.write(weights[site.name])
+        yield
+    finally:
+        for site, W in zip(sites, before, strict=True):
+            site.write(W)
+
+
+def project_out(
+    W: Float[Tensor, "d_in d_out"], reads: Float[Tensor, "d_in r"], writes: Float[Tensor, "r d_out"]
+) -> Float[Tensor, "d_in d_out"]:
+    """W without its part along the r slices û_k v̂_kᵀ: the orthogonal projection onto what is orthogonal to all of them (§5.2).
+
+    For slices that are orthogonal to each other, and so for one, W - Σ_k (û_kᵀ W v̂_k) û_k v̂_kᵀ. Applied twice it changes nothing more.
+    """
+    u = reads.double() / reads.double().norm(dim=0).clamp(min=torch.finfo(torch.float64).tiny)
+    v = writes.double() / writes.double().norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    gram = (u.T @ u) * (v @ v.T)
+    along = torch.einsum("ik,ij,kj->k", u, W.double(), v)
+    share = torch.linalg.pinv(gram, hermitian=True) @ along
+    return (W.double() - (u * share) @ v).to(W.dtype)
+
+
+def suppress(
+    run: Run,
+    *,
+    unique_to: str | None = None,
+    top: int | None = None,
+    tokens: str | None = None,
+    per_token: int | None = None,
+    sites: Sequence[str] | None = None,
+    subcomponents: Sequence[tuple[str, int]] | None = None,
+    method: Method = "projection",
+    threshold: float = ACTIVE,
+    facts: Sequence[Fact] | None = None,
+) -> Edit:
+    """The edit that takes subcomponents out of the target: those unique to a sentence, or those named.
+
+    unique_to: a sentence, or a fact's prompt; of its own subcomponents (active there, in no other sentence of the run) the `top` ones, or
+    the `per_token` ones of every token, in the order of importance × contribution; none: all of them. tokens: words of the sentence
+    (the name, say); only what is active there counts. sites: patterns that a site must match. facts: where the sentence's answer is looked
+    up; none: the shipped ones, and else its last word.
+    Raises `ConfigError` and `SiteError` for what does not exist.
+    """
+    if method not in get_args(Method):
+        raise ConfigError(f"method {method}: give {' or '.join(get_args(Method))}")
+    if (unique_to is None) == (not subcomponents):
+        raise ConfigError("suppress: give a sentence whose own subcomponents go, or a site and its subcomponents; one of the two")
+    if unique_to is not None:
+        ranked = unique(run, unique_to, tokens=tokens, sites=sites, threshold=threshold, facts=facts)
+        chosen = _best(ranked, top=top, per_token=per_token)
+    else:
+        assert subcomponents is not None
+        for site, c in subcomponents:
+            require_subcomponent(run, site, c)
+        chosen = [Selected(site, c) for site, c in dict.fromkeys(subcomponents)]
+    return edit(run, chosen, method=method)
+
+
+def edit(run: Run, selected: Sequence[Selected], *, method: Method = "projection") -> Edit:
+    """The edit by subcomponents already chosen."""
+    task, weights = data_of(run), dict[str, Tensor]()
+    with torch.no_grad():
+        for site in run.decomposition.sites:
+            index = [each.subcomponent for each in selected if each.site == site.name]
+            if not index:
+                continue
+            reads, writes = run.decomposition.U[site.name][:, index], run.decomposition.V[site.name][index]
+            weights[site.name] = project_out(site.W, reads, writes) if method == "projection" else site.W - reads @ writes
+    return Edit(task.model, task.tokenizer, tuple(selected), method, weights)
+
+
+def _best(ranked: Sequence[Selected], *, top: int | None, per_token: int | None) -> list[Selected]:
+    for name, number in (("top", top), ("per_token", per_token)):
+        if number is not None and number < 1:
+            raise ConfigError(f"{name} {number}: give 1 or more")
+    if per_token is not None:
+        counts: dict[int | None, int] = {}
+        kept: list[Selected] = []
+        for each in ranked:
+            counts[each.position] = counts.get(each.position, 0) + 1
+            if counts[each.position] <= per_token:
+                kept.append(each)
+        ranked = kept
+    return list(ranked[:top])
+
+
+def unique(
+    run: Run,
+    sentence: str,
+    *,
+    tokens: str | None = None,
+    sites: Sequence[str] | None = None,
+    threshold: float = ACTIVE,
+    facts: Sequence[Fact] | None = None,
+) -> list[Selected]:
+    """The subcomponents unique to a sentence, the largest importance × contribution at a token first.
+
+    Each stands at the token where that product is largest. Only the target's own run is looked at: nothing is tried.
+    """
+    require_threshold(threshold)
+    fact = find_fact(run, sentence, facts)
+    others = [other for other in own_sentences(run) if other != fact.sentence]
+    task, tokenizer = data_of(run), tokenizer_of(run)
+    with at_rest(task.model), machine(run.config):
+        prompt_ids, _ = encode_fact(tokenizer, fact.prompt, fact.answer)
+        words = token_texts(tokenizer, prompt_ids)
+        where = positions_of(words, tokens) if tokens is not None else range(len(words))
+        seen = run_sentences(run, [fact.sentence, *others])
+        slopes = answer_slopes(run, fact)
+    named = {site.name for site in find_sites(task.model, sites)} if sites is not None else set(run.decomposition.names)
+    chosen: list[Selected] = []
+    for site in run.decomposition.names:
+        if site not in named:
+            continue
+        here = active_in(seen, 0, threshold=threshold)[site]
+        elsewhere = torch.stack([active_in(seen, i + 1, threshold=threshold)[site].any(0) for i in range(len(others))] or [here[0] & False])
+        inner = seen.inputs[site][0, : len(words)] @ run.decomposition.U[site]
+        adds = inner * (slopes[site][: len(words)] @ run.decomposition.V[site].T)  # (pos, C), nats
+        g = seen.g[site][0, : len(words)]
+        score = torch.where(here[: len(words)], g * adds, -torch.inf)[list(where)]
+        own = here[list(where)].any(0) & ~elsewhere.any(0)
+        place = score.argmax(0)
+        for c in own.nonzero()[:, 0].tolist():
+            position = where[int(place[c])]
+            importance, contribution = g[position, c].item(), adds[position, c].item()
+            chosen.append(Selected(site, c, position, words[position], importance, contribution))
+    return sorted(chosen, key=lambda each: -(each.importance or 0) * (each.contribution or 0))
+
+
+def find_fact(run: Run, sentence: str, facts: Sequence[Fact] | None) -> Fact:
+    """The fact a sentence or a prompt states: of the given facts, the shipped ones or the run's sentences."""
+    known = [*(facts or ()), *shipped_facts(), *(fact_of(each, shipped_facts()) for each in own_sentences(run))]
+    prompt = sentence.strip()
+    found = next((fact for fact in known if prompt in (fact.prompt, fact.sentence)), None)
+    found = found or fact_of(prompt, ())
+    if not found.prompt:
+        raise ConfigError(f"{sentence!r}: one word; give a sentence, its last word the answer")
+    return found
+
+
+def positions_of(texts: Sequence[str], words: str) -> list[int]:
+    """Positions of the tokens that spell `words` in a sentence given as tokens. Raises `ConfigError` if they are not in it."""
+    starts, text = [], ""
+    for piece in texts:
+        starts.append(len(text))
+        text += piece
+    at = text.find(words.strip())
+    if at < 0 or not words.strip():
+        raise ConfigError(f"{words!r}: not in {text.strip()!r}")
+    end = at + len(words.strip())
+    return [i for i, start in enumerate(starts) if start < end and start + len(texts[i]) > at]
+
+
+def answer_slopes(run: Run, fact: Fact) -> dict[str, Float[Tensor, "pos d_out"]]:
+    """∂ log p(answer) / ∂y for the output y of every site at every token of prompt and answer, in the target."""
+    tokenizer, decomposition = tokenizer_of(run), run.decomposition
+    before, answer = encode_fact(tokenizer, fact.prompt, fact.answer)
+    ids = torch.tensor([before + answer], device=decomposition.device)
+    shifts: dict[nn.Module, Tensor] = {}
+
+    def shifted(module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        shifts[module] = torch.zeros_like(output, requires_grad=True)
+        return output + shifts[module]
+
+    hooks = [module.register_forward_hook(shifted) for module in {site.module for site in decomposition.sites}]
+    try:
+        with torch.enable_grad():
+            log_probs = decomposition.model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+            said = log_probs[len(before) - 1 : -1].gather(1, ids[0, len(before) :, None]).sum()
+            slopes = torch.autograd.grad(said, list(shifts.values()), allow_unused=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    by_module = dict(zip(shifts, slopes, strict=True))
+    found: dict[str, Tensor] = {}
+    for site in decomposition.sites:
+        slope = by_module[site.module]
+        slope = torch.zeros_like(shifts[site.module]) if slope is None else slope
+        found[site.name] = (slope if site.columns is None else slope[..., site.columns])[0]
+    return found
+
+
+def selected_json(selected: Sequence[Selected]) -> list[dict[str, Any]]:
+    return [asdict(each) for each in selected]

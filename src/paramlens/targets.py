@@ -1,0 +1,181 @@
+"""The target of a configuration: its shape, its training, its place on disk, and the task around it."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from paramlens.config import Config, CustomTask, FactsTask, InductionTask, TextTask
+from paramlens.errors import ConfigError, RunDirError
+from paramlens.layout import FORMAT, read_json, write_json
+from paramlens.tasks import TargetHistory, Task
+from paramlens.tasks.facts import facts_task
+from paramlens.tasks.induction import InductionTransformer, TargetCheck, induction_task, train_target
+from paramlens.tasks.language import Language, language_skeleton, load_language, save_language
+from paramlens.tasks.miniature import FactsCheck, miniature_model, train_miniature
+from paramlens.tasks.text import text_task
+from paramlens.tensorfile import copy_into
+
+FOLDER = "target"
+"""Where a run directory keeps a language model that was trained here, as a plain Hugging Face folder."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A target model; history: how it was trained, where that was done here."""
+
+    model: nn.Module
+    history: TargetHistory | None = None
+    language: Language | None = None
+
+    def to(self, config: Config) -> "Target":
+        """The same target where and as `config` says."""
+        model = self.model.to(device=config.device, dtype=getattr(torch, config.dtype))
+        return dataclasses.replace(self, model=model, language=self.language and dataclasses.replace(self.language, model=model))
+
+
+def is_trained_here(config: Config) -> bool:
+    """Whether the target is a toy that `train-target` makes."""
+    return isinstance(config.task, InductionTask) or (isinstance(config.task, FactsTask) and config.task.model is None)
+
+
+def is_toy(path: Path) -> bool:
+    """Whether a directory holds a target that was trained here."""
+    return (path / "target.json").is_file()
+
+
+def skeleton(config: Config) -> tuple[nn.Module, int, int]:
+    """The target without its weights, the longest sequence of a batch in tokens, and the vocabulary; nothing is trained or loaded.
+
+    A sentence is counted as one token a word and one more where its tokenizer is not at hand. Raises `ConfigError` for a model that
+    cannot be found.
+    """
+    task = config.task
+    if isinstance(task, InductionTask):
+        return InductionTransformer(task), task.length, task.vocabulary + 1
+    if isinstance(task, CustomTask):
+        raise ConfigError("task: a model of your own is decomposed in Python, paramlens.decompose(model, batches, ...); its task has none")
+    if task.model is None:
+        if isinstance(task, TextTask):
+            raise ConfigError("task.model: give an id on the Hugging Face Hub or a local folder")
+        model = miniature_model(task.miniature, task.miniature.vocabulary)
+    else:
+        model = language_skeleton(task.model, revision=task.revision)
+    words = max(len(sentence.split()) + 1 for sentence in task.sentences) if isinstance(task, FactsTask) else task.length
+    return model, words, int(model.get_parameter(_embedding_name(model)).shape[0])
+
+
+def _embedding_name(model: Any) -> str:
+    embedding = model.get_input_embeddings().weight
+    return next(name for name, parameter in model.named_parameters() if parameter is embedding)
+
+
+def train(config: Config, *, on_message: Callable[[str], object]) -> Target:
+    """Train the toy target of a configuration, telling its progress and whether it converged."""
+    task = config.task
+    every, seen = (5 if isinstance(task, InductionTask) else 2), 0
+
+    def on_check(check: Any) -> None:
+        nonlocal seen
+        seen += 1
+        if seen % every == 1:
+            on_message(_described(check))
+
+    if isinstance(task, InductionTask):
+        on_message(f"training the target: {task.blocks} attention blocks, up to {task.training.steps} steps an attempt")
+        model, history = train_target(task, seed=config.seed, device=config.device, on_check=on_check)
+        target, remedy = Target(model, history), "task.training.steps"
+    else:
+        assert isinstance(task, FactsTask)
+        on_message(f"training the target: a GPT-2 of {task.miniature.blocks} blocks, {task.miniature.steps} steps")
+        language, history = train_miniature(task.miniature, task.sentences, seed=config.seed, device=config.device, on_check=on_check)
+        target, remedy = Target(language.model, history, language), "task.miniature.steps"
+    last = history.checks[-1]
+    half = f"has NOT converged: read what follows as the circuit of a half-trained model, or raise {remedy}"
+    attempts = f" in attempt {history.attempts}" if history.attempts > 1 else ""
+    on_message(f"target {'converged' if history.converged else half}{attempts} at step {last.step}: {_described(last)}")
+    return target
+
+
+def _described(check: Any) -> str:
+    shared = f"target step {check.step}  loss {check.loss:.2e} nats  accuracy {check.accuracy:.4f}"
+    if isinstance(check, FactsCheck):
+        return f"{shared}  probability {check.probability:.3f}"
+    return f"{shared}  attention m→s1 {check.attention_m_s1:.3f}  s2→m {check.attention_s2_m:.3f}"
+
+
+def save(target: Target, path: Path) -> None:
+    """A target trained here: a language model as a Hugging Face folder, any other in `target.safetensors`; its training: `target.json`."""
+    assert target.history is not None
+    if target.language is not None:
+        save_language(target.model, target.language.tokenizer, path / FOLDER)
+    else:
+        state = {name: value.detach().cpu().contiguous() for name, value in target.model.state_dict().items()}
+        save_file(state, path / "target.safetensors")
+    write_json(path / "target.json", {"format": FORMAT, **dataclasses.asdict(target.history)})
+
+
+def load(config: Config, path: Path) -> Target:
+    """The target of a run directory, or of one that `train-target` made. Raises `RunDirError` if it is missing or of another shape."""
+    task = config.task
+    if isinstance(task, InductionTask):
+        file = path / "target.safetensors"
+        model = InductionTransformer(task)
+        if not file.is_file():
+            raise RunDirError(f"{path}: no target.safetensors; give a directory made by train-target or decompose")
+        copy_into(file, model.state_dict())
+        return Target(model, _history(path, TargetCheck))
+    if is_trained_here(config):
+        if not (path / FOLDER).is_dir():
+            raise RunDirError(f"{path}: no folder {FOLDER}; give a directory made by train-target or decompose")
+        language = load_language(str(path / FOLDER))
+        return Target(language.model, _history(path, FactsCheck), language)
+    return pretrained(config)
+
+
+def pretrained(config: Config) -> Target:
+    """The language model that a configuration names."""
+    task = config.task
+    assert isinstance(task, FactsTask | TextTask)
+    if task.model is None:
+        raise ConfigError("task.model: give an id on the Hugging Face Hub or a local folder")
+    language = load_language(task.model, revision=task.revision, dtype=getattr(torch, config.dtype))
+    return Target(language.model, language=language)
+
+
+def history(path: Path) -> TargetHistory:
+    """How the toy target of a directory was trained."""
+    checks = read_json(path / "target.json")["checks"]
+    return _history(path, FactsCheck if "probability" in checks[0] else TargetCheck)
+
+
+def _history(path: Path, kind: type[Any]) -> TargetHistory:
+    document = read_json(path / "target.json")
+    checks = tuple(kind(**check) for check in document["checks"])
+    return TargetHistory(checks, converged=document["converged"], attempts=document["attempts"])
+
+
+def make_task(config: Config, target: Target) -> Task:
+    """The task around a target."""
+    task = config.task
+    if isinstance(task, InductionTask):
+        assert isinstance(target.model, InductionTransformer)
+        return induction_task(task, target.model, seed=config.seed, batch=config.batch)
+    assert target.language is not None
+    if isinstance(task, FactsTask):
+        return facts_task(task, target.language, seed=config.seed)
+    assert isinstance(task, TextTask)
+    return text_task(task, target.language, seed=config.seed, batch=config.batch)
+
+
+def identity(config: Config, target: Target) -> dict[str, Any]:
+    """What run.json says of where a target came from."""
+    if target.history is not None:
+        return {"id": f"{config.name} toy target"}
+    assert target.language is not None
+    return {"id": target.language.name, "revision": target.language.revision}

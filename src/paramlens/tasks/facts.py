@@ -1,0 +1,157 @@
+"""Facts: sentences of a prompt and an answer, the ones that are shipped, and the task of decomposing a few of them (§5.2, Figure 10)."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from paramlens.config import FactsTask
+from paramlens.errors import ConfigError
+from paramlens.tasks import Batch, Task, generator
+from paramlens.tasks.language import Language, encode_fact, encode_sentence, padded
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A fact as a prompt and its answer; the sentence is both with a space between.
+
+    relation: what the prompt asks for; two facts of one relation and one answer are alike (two golfers). subject: the words of the prompt
+    that the fact is about. reverse: asks from the answer's side ("The most famous athlete in golf is").
+    """
+
+    prompt: str
+    answer: str
+    relation: str = ""
+    subject: str = ""
+    reverse: bool = False
+
+    @property
+    def sentence(self) -> str:
+        return f"{self.prompt} {self.answer}"
+
+
+@cache
+def shipped_facts() -> tuple[Fact, ...]:
+    """The facts in the package: every athlete in every template, general facts, and the reverse prompts."""
+    tree = yaml.safe_load((resources.files("paramlens") / "data" / "facts.yaml").read_text(encoding="utf-8"))
+    athletes = [(name, sport) for sport, names in tree["athletes"].items() for name in names]
+    facts = [Fact(each.format(name=name), sport, "sport", name) for each in tree["templates"] for name, sport in athletes]
+    facts += [Fact(prompt, answer, relation) for relation, pairs in tree["general"].items() for prompt, answer in pairs]
+    facts += [Fact(prompt, answer, "athlete", reverse=True) for prompt, answer in tree["reverse"]]
+    return tuple(facts)
+
+
+def read_facts(path: Path) -> tuple[Fact, ...]:
+    """Facts from a YAML or JSON file: a list of mappings with `prompt` and `answer`, and `relation`, `subject`, `reverse` as they apply.
+
+    Raises `ConfigError` naming the entry that is not one.
+    """
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"facts {path}: cannot be read ({str(error).splitlines()[0]}); give a YAML or JSON list") from None
+    if not isinstance(entries, list) or not entries:
+        raise ConfigError(f"facts {path}: give a list of {{prompt: ..., answer: ...}}")
+    known = {"prompt": str, "answer": str, "relation": str, "subject": str, "reverse": bool}
+    for number, entry in enumerate(entries, 1):
+        if not isinstance(entry, dict) or not {"prompt", "answer"} <= entry.keys():
+            raise ConfigError(f"facts {path}, entry {number}: a mapping with prompt and answer is needed, not {entry!r}")
+        for key, value in entry.items():
+            if key not in known or not isinstance(value, known[key]):
+                raise ConfigError(f"facts {path}, entry {number}: {key}: {value!r}; known are {', '.join(known)}, all text but reverse")
+    return tuple(Fact(**entry) for entry in entries)
+
+
+def fact_of(sentence: str, facts: Sequence[Fact]) -> Fact:
+    """The fact that a sentence states: one of `facts`, or else its last word as the answer to the rest."""
+    found = next((fact for fact in facts if fact.sentence == sentence), None)
+    if found is not None:
+        return found
+    prompt, _, answer = sentence.strip().rpartition(" ")
+    return Fact(prompt, answer)
+
+
+def facts_task(task: FactsTask, language: Language, *, seed: int) -> Task:
+    """Batches of the task's sentences, with as many others of the shipped facts as it asks for, drawn anew for each step.
+
+    A position's role is its token, in any of the sentences. Nothing is held out: these sentences are what is decomposed.
+    Raises `BatchError` for a sentence of one token.
+    """
+    tokenizer = language.tokenizer
+    own = [encode_sentence(tokenizer, sentence) for sentence in task.sentences]
+    others = [fact.sentence for fact in shipped_facts() if fact.sentence not in task.sentences]
+    if task.others > len(others):
+        raise ConfigError(f"task.others {task.others}: there are {len(others)} other facts; give at most as many")
+    fixed = padded(tokenizer, own)
+    assert fixed.texts is not None
+    names = list(dict.fromkeys(text.strip() or text for texts in fixed.texts for text in texts))
+    longest = max(map(len, fixed.texts))
+    rows = [[*(names.index(text.strip() or text) for text in texts), *[-1] * (longest - len(texts))] for texts in fixed.texts]
+    fixed = replace(fixed, roles=torch.tensor(rows))
+
+    def batch(step: int, stream: str) -> Batch:
+        if stream != "train" or not task.others:
+            return fixed
+        drawn = torch.randperm(len(others), generator=generator(seed, "others", stream, step))[: task.others].tolist()
+        return padded(tokenizer, [*own, *(encode_sentence(tokenizer, others[i]) for i in drawn)])
+
+    return Task(language.model, batch, roles=tuple(names), held_out=1, tokenizer=tokenizer)
+
+
+def kinds(facts: Sequence[Fact], target: Fact, decomposed: Sequence[str]) -> Iterator[tuple[Fact, str]]:
+    """Every fact with what it is to the edited one: target, paraphrase, other-target, same-sport, other-sport, general or reverse.
+
+    same-sport: of the target's relation, with its answer; paraphrase: of its subject too.
+    """
+    for fact in facts:
+        yield fact, _kind(fact, target, decomposed)
+
+
+def _kind(fact: Fact, target: Fact, decomposed: Sequence[str]) -> str:
+    if fact.reverse:
+        return "reverse"
+    if fact.prompt == target.prompt:
+        return "target"
+    if target.subject and (fact.subject, fact.relation) == (target.subject, target.relation):
+        return "paraphrase"
+    if fact.sentence in decomposed:
+        return "other-target"
+    if target.relation and fact.relation == target.relation:
+        return "same-sport" if fact.answer == target.answer else "other-sport"
+    return "general"
+
+
+def answers_alike(facts: Sequence[Fact]) -> dict[str, list[str]]:
+    """Relation → its different answers, sorted."""
+    groups: dict[str, set[str]] = {}
+    for fact in facts:
+        groups.setdefault(fact.relation, set()).add(fact.answer)
+    return {relation: sorted(answers) for relation, answers in groups.items()}
+
+
+@torch.no_grad()
+def recall(model: nn.Module, tokenizer: Any, facts: Sequence[Fact], *, batch: int = 64) -> tuple[Tensor, Tensor]:
+    """For every fact (fact,): whether its answer is the likeliest continuation, token by token, and the answer's probability in [0, 1].
+
+    The probability of an answer of several tokens is their product, each given those before. Raises `BatchError` as `encode_fact` does.
+    """
+    pairs = [encode_fact(tokenizer, fact.prompt, fact.answer) for fact in facts]
+    device = next(model.parameters()).device
+    right, probability = list[bool](), list[float]()
+    for start in range(0, len(pairs), batch):
+        part = pairs[start : start + batch]
+        inputs = padded(tokenizer, [before + after for before, after in part]).to(device).inputs
+        assert isinstance(inputs, dict)
+        log_probs = model(**inputs).logits.double().log_softmax(-1)
+        for row, (before, after) in zip(log_probs, part, strict=True):
+            said = row[len(before) - 1 : len(before) + len(after) - 1]
+            expected = torch.tensor(after, device=device)
+            right.append(bool((said.argmax(-1) == expected).all()))
+            probability.append(said.gather(1, expected[:, None]).sum().exp().item())
+    return torch.tensor(right), torch.tensor(probability, dtype=torch.float64)

@@ -1,0 +1,122 @@
+"""A small GPT-2 with a tokenizer of its own, trained in under a minute on the shipped facts: the facts experiment without any download."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from paramlens.config import Miniature
+from paramlens.errors import DivergedError
+from paramlens.tasks import TargetHistory, generator, seed_of
+from paramlens.tasks.facts import Fact, answers_alike, recall, shipped_facts
+from paramlens.tasks.language import Language, encode, model_inputs, padded
+
+END = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class FactsCheck:
+    """A small GPT-2 over all shipped facts."""
+
+    step: int
+    loss: float
+    """Cross-entropy of the training step in nats per token, swapped answers included."""
+    accuracy: float
+    """Share of the facts whose answer is the likeliest continuation, every token of it."""
+    probability: float
+    """Median probability of the answer."""
+
+
+def train_miniature(
+    task: Miniature, sentences: Sequence[str], *, seed: int, device: str, on_check: Callable[[FactsCheck], object] = lambda _: None
+) -> tuple[Language, TargetHistory]:
+    """Train a `GPT2LMHeadModel` from nothing on the shipped facts, all tokens of a sentence counting.
+
+    sentences: their words become tokens before all others. Raises `DivergedError` if the loss is not finite.
+    """
+    facts = shipped_facts()
+    tokenizer = facts_tokenizer(task, [fact.sentence for fact in facts], sentences)
+    model = miniature_model(task, len(tokenizer), seed=seed).to(device)
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad], lr=task.lr, weight_decay=task.weight_decay
+    )
+    alike, checks = answers_alike(facts), list[FactsCheck]()
+    for step in range(task.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = task.lr * min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / task.steps))
+        ids, counted = _training_batch(task, facts, alike, tokenizer, generator(seed, "miniature", step))
+        logits = model(**model_inputs(ids.to(device))).logits[:, :-1]
+        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].masked_fill(~counted[:, 1:], -100).flatten().to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        done = step + 1
+        if done % task.check_every == 0 or done == task.steps:
+            if not math.isfinite(loss.item()):
+                raise DivergedError(f"target step {done}: loss is {loss.item()}; lower task.miniature.lr ({task.lr:g})")
+            right, probability = recall(model, tokenizer, facts)
+            checks.append(FactsCheck(done, loss.item(), right.double().mean().item(), probability.median().item()))
+            on_check(checks[-1])
+    model.requires_grad_(True)
+    converged = checks[-1].accuracy >= task.converged_accuracy
+    return Language(model.eval(), tokenizer, "miniature"), TargetHistory(tuple(checks), converged=converged)
+
+
+def facts_tokenizer(task: Miniature, corpus: Sequence[str], first: Sequence[str]) -> Any:
+    """A byte-level BPE trained on `corpus`, in which the sentences `first` weigh as if they stood there twenty times more."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=task.vocabulary, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    bpe.train_from_iterator([*corpus, *(sentence for sentence in first for _ in range(20))], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END, eos_token=END, pad_token=END)
+
+
+def miniature_model(task: Miniature, vocabulary: int, *, seed: int = 0) -> Any:
+    """The model untrained: no dropout, its token embedding (which also unembeds) random for good."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed_of(seed, "miniature"))
+        config = GPT2Config(
+            vocab_size=vocabulary,
+            n_positions=64,
+            n_embd=task.width,
+            n_layer=task.blocks,
+            n_head=task.heads,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+        model = GPT2LMHeadModel(config)
+        nn.init.normal_(model.transformer.wte.weight, std=task.embedding_scale)
+    model.transformer.wte.weight.requires_grad_(False)
+    return model
+
+
+def _training_batch(
+    task: Miniature, facts: Sequence[Fact], alike: dict[str, list[str]], tokenizer: Any, rng: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Token ids (batch, pos) of random facts, some with another's answer, and which positions are a sentence's own."""
+    sequences: list[list[int]] = []
+    for index in torch.randint(len(facts), (task.batch,), generator=rng).tolist():
+        fact, answer = facts[index], facts[index].answer
+        wrong = [other for other in alike[fact.relation] if other != answer]
+        if wrong and torch.rand((), generator=rng).item() < task.swapped:
+            answer = wrong[int(torch.randint(len(wrong), (), generator=rng))]
+        sequences.append([*encode(tokenizer, f"{fact.prompt} {answer}"), tokenizer.eos_token_id])
+    batch = padded(tokenizer, sequences)
+    assert isinstance(batch.inputs, dict)
+    ids = batch.inputs["input_ids"]
+    return ids, torch.ones_like(ids, dtype=torch.bool) if batch.present is None else batch.present
