@@ -22,8 +22,19 @@ from paramlens.config import Config
 from paramlens.configfile import LIST_FIELDS, SWITCHES, field_paths, load_config, parse_value, shipped_configs
 from paramlens.errors import ConfigError, ParamLensError, RunInterrupted
 from paramlens.layout import checkpoints, default_out, is_run, read_json, require_free, require_run
-from paramlens.options import Agree, Bench, Decompose, Demo, Doctor, Report, ShowCircuit, Svd, TrainTarget
-from paramlens.terminal import bench_table, print_agreement, print_circuit, print_diagnosis, print_svd
+from paramlens.options import Agree, Bench, Decompose, Demo, Doctor, Inspect, Report, ShowCircuit, Suppress, Svd, Trace, TrainTarget
+from paramlens.terminal import (
+    bench_table,
+    print_agreement,
+    print_circuit,
+    print_diagnosis,
+    print_inspection,
+    print_selected,
+    print_subcomponent,
+    print_suppression,
+    print_svd,
+    print_trace,
+)
 
 if TYPE_CHECKING:
     from paramlens.analysis.circuit import Circuit
@@ -37,6 +48,9 @@ USAGE = f"""paramlens {__version__}: take a Transformer's weights apart, see whi
   paramlens train-target CONFIG       train and save a toy target
   paramlens decompose CONFIG          a run directory
   paramlens circuit RUN               what is active where, and how faithful it is (Table 1)
+  paramlens inspect RUN               active subcomponents by token; what one reads and writes
+  paramlens suppress RUN              take a sentence's own subcomponents out, see what every fact keeps
+  paramlens trace MODEL               causal tracing: where an answer comes back
   paramlens svd RUN                   the same target pruned by SVD, at the same divergence (Algorithm 2)
   paramlens agreement RUN RUN...      do seeds find the same subcomponents
   paramlens report RUN                one offline HTML page
@@ -87,8 +101,8 @@ def _parse(name: str, kind: type, argv: Sequence[str]) -> tuple[Any, list[str]]:
     asks_help = bool({"-h", "--help"} & set(argv))
     if asks_help and configured:
         tyro.cli(_with_fields(kind, argv), prog=prog, args=["--help"], config=(tyro.conf.AvoidSubcommands,))
-    if first in ("config", "run", "runs") and not asks_help and (not argv or argv[0].startswith("-")):
-        what = f"a configuration, {', '.join(shipped_configs())} or a YAML file" if configured else "a run directory"
+    if first in _FIRST and not asks_help and (not argv or argv[0].startswith("-")):
+        what = f"a configuration, {', '.join(shipped_configs())} or a YAML file" if configured else _FIRST[first]
         raise ConfigError(f"{name}: give {what} first, then options")
     if asks_help:
         tyro.cli(kind, prog=prog, args=["--help"], config=(tyro.conf.FlagCreatePairsOff,))
@@ -108,6 +122,10 @@ def _parse(name: str, kind: type, argv: Sequence[str]) -> tuple[Any, list[str]]:
     if rest and not configured:
         raise ConfigError(f"{name}: unexpected argument {rest[0]!r}")
     return options, rest
+
+
+_FIRST = {"config": "", "run": "a run directory", "runs": "a run directory", "model": "a run directory or a model"}
+"""What a command's first word is, by the name of the option."""
 
 
 def _first_paragraph(boxed: str) -> str:
@@ -310,6 +328,103 @@ def _agreement(options: Agree, _: list[str]) -> int:
     return 0
 
 
+def _inspect(options: Inspect, _: list[str]) -> int:
+    require_run(options.run)
+    if (options.site is None) != (options.subcomponent is None):
+        raise ConfigError("inspect: give --site and --subcomponent together, or neither")
+    from paramlens.analysis.components import inspect_prompt, inspect_subcomponent
+    from paramlens.rundir import open_run
+
+    run = open_run(options.run)
+    if options.site is not None and options.subcomponent is not None:
+        texts = [options.prompt] if options.prompt else _lines(options.text)
+        part = inspect_subcomponent(run, options.site, options.subcomponent, texts=texts or ())
+        print(json.dumps(part.to_json())) if options.json else print_subcomponent(part, Console())
+    else:
+        found = inspect_prompt(run, options.prompt, threshold=options.threshold)
+        print(json.dumps(found.to_json())) if options.json else print_inspection(found, Console())
+    return 0
+
+
+def _lines(path: Path | None) -> list[str] | None:
+    """The lines of a text file that hold anything."""
+    if path is None:
+        return None
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"text {path}: cannot be read ({error}); give a text file in UTF-8") from None
+
+
+def _suppress(options: Suppress, _: list[str]) -> int:
+    require_run(options.run)
+    if (options.site is None) != (not options.subcomponent):
+        raise ConfigError("suppress: give --site and --subcomponent together, or neither")
+    by_hand = [(options.site, c) for c in options.subcomponent if options.site is not None]
+    from paramlens.analysis.components import own_sentences
+    from paramlens.analysis.edit import suppress
+    from paramlens.analysis.effect import evaluate_edit
+    from paramlens.rundir import open_run
+    from paramlens.tasks.facts import read_facts, shipped_facts
+
+    facts = shipped_facts() if options.evaluate in ("shipped", "none") else read_facts(Path(options.evaluate))
+    run = open_run(options.run)
+    edit = suppress(
+        run,
+        unique_to=options.unique_to,
+        top=options.top,
+        tokens=options.tokens,
+        per_token=options.per_token,
+        sites=options.sites,
+        subcomponents=by_hand or None,
+        method=options.method,
+        threshold=options.threshold,
+        facts=facts,
+    )
+    document: dict[str, Any] = {"selected": [dataclasses.asdict(each) for each in edit.selected]}
+    target = options.unique_to or options.fact or next(iter(own_sentences(run)), None)
+    if options.evaluate != "none":
+        if target is None:
+            raise ConfigError("suppress: give --fact, the sentence that the effect is judged by")
+        result = evaluate_edit(run, edit, target, facts=facts, texts=_lines(options.text), controls=not options.skip_controls)
+        document = result.to_json()
+        run.keep_analysis("suppress", "edits", document, same=("target", "method", "selected"))
+        if not options.json:
+            print_suppression(result, Console())
+    elif not options.json:
+        print_selected(edit.selected, Console())
+    if options.save is not None:
+        document["saved"] = str(edit.save(options.save))
+        Console(stderr=True).print(f"saved: {options.save}", highlight=False, markup=False, soft_wrap=True)
+    if options.json:
+        print(json.dumps(document))
+    return 0
+
+
+def _trace(options: Trace, _: list[str]) -> int:
+    from paramlens.analysis.components import tokenizer_of
+    from paramlens.analysis.trace import trace
+    from paramlens.rundir import open_run
+    from paramlens.tasks.language import load_language
+
+    path = Path(options.model)
+    run = open_run(path) if is_run(path) else None
+    if run is None:
+        language = load_language(str(path / "target") if (path / "target" / "config.json").is_file() else options.model)
+        model, tokenizer = language.model, language.tokenizer
+    else:
+        model, tokenizer = run.decomposition.model, tokenizer_of(run)
+    how = {name: getattr(options, name) for name in ("answer", "noise", "samples", "window", "seed")}
+    result = trace(model, tokenizer, options.prompt, options.subject, name=options.model, **how)
+    if run is not None:
+        run.keep_analysis("trace", "traces", result.to_json(), same=("prompt", "subject", "answer"))
+    if options.json:
+        print(json.dumps(result.to_json()))
+    else:
+        print_trace(result, Console(), zero_mlp=options.zero_mlp)
+    return 0
+
+
 def _report_command(options: Report, _: list[str]) -> int:
     require_run(options.run)
     from paramlens.page import report
@@ -321,7 +436,7 @@ def _report_command(options: Report, _: list[str]) -> int:
 
 def _doctor(options: Doctor, rest: list[str]) -> int:
     config = _configuration(options.config, rest)
-    from paramlens.analysis.doctor import diagnose
+    from paramlens.budget import diagnose
     from paramlens.sites import find_sites
     from paramlens.targets import skeleton
 
@@ -379,6 +494,9 @@ _COMMANDS = {
     "circuit": _Command(ShowCircuit, _circuit_command),
     "svd": _Command(Svd, _svd),
     "agreement": _Command(Agree, _agreement),
+    "inspect": _Command(Inspect, _inspect),
+    "suppress": _Command(Suppress, _suppress),
+    "trace": _Command(Trace, _trace),
     "report": _Command(Report, _report_command),
     "doctor": _Command(Doctor, _doctor),
     "bench": _Command(Bench, _bench),

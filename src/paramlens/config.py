@@ -122,7 +122,7 @@ class Miniature(_Frozen):
     """Residual stream."""
     heads: Count = 4
     """Attention heads per block."""
-    vocabulary: Annotated[Count, Field(ge=300)] = 800
+    vocabulary: Annotated[Count, Field(ge=300)] = 1600
     """Tokens of the byte-level BPE, at most."""
     embedding_scale: Positive = 0.1
     """Standard deviation of the token embedding, which stays random: nothing can be learned there, so facts must sit in the sites."""
@@ -166,7 +166,9 @@ class FactsTask(_Pretrained):
     )
     """What is decomposed; all of them are in every batch. §5.2: these two."""
     others: Natural = 0
-    """Further sentences in every batch, drawn anew for each step from the shipped facts. §5.2: none."""
+    """Further sentences in every batch, drawn anew for each step from the shipped facts, and decomposed along. §5.2: none."""
+    elsewhere: Natural = 0
+    """Sentences of other text in every step, drawn from the shipped facts, for `losses.elsewhere`; they are not decomposed. §5.2: none."""
     miniature: Miniature = Miniature()
 
 
@@ -239,6 +241,9 @@ class Losses(_Frozen):
     """eq. 5, 7. Figure 6: 10."""
     stochastic_recon_partial: NonNegative = 0.0
     """eq. 6, 8. Figure 6: 10."""
+    elsewhere: NonNegative = 0.0
+    """On other text, from `task.elsewhere`, all sites replaced and every subcomponent on but those of one sentence alone, which are on in
+    part at random: taking them out must not matter there. Ours; the paper has none."""
     faithfulness: NonNegative = 0.0
     """eq. 1. Table 4: 1000. Figure 6: 1e6."""
     minimality: NonNegative = 0.0
@@ -273,7 +278,7 @@ RECONSTRUCTION_NAMES = (
     "recon_partial",
     "stochastic_recon_partial",
 )
-LOSS_NAMES = (*RECONSTRUCTION_NAMES, "faithfulness", "minimality")
+LOSS_NAMES = (*RECONSTRUCTION_NAMES, "elsewhere", "faithfulness", "minimality")
 
 
 class Optim(_Frozen):
@@ -366,6 +371,14 @@ class Config(_Frozen):
                 f"gamma.max_length {table} is below task.length {self.task.length}; "
                 f"the attention γ's table must hold the longest batch, so give at least {self.task.length}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _elsewhere_has_text(self) -> "Config":
+        if bool(self.losses.elsewhere) != bool(isinstance(self.task, FactsTask) and self.task.elsewhere):
+            raise ValueError("losses.elsewhere and task.elsewhere (sentences per step, of a facts task) go together: give both or neither")
+        if self.losses.elsewhere and self.cuda_graph:
+            raise ValueError("cuda_graph true captures one batch a step; losses.elsewhere brings a second, so give one of them")
         return self
 
     @model_validator(mode="after")

@@ -121,7 +121,7 @@ class Decomposition(nn.Module):
         A chain is a `ModuleList` whose modules hand their output on, each to the next; it counts if runs that start in its
         middle and at its end give the logits of whole runs on `inputs`.
         """
-        self._blocks = max(_chains(self.model, inputs), key=lambda chain: len(self._homes(chain)), default=())
+        self._blocks = max(block_chains(self.model, inputs), key=lambda chain: len(self._homes(chain)), default=())
         self._home = self._homes(self._blocks)
         if not self._starts_anywhere(inputs):
             self._blocks, self._home = (), {}
@@ -184,7 +184,7 @@ class Decomposition(nn.Module):
         return logits if order == sorted(order) else logits[torch.tensor(order).argsort().to(logits.device)]
 
 
-def _chains(model: nn.Module, inputs: Inputs) -> list[tuple[nn.Module, ...]]:
+def block_chains(model: nn.Module, inputs: Inputs) -> list[tuple[nn.Module, ...]]:
     """Every `ModuleList` of `model` whose modules are called once each, in order, the first argument being the output before."""
     lists = [tuple(module) for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
     calls: list[tuple[nn.Module, Tensor | None, Tensor | None]] = []

@@ -18,7 +18,7 @@ from paramlens.decomposition import Decomposition, Plan, TargetRun
 from paramlens.importance import LEAK, upper
 from paramlens.machine import fusible
 from paramlens.masks import Replacement, site_subsets, subset_shape
-from paramlens.tasks import Inputs
+from paramlens.tasks import Batch, Inputs
 
 CPU_STACK = 2**21
 """Logits computed in one pass on a CPU."""
@@ -265,6 +265,25 @@ def reconstruction_losses(
         lambda: map(run, stacks), list(leaves.values()), [sinks.get(site) for site in g], *g.values(), *decomposition.parameters()
     )
     return total, {name: torch.stack(values).mean() for name, values in divergences.items()}
+
+
+def elsewhere_loss(
+    decomposition: Decomposition, other: Batch, g: Mapping[str, Float[Tensor, "sequence pos C"]], *, generator: torch.Generator
+) -> Float[Tensor, ""]:
+    """KL in nats on other text, all sites replaced, with what is one sequence's own on in part and all the rest on.
+
+    A subcomponent's share of being one sequence's own: its largest g there less its largest in any other; its mask is 1 less
+    that share times u ~ U(0, 1). No gradient reaches g: what is important is settled by the sequences that are decomposed.
+    """
+    target = decomposition.target_run(other.inputs)
+    plan: dict[str, Replacement] = {}
+    keys = torch.randint(2**31, (len(g),), generator=generator, device=generator.device).tolist()
+    for (site, value), key in zip(g.items(), keys, strict=True):
+        most = value.detach().amax(1).sort(0, descending=True).values
+        own = most[0] - most[1] if len(most) > 1 else most[0]
+        plan[site] = Replacement((1 - own).expand(*target.inputs[site].shape[:-1], -1), key)
+    at = LossAt(present=other.present)
+    return at.divergence(at.log_probs(target.logits), decomposition.masked_run(other.inputs, [plan]))[0]
 
 
 def stack_size(logits: int, *, device: str) -> int:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from tyro.conf import Positional
 
@@ -104,6 +105,90 @@ class Agree:
     """A subcomponent takes part where its importance exceeds this at one token at least."""
     batches: int = 16
     """Held-out batches evaluated, of the first run."""
+    json: bool = False
+    """One JSON document on stdout."""
+
+
+@dataclass
+class Inspect:
+    """Which subcomponents are active on which token; with --site and --subcomponent, what one reads and writes."""
+
+    run: Positional[Path]
+    """Run directory."""
+    prompt: str | None = None
+    """A sentence; none: the run's first."""
+    site: str | None = None
+    """Site of the subcomponent to look at."""
+    subcomponent: int | None = None
+    """Its number, 0 to C - 1."""
+    text: Path | None = None
+    """Text file whose lines the subcomponent is looked at on; none: the run's sentences."""
+    threshold: float = 0.1
+    """A subcomponent is active where its importance exceeds this, in [0, 1)."""
+    json: bool = False
+    """One JSON document on stdout."""
+
+
+@dataclass
+class Suppress:
+    """Take subcomponents out of the target, and see what that does to every fact."""
+
+    run: Positional[Path]
+    """Run directory."""
+    unique_to: str | None = None
+    """Sentence or prompt whose own subcomponents go: active there, in no other sentence of the run."""
+    top: int | None = None
+    """At most this many of them, by importance and contribution; none: all."""
+    tokens: str | None = None
+    """Words of the sentence; only subcomponents active there go."""
+    per_token: int | None = None
+    """At most this many at each token."""
+    sites: tuple[str, ...] | None = None
+    """Patterns of the sites whose subcomponents may go; none: all."""
+    site: str | None = None
+    """Site of subcomponents named by hand."""
+    subcomponent: tuple[int, ...] = ()
+    """Their numbers."""
+    fact: str | None = None
+    """Sentence the effect is judged by, where subcomponents are named by hand; none: the run's first."""
+    method: Literal["projection", "subtraction"] = "projection"
+    """projection (§5.2), or subtraction of the parts themselves."""
+    evaluate: str = "shipped"
+    """Facts to look at: a YAML or JSON file, shipped, or none."""
+    text: Path | None = None
+    """Text file for the perplexity, a text a line; none: the general facts."""
+    skip_controls: bool = False
+    """Leave out the other edits of equal rank."""
+    threshold: float = 0.1
+    """A subcomponent is active where its importance exceeds this, in [0, 1)."""
+    save: Path | None = None
+    """Write the edited model there, as a plain Hugging Face folder."""
+    json: bool = False
+    """One JSON document on stdout."""
+
+
+@dataclass
+class Trace:
+    """Causal tracing of the answer to a prompt in any causal language model."""
+
+    model: Positional[str]
+    """Run directory, local folder, or id on the Hugging Face Hub."""
+    prompt: str
+    """The prompt, up to the answer."""
+    subject: str
+    """Its words that are corrupted."""
+    answer: str | None = None
+    """The answer; none: the model's likeliest next token."""
+    noise: float = 3.0
+    """Noise on the subject's embeddings, in standard deviations of all embeddings."""
+    samples: int = 10
+    """Draws of the noise."""
+    window: int = 3
+    """Blocks whose MLPs or attentions are restored together."""
+    seed: int = 0
+    """Seeds the noise."""
+    zero_mlp: bool = False
+    """Show the sweep in which one whole MLP is put to zero."""
     json: bool = False
     """One JSON document on stdout."""
 

@@ -13,7 +13,7 @@ A checkpoint is written beside its place as `.part`, synced, and renamed: a dire
 import json
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -170,6 +170,18 @@ class Run:
     def target_history(self) -> TargetHistory | None:
         """How a toy target was trained; none for any other."""
         return targets.history(self.path) if (self.path / "target.json").exists() else None
+
+    def keep_analysis(self, name: str, entries: str, document: Mapping[str, Any], *, same: Sequence[str]) -> Path:
+        """Add `document` to the list `entries` of `analysis/<name>.json`, in place of one that agrees in the fields `same`.
+
+        Entries of another checkpoint go.
+        """
+        path = self.path / "analysis" / f"{name}.json"
+        before = read_json(path) if path.is_file() else {}
+        kept = before[entries] if before.get("step") == self.step else []
+        plain = json.loads(json.dumps(document))
+        kept = [each for each in kept if any(each[key] != plain[key] for key in same)]
+        return self.save_analysis(name, {"step": self.step, entries: [*kept, plain]})
 
     def save_analysis(self, name: str, document: Mapping[str, Any]) -> Path:
         """Write `analysis/<name>.json`."""

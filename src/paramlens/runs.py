@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from paramlens import targets
+from paramlens.budget import require_memory
 from paramlens.config import Config, CustomTask, FactsTask, InductionTask, TextTask
 from paramlens.configfile import load_config, make_config
 from paramlens.decomposition import Decomposition, Plan, TargetRun, initialise
@@ -243,6 +244,7 @@ def _built(config: Config, task: Task) -> tuple[Decomposition, Importance]:
     _require_stackable(decomposition, inputs, target)
     decomposition.find_blocks(inputs)
     longest = max(value.shape[1] for value in target.inputs.values())
+    require_memory(config, sites, length=longest, vocabulary=target.logits.shape[-1])
     max_length = config.task.length if isinstance(config.task, InductionTask | TextTask) else longest
     importance = Importance({site.name: (site.d_in, config.C) for site in sites}, config.gamma, max_length=max_length)
     importance = importance.to(device=config.device, dtype=dtype)

@@ -1,16 +1,21 @@
 """Results as tables for the terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
     from paramlens.analysis.agreement import Agreement
     from paramlens.analysis.circuit import Circuit
-    from paramlens.analysis.doctor import Diagnosis
+    from paramlens.analysis.components import Inspection, Subcomponent
+    from paramlens.analysis.edit import Selected
+    from paramlens.analysis.effect import Suppression
     from paramlens.analysis.svd import SvdBaseline
+    from paramlens.analysis.trace import Trace
+    from paramlens.budget import Diagnosis
 
 
 def print_circuit(result: "Circuit", console: Console) -> None:
@@ -88,6 +93,106 @@ def print_agreement(result: "Agreement", console: Console) -> None:
     if result.init == "svd":
         note = "every seed started from the same singular vectors, which flatters the agreement; --init.kind svd_rotated does not"
         console.print(note, style="yellow", highlight=False, soft_wrap=True)
+
+
+def print_inspection(result: "Inspection", console: Console) -> None:
+    """One row a site, one column a token: how many subcomponents are active; and how many are the sentence's own."""
+    table = Table(title=f"Active subcomponents (importance > {result.threshold:g}): {result.prompt}", title_justify="left")
+    table.add_column("site")
+    for token in result.tokens:
+        table.add_column(escape(token.strip() or repr(token)), justify="right")
+    table.add_column("own", justify="right")
+    own = [site for site, _ in result.unique]
+    for site, counts in result.by_site.items():
+        table.add_row(_short(site), *[str(count) if count else "[dim]0[/dim]" for count in counts], str(own.count(site)))
+    table.add_row("sum", *[str(sum(column)) for column in zip(*result.by_site.values(), strict=True)], str(len(own)))
+    console.print(table)
+    different = len({(each.site, each.subcomponent) for each in result.active})
+    console.print(f"{different} of {result.total} are active in it, {len(own)} of them in no other sentence of the run", highlight=False)
+
+
+def print_subcomponent(result: "Subcomponent", console: Console) -> None:
+    """What it reads and writes, and where it is active."""
+    title = f"{result.site}, subcomponent {result.subcomponent}: |u| {result.norm_u:.3g}, |v| {result.norm_v:.3g}"
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, entries in (
+        ("reads tokens", result.reads),
+        ("reads positions", result.positions),
+        ("raises", result.writes),
+        ("lowers", result.suppresses),
+    ):
+        listed = "  ".join(f"{escape(repr(each.what))} {each.value:+.2f}" for each in entries)
+        table.add_row(name, listed or "[dim]not of the residual stream[/dim]")
+    console.print(table)
+    for tokens, importance, inner in zip(result.tokens, result.importance, result.inner, strict=True):
+        strip = Table(show_header=True, box=None, padding=(0, 1, 0, 0))
+        strip.add_column("")
+        for token in tokens:
+            strip.add_column(escape(token.strip() or repr(token)), justify="right")
+        strip.add_row("importance", *[f"{value:.2f}" for value in importance])
+        strip.add_row("inner", *[f"{value:+.2f}" for value in inner])
+        console.print(strip)
+
+
+def print_selected(selected: "Sequence[Selected]", console: Console) -> None:
+    """The subcomponents an edit takes out."""
+    table = Table(title=f"{len(selected)} subcomponents taken out", title_justify="left")
+    for name in ("site", "subcomponent", "token", "importance", "adds, nats"):
+        table.add_column(name, justify="left" if name in ("site", "token") else "right")
+    for each in selected[:_LISTED]:
+        numbers = [_figure(each.importance, 3), _figure(each.contribution, 3)]
+        table.add_row(_short(each.site), str(each.subcomponent), escape((each.token or "-").strip()), *numbers)
+    if len(selected) > _LISTED:
+        table.add_row(f"and {len(selected) - _LISTED} more", "", "", "", "")
+    console.print(table)
+
+
+def print_suppression(result: "Suppression", console: Console) -> None:
+    """What was taken out, and by kind of fact the share of its probability that an answer keeps, beside the controls."""
+    print_selected(result.selected, console)
+    title = f"Probability kept, median by kind ({result.method}): {result.target}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("edit")
+    for kind in result.effect.kept:
+        table.add_column(kind, justify="right")
+    table.add_column("perplexity", justify="right")
+    for name, effect in {"subcomponents": result.effect, **result.controls}.items():
+        table.add_row(name, *[f"{value:.3f}" for value in effect.kept.values()], _figure(effect.perplexity, 2))
+    console.print(table)
+    console.print(f"perplexity before: {_figure(result.perplexity_before, 2)}", highlight=False)
+
+
+def print_trace(result: "Trace", console: Console, *, zero_mlp: bool) -> None:
+    """The three maps, one row a block, one column a token."""
+    console.print(
+        f"p({result.answer}) {result.clean:.3f}, with the subject corrupted {result.corrupted:.3f} "
+        f"({result.samples} draws, noise {result.noise:g}, seed {result.seed})",
+        highlight=False,
+    )
+    for name, values in (("hidden state", result.hidden), ("MLP", result.mlp), ("attention", result.attention)):
+        window = "" if name == "hidden state" else f", {result.window} blocks together"
+        table = Table(title=f"{name} restored at one place{window}: probability of the answer", title_justify="left")
+        table.add_column("block")
+        for i, token in enumerate(result.positions):
+            table.add_column(escape(token.strip() or repr(token)) + ("*" if i in result.subject_positions else ""), justify="right")
+        for block, row in enumerate(values):
+            table.add_row(str(block), *[f"{value:.3f}" for value in row])
+        console.print(table)
+    if zero_mlp:
+        table = Table(title=f"One MLP put to zero: probability of the answer ({result.clean:.3f} with all)", title_justify="left")
+        for block in range(len(result.zero_mlp)):
+            table.add_column(str(block), justify="right")
+        table.add_row(*[f"{value:.3f}" for value in result.zero_mlp])
+        console.print(table)
+
+
+def _short(site: str) -> str:
+    """A site's name without what all Hugging Face models begin with."""
+    return site.removeprefix("transformer.").removeprefix("model.").removeprefix("gpt_neox.")
+
+
+_LISTED = 12
+"""Subcomponents listed one by one."""
 
 
 def print_diagnosis(diagnosis: "Diagnosis", console: Console) -> None:

@@ -54,7 +54,8 @@ class PatternPair:
 class ExampleSequence:
     """One held-out sequence: tokens (where the input is tokens), roles, and at each site and position the summed importance Σ_c g."""
 
-    tokens: list[int]
+    tokens: list[str]
+    """Their text, or their numbers where the task has none."""
     roles: list[str]
     importance: dict[str, list[float]]
     attention: dict[str, PatternPair]
@@ -187,9 +188,10 @@ def _site(g: Float[Tensor, "*batch C"], role_index: Tensor, roles: Sequence[str]
 
 
 def _if_silent(run: Run, name: str, threshold: float) -> str:
-    module, task = run.decomposition.model.get_submodule(name), run.config.task
+    site = next(site for site in run.decomposition.sites if site.name == name)
+    task = run.config.task
     added_after = isinstance(task, InductionTask) and task.added == "after"
-    return silence(name, has_bias=getattr(module, "bias", None) is not None, threshold=threshold, added_after=added_after)
+    return silence(name, has_bias=site.bias is not None, threshold=threshold, added_after=added_after)
 
 
 def silence(site: str, *, has_bias: bool, threshold: float, added_after: bool) -> str:
@@ -199,7 +201,7 @@ def silence(site: str, *, has_bias: bool, threshold: float, added_after: bool) -
     """
     output = "its bias alone" if has_bias else "zero"
     text = f"has no subcomponent above {threshold:g} anywhere; with all of them off it writes {output}"
-    leaf = site.rsplit(".", 1)[-1]
+    leaf = site.rsplit(".", 1)[-1].split("[")[-1].rstrip("]")
     if leaf in ("q", "k", "q_proj", "k_proj", "query", "key") and not has_bias and not added_after:
         return f"{text}, so every attention score is the same: attention is uniform over what it may see, not off"
     return f"{text}, and the model runs on without what it carried"
@@ -211,12 +213,15 @@ def _by_role(values: Float[Tensor, "batch pos"], role_index: Tensor, roles: Sequ
 
 
 def _example(held: HeldOut, roles: Sequence[str], patterns: Mapping[str, tuple[Tensor, Tensor]]) -> ExampleSequence:
-    inputs = held.batch.inputs
-    tokens = inputs[0].tolist() if isinstance(inputs, Tensor) and inputs.dim() == 2 and not inputs.is_floating_point() else []
+    inputs, texts = held.batch.inputs, held.batch.texts
+    ids = inputs[0].tolist() if isinstance(inputs, Tensor) and inputs.dim() == 2 and not inputs.is_floating_point() else []
+    tokens = list(texts[0]) if texts else [str(token) for token in ids]
+    role_index = held.roles[0].reshape(-1)
+    own = role_index >= 0
     return ExampleSequence(
         tokens=tokens,
-        roles=[str(roles[i]) for i in held.roles[0].reshape(-1).tolist()],
-        importance={name: [round(v, 5) for v in value[0].sum(-1).reshape(-1).tolist()] for name, value in held.g.items()},
+        roles=[str(roles[i]) for i in role_index[own].tolist()],
+        importance={name: [round(v, 5) for v in value[0].sum(-1).reshape(-1)[own].tolist()] for name, value in held.g.items()},
         attention={
             name: PatternPair(*(_rounded(side[0].mean(0)) for side in pair))
             for name, pair in patterns.items()

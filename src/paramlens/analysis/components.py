@@ -315,7 +315,7 @@ def _texts(tokenizer: Any, count: int) -> list[str]:
     return known + [f"<{i}>" for i in range(len(known), count)]
 
 
-def _top(values: Tensor, order: Tensor, names: Sequence[str], top: int) -> list[Read]:
+def _top(values: Tensor, order: Tensor, names: list[str], top: int) -> list[Read]:
     return [Read(names[i], values[i].item()) for i in order.topk(min(top, len(values))).indices.tolist()]
 
 

@@ -116,7 +116,7 @@ def evaluate_edit(
 
 @torch.no_grad()
 def perplexity(model: nn.Module, tokenizer: object, texts: Sequence[str], *, batch: int = 32) -> float:
-    """exp of the mean cross-entropy per token over all tokens of all texts but the first of each."""
+    """Exp of the mean cross-entropy per token over all tokens of all texts but the first of each."""
     sequences = [ids for text in texts if len(ids := encode(tokenizer, text)) > 1]
     if not sequences:
         raise ConfigError("perplexity: no text of two tokens or more")

@@ -73,6 +73,8 @@ class Task:
     links: tuple[Link, ...] = ()
     changes: Mapping[str, Callable[[Batch], AbstractContextManager[None]]] = field(default_factory=dict)
     """Name → a change of the target's run on a batch, in force inside the context."""
+    elsewhere: Callable[[int], Batch] | None = None
+    """Step → other text, which is not decomposed, and on which what is a sentence's own must not matter."""
     tokenizer: Any = None
     """Of a language model; none for any other."""
     held_out: int | None = None

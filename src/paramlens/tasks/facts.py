@@ -86,8 +86,9 @@ def facts_task(task: FactsTask, language: Language, *, seed: int) -> Task:
     tokenizer = language.tokenizer
     own = [encode_sentence(tokenizer, sentence) for sentence in task.sentences]
     others = [fact.sentence for fact in shipped_facts() if fact.sentence not in task.sentences]
-    if task.others > len(others):
-        raise ConfigError(f"task.others {task.others}: there are {len(others)} other facts; give at most as many")
+    for name, count in (("others", task.others), ("elsewhere", task.elsewhere)):
+        if count > len(others):
+            raise ConfigError(f"task.{name} {count}: there are {len(others)} other facts; give at most as many")
     fixed = padded(tokenizer, own)
     assert fixed.texts is not None
     names = list(dict.fromkeys(text.strip() or text for texts in fixed.texts for text in texts))
@@ -95,13 +96,26 @@ def facts_task(task: FactsTask, language: Language, *, seed: int) -> Task:
     rows = [[*(names.index(text.strip() or text) for text in texts), *[-1] * (longest - len(texts))] for texts in fixed.texts]
     fixed = replace(fixed, roles=torch.tensor(rows))
 
+    def drawn(name: str, step: int, count: int) -> list[list[int]]:
+        order = torch.randperm(len(others), generator=generator(seed, name, step))[:count]
+        return [encode_sentence(tokenizer, others[i]) for i in order.tolist()]
+
     def batch(step: int, stream: str) -> Batch:
         if stream != "train" or not task.others:
             return fixed
-        drawn = torch.randperm(len(others), generator=generator(seed, "others", stream, step))[: task.others].tolist()
-        return padded(tokenizer, [*own, *(encode_sentence(tokenizer, others[i]) for i in drawn)])
+        return padded(tokenizer, [*own, *drawn("others", step, task.others)])
 
-    return Task(language.model, batch, roles=tuple(names), held_out=1, tokenizer=tokenizer)
+    def elsewhere(step: int) -> Batch:
+        return padded(tokenizer, drawn("elsewhere", step, task.elsewhere))
+
+    return Task(
+        language.model,
+        batch,
+        roles=tuple(names),
+        elsewhere=elsewhere if task.elsewhere else None,
+        held_out=1,
+        tokenizer=tokenizer,
+    )
 
 
 def kinds(facts: Sequence[Fact], target: Fact, decomposed: Sequence[str]) -> Iterator[tuple[Fact, str]]:

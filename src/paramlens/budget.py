@@ -1,11 +1,14 @@
 """What a configuration will need, told before anything is started: parameters and bytes by part."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
 from paramlens import native
-from paramlens.config import Config
+from paramlens.config import Config, Gamma
+from paramlens.errors import ConfigError
 from paramlens.importance import Importance
 from paramlens.losses import stack_size
 from paramlens.sites import Site
@@ -26,7 +29,7 @@ class Diagnosis:
         return asdict(self)
 
 
-def diagnose(config: Config, sites: tuple[Site, ...], *, length: int, vocabulary: int) -> Diagnosis:
+def diagnose(config: Config, sites: Sequence[Site], *, length: int, vocabulary: int) -> Diagnosis:
     """Count U, V and γ of `sites` and estimate a step's memory at `config.batch` sequences of `length` tokens.
 
     Activations are the most that one step holds: γ's inputs, and pre-activations, importances and their gradients; in one pass of
@@ -70,3 +73,50 @@ def diagnose(config: Config, sites: tuple[Site, ...], *, length: int, vocabulary
             "total": (2 + _ADAM_STATE) * trained * word + sum(activations.values()),
         },
     )
+
+
+def require_memory(config: Config, sites: Sequence[Site], *, length: int, vocabulary: int, free: int | None = None) -> None:
+    """Raise `ConfigError` if the run needs more than is free on its device, naming what to lower and the figures for each.
+
+    free: bytes; none: what the device tells, and no check where it does not.
+    """
+    free = free_memory(config.device) if free is None else free
+
+    def needed(sites: Sequence[Site] = sites, **changes: object) -> int:
+        changed = config.model_copy(update={key: value for key, value in changes.items() if key not in Gamma.model_fields})
+        gamma = {key: value for key, value in changes.items() if key in Gamma.model_fields}
+        changed = changed.model_copy(update={"gamma": config.gamma.model_copy(update=gamma)})
+        return diagnose(changed, sites, length=length, vocabulary=vocabulary).bytes["total"]
+
+    total = needed()
+    if free is None or total <= free:
+        return
+    remedies = [f"gamma.kind {kind} ({_size(needed(kind=kind))})" for kind in ("shared", "scalar") if needed(kind=kind) < 0.8 * total]
+    for name, value in (("gamma.d_gate", config.gamma.d_gate), ("C", config.C)):
+        field = name.rpartition(".")[2]
+        halves = [value >> shift for shift in range(1, value.bit_length())]
+        fitting = next((half for half in halves if needed(**{field: half}) <= free), None)
+        if fitting is not None:
+            remedies.append(f"{name} {fitting} ({_size(needed(**{field: fitting}))})")
+    count = next((count for count in range(len(sites) - 1, 0, -1) if needed(sites=sites[:count]) <= free), None)
+    if count is not None:
+        remedies.append(f"fewer sites (the first {count} of {len(sites)}: {_size(needed(sites=sites[:count]))})")
+    raise ConfigError(
+        f"needs {_size(total)} of memory on {config.device}, {_size(free)} are free; lower one of: {', '.join(remedies) or 'batch'}. "
+        "`paramlens doctor` lists the parts"
+    )
+
+
+def free_memory(device: str) -> int | None:
+    """Bytes free on a device; none where it does not tell."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
