@@ -13,7 +13,12 @@ SHAPED = (
     "rundir",
     "step",
     "train",
+    "budget",
     "tasks.induction",
+    "tasks.facts",
+    "tasks.language",
+    "tasks.miniature",
+    "tasks.text",
     "analysis",
 )
 install_import_hook([f"paramlens.{name}" for name in SHAPED], "beartype.beartype")
@@ -66,6 +71,29 @@ def tiny_with(**changes: object) -> Config:
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A finished run of the tiny configuration; read only."""
     return decompose_config(make_config(TINY), out=tmp_path_factory.mktemp("runs") / "tiny")
+
+
+TINY_FACTS = {
+    "name": "tiny-facts",
+    "steps": 6,
+    "batch": 2,
+    "C": 16,
+    "threads": 1,
+    "sites": ["transformer.h.*.attn.c_*", "transformer.h.*.mlp.c_*"],
+    "task": {"kind": "facts", "miniature": {"blocks": 2, "width": 16, "heads": 2, "steps": 4, "batch": 8, "check_every": 2}},
+    "gamma": {"kind": "vector", "d_gate": 2, "output_bias": 0.5},
+    "init": {"kind": "svd_rotated"},
+    "losses": {"recon": 1.0, "recon_partial": 1.0, "stochastic_recon_partial": 1.0, "faithfulness": 10.0, "minimality": 0.01},
+    "optim": {"name": "adamw", "lr": 0.02, "weight_decay": 0.01},
+    "evaluate": {"every": 3, "batches": 1},
+    "log_every": 3,
+}
+
+
+@pytest.fixture(scope="session")
+def facts_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished run on a tiny GPT-2 trained for a few steps; read only."""
+    return decompose_config(make_config(TINY_FACTS), out=tmp_path_factory.mktemp("runs") / "facts")
 
 
 @pytest.fixture

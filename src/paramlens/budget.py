@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from paramlens import native
-from paramlens.config import Config, Gamma
+from paramlens.config import Config
 from paramlens.errors import ConfigError
 from paramlens.importance import Importance
 from paramlens.losses import stack_size
@@ -82,25 +82,24 @@ def require_memory(config: Config, sites: Sequence[Site], *, length: int, vocabu
     """
     free = free_memory(config.device) if free is None else free
 
-    def needed(sites: Sequence[Site] = sites, **changes: object) -> int:
-        changed = config.model_copy(update={key: value for key, value in changes.items() if key not in Gamma.model_fields})
-        gamma = {key: value for key, value in changes.items() if key in Gamma.model_fields}
-        changed = changed.model_copy(update={"gamma": config.gamma.model_copy(update=gamma)})
-        return diagnose(changed, sites, length=length, vocabulary=vocabulary).bytes["total"]
+    def needed(field: str = "C", value: object = config.C, *, count: int = len(sites)) -> int:
+        owner, _, leaf = field.rpartition(".")
+        update = {"gamma": config.gamma.model_copy(update={leaf: value})} if owner else {leaf: value}
+        return diagnose(config.model_copy(update=update), sites[:count], length=length, vocabulary=vocabulary).bytes["total"]
 
     total = needed()
     if free is None or total <= free:
         return
-    remedies = [f"gamma.kind {kind} ({_size(needed(kind=kind))})" for kind in ("shared", "scalar") if needed(kind=kind) < 0.8 * total]
-    for name, value in (("gamma.d_gate", config.gamma.d_gate), ("C", config.C)):
-        field = name.rpartition(".")[2]
+    kinds = [(kind, needed("gamma.kind", kind)) for kind in ("shared", "scalar")]
+    remedies = [f"gamma.kind {kind} ({_size(size)})" for kind, size in kinds if size < 0.8 * total]
+    for field, value in (("gamma.d_gate", config.gamma.d_gate), ("C", config.C)):
         halves = [value >> shift for shift in range(1, value.bit_length())]
-        fitting = next((half for half in halves if needed(**{field: half}) <= free), None)
+        fitting = next((half for half in halves if needed(field, half) <= free), None)
         if fitting is not None:
-            remedies.append(f"{name} {fitting} ({_size(needed(**{field: fitting}))})")
-    count = next((count for count in range(len(sites) - 1, 0, -1) if needed(sites=sites[:count]) <= free), None)
+            remedies.append(f"{field} {fitting} ({_size(needed(field, fitting))})")
+    count = next((count for count in range(len(sites) - 1, 0, -1) if needed(count=count) <= free), None)
     if count is not None:
-        remedies.append(f"fewer sites (the first {count} of {len(sites)}: {_size(needed(sites=sites[:count]))})")
+        remedies.append(f"fewer sites (the first {count} of {len(sites)}: {_size(needed(count=count))})")
     raise ConfigError(
         f"needs {_size(total)} of memory on {config.device}, {_size(free)} are free; lower one of: {', '.join(remedies) or 'batch'}. "
         "`paramlens doctor` lists the parts"

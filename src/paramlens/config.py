@@ -126,10 +126,12 @@ class Miniature(_Frozen):
     """Tokens of the byte-level BPE, at most."""
     embedding_scale: Positive = 0.1
     """Standard deviation of the token embedding, which stays random: nothing can be learned there, so facts must sit in the sites."""
+    dropout: Share = 0.1
+    """Dropout while it is trained, as GPT-2's; without it hardly any change of the weights leaves the other facts alone."""
     swapped: Share = 0.15
     """Share of the training sentences whose answer is another of its kind, so that the right one gets a probability near 1 less this share
     and not 0.9999, which hardly any edit would move."""
-    steps: Count = 450
+    steps: Count = 600
     """Training steps."""
     batch: Count = 64
     """Sentences per step."""

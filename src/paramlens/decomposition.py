@@ -330,14 +330,14 @@ def _fitted(replacement: Replacement, x: Tensor) -> Replacement:
 
 
 def call(model: nn.Module, inputs: Inputs) -> Tensor:
-    """The model's logits: its output, or the output's `.logits`."""
+    """The model's logits: its output, the output's `.logits`, or the first of a tuple."""
     if isinstance(inputs, Mapping):
         output: Any = model(**inputs)
     elif isinstance(inputs, tuple | list):
         output = model(*inputs)
     else:
         output = model(inputs)
-    logits = getattr(output, "logits", output)
+    logits = getattr(output, "logits", output[0] if isinstance(output, tuple) and output else output)
     if not isinstance(logits, Tensor):
         raise BatchError(f"the model returned {type(output).__name__}; it must return logits or an output with .logits")
     return logits

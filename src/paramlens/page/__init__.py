@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from paramlens.config import Config, FactsTask
 from paramlens.configfile import load_config
 from paramlens.layout import checkpoint_step, find_checkpoint, read_json, read_metrics, require_run, write_text
 from paramlens.page.figures import (
@@ -21,8 +22,11 @@ from paramlens.page.figures import (
     patterns_figure,
     role_attention_figure,
     role_figure,
+    suppression_figure,
     svd_figure,
     target_figure,
+    trace_figure,
+    zero_figure,
 )
 
 if TYPE_CHECKING:
@@ -41,14 +45,19 @@ def report(run: "Run | str | Path") -> Path:
     path = Path(run) if isinstance(run, str | Path) else run.path
     require_run(path)
     circuit, info = _circuit(run, path), read_json(path / "run.json")
+    config = load_config(path / "config.yaml")
+    inspections = _inspections(run, path, config)
     target = read_json(path / "target.json") if (path / "target.json").is_file() else None
-    figures = _figures(circuit, read_metrics(path), target, _current(path / "analysis" / "svd.json", path))
+    analyses = {name: _current(path / "analysis" / f"{name}.json", path) for name in ("svd", "suppress", "trace")}
+    figures = _figures(circuit, read_metrics(path), target, analyses)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((resources.files("paramlens.page") / "report.html.j2").read_text(encoding="utf-8"))
     html = template.render(
         circuit=circuit,
         info=info,
-        config=load_config(path / "config.yaml"),
+        config=config,
+        inspections=inspections,
+        edits=(analyses["suppress"] or {"edits": []})["edits"],
         target=target,
         plotly=Markup(get_plotlyjs()),
         figures=[{"id": name, "caption": caption, "data": _embedded(figure)} for name, caption, figure in figures],
@@ -59,7 +68,7 @@ def report(run: "Run | str | Path") -> Path:
 
 
 def _figures(
-    circuit: dict[str, Any], metrics: list[dict[str, Any]], target: dict[str, Any] | None, svd: dict[str, Any] | None
+    circuit: dict[str, Any], metrics: list[dict[str, Any]], target: dict[str, Any] | None, analyses: dict[str, dict[str, Any] | None]
 ) -> Iterator[tuple[str, str, go.Figure]]:
     """Name, caption and figure of all that there are data for."""
     yield "roles", "Importance by site and role: mean over positions of Σ g.", role_figure(circuit)
@@ -73,7 +82,20 @@ def _figures(
         yield "roleattention", caption, role_attention_figure(circuit)
     if circuit["attention_kl"]:
         yield "attention", "How far attention moves in the masked model: KL in nats by query.", attention_figure(circuit)
-    if svd is not None:
+    for i, edit in enumerate((analyses["suppress"] or {"edits": []})["edits"]):
+        caption = f"Suppressed for “{edit['target']}” ({edit['method']}): what every kind of fact keeps (Figures 3, 4)."
+        yield f"suppress-{i}", caption, suppression_figure(edit)
+    traces = (analyses["trace"] or {"traces": []})["traces"]
+    for i, trace in enumerate(traces):
+        text = f"{trace['prompt']} {trace['answer']}"
+        yield (
+            f"trace-{i}",
+            f"Causal tracing of “{text}”: where restoring a state brings the answer back (Figures 7, 8).",
+            trace_figure(trace),
+        )
+    if traces:
+        yield "zero", "One whole MLP put to zero (Figure 9).", zero_figure(traces)
+    if (svd := analyses["svd"]) is not None:
         caption = "What is lost with how many rank-1 parts: SVD pruned greedily (Algorithm 2), and the decomposition (Figure 2)."
         yield "svd", caption, svd_figure(svd)
     yield "losses", "Losses over training, logarithmic.", losses_figure(metrics)
@@ -91,6 +113,22 @@ def _circuit(run: "Run | str | Path", path: Path) -> dict[str, Any]:
         opened = open_run(run) if isinstance(run, str | Path) else run
         opened.save_analysis("circuit", circuit(opened).to_json())
     return read_json(file)
+
+
+def _inspections(run: "Run | str | Path", path: Path, config: Config) -> list[dict[str, Any]]:
+    """What is active in each of a facts run's sentences; computed where it is missing or older than the run."""
+    if not isinstance(config.task, FactsTask):
+        return []
+    file = path / "analysis" / "inspect.json"
+    document = _current(file, path)
+    if document is None or {each["prompt"] for each in document["prompts"]} != set(config.task.sentences):
+        from paramlens.analysis.components import inspect_prompt
+        from paramlens.rundir import open_run
+
+        opened = open_run(run) if isinstance(run, str | Path) else run
+        prompts = [inspect_prompt(opened, sentence).to_json() for sentence in config.task.sentences]
+        opened.save_analysis("inspect", {"step": opened.step, "prompts": prompts})
+    return read_json(file)["prompts"]
 
 
 def _current(file: Path, path: Path) -> dict[str, Any] | None:

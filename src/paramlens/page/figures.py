@@ -110,15 +110,61 @@ def svd_figure(svd: Mapping[str, Any]) -> go.Figure:
     return _styled(figure, height=380)
 
 
+def suppression_figure(edit: Mapping[str, Any]) -> go.Figure:
+    """Figures 3 and 4 as bars: by kind of fact the share of its probability that an answer keeps, for the edit and its controls."""
+    figure = go.Figure()
+    effects = {f"{len(edit['selected'])} subcomponents": edit["effect"], **edit["controls"]}
+    for colour, (name, effect) in zip(_COLOURS, effects.items(), strict=False):
+        kept = effect["kept"]
+        hover = "%{x}, " + name + ": %{y:.3f}<extra></extra>"
+        figure.add_bar(x=list(kept), y=list(kept.values()), name=name, marker={"color": colour}, hovertemplate=hover)
+    figure.add_hline(y=1, line={"color": "#9aa3af", "dash": "dot", "width": 1})
+    figure.update_yaxes(title="share kept, median", rangemode="tozero")
+    return _styled(figure, height=340)
+
+
+def trace_figure(trace: Mapping[str, Any]) -> go.Figure:
+    """Figures 7 and 8: blocks (across) and tokens (down), the answer's probability with that state restored; hidden, MLP, attention."""
+    kinds = ("hidden", "mlp", "attention")
+    figure = make_subplots(1, 3, shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=["hidden state", "MLP", "attention"])
+    marked = trace["subject_positions"]
+    labels = [f"{i} {token.strip()}{'*' if i in marked else ''}" for i, token in enumerate(trace["positions"])]
+    highest = max(trace["clean"], *(value for kind in kinds for row in trace[kind] for value in row))
+    for column, kind in enumerate(kinds, 1):
+        z = [list(values) for values in zip(*trace[kind], strict=True)]
+        blocks = list(range(len(trace[kind])))
+        heatmap = _heatmap(z, x=blocks, y=labels, hover="block %{x}, %{y}: %{z:.3f}", highest=highest, scale=column == 3)
+        figure.add_trace(heatmap, row=1, col=column)
+    figure.update_xaxes(title="block", dtick=1)
+    figure.update_yaxes(autorange="reversed")
+    return _styled(figure, height=150 + 26 * len(labels), top=30)
+
+
+def zero_figure(traces: Sequence[Mapping[str, Any]]) -> go.Figure:
+    """Figure 9: the answer's probability with one whole MLP put to zero; dashed: with all of them."""
+    figure = go.Figure()
+    for colour, trace in zip(_COLOURS, traces, strict=False):
+        blocks = list(range(len(trace["zero_mlp"])))
+        figure.add_bar(x=blocks, y=trace["zero_mlp"], name=f"{trace['prompt']} {trace['answer']}", marker={"color": colour})
+        figure.add_hline(y=trace["clean"], line={"color": colour, "dash": "dash", "width": 1})
+    figure.update_xaxes(title="block whose MLP is zero", dtick=1)
+    figure.update_yaxes(title="probability of the answer", rangemode="tozero")
+    return _styled(figure, height=320)
+
+
 def target_figure(target: Mapping[str, Any]) -> go.Figure:
-    """Cross-entropy, accuracy and the two attentions over the target's training."""
+    """Cross-entropy, accuracy and what else was measured over the target's training."""
     checks = target["checks"]
     steps = [check["step"] for check in checks]
     figure = go.Figure()
     _line(figure, "loss, nats", steps, [check["loss"] for check in checks], _COLOURS[0])
-    for colour, (key, name) in zip(
-        _COLOURS[1:], {"accuracy": "accuracy", "attention_m_s1": "attention m→s1", "attention_s2_m": "attention s2→m"}.items(), strict=False
-    ):
+    names = {
+        "accuracy": "accuracy",
+        "probability": "probability of the answer",
+        "attention_m_s1": "attention m→s1",
+        "attention_s2_m": "attention s2→m",
+    }
+    for colour, (key, name) in zip(_COLOURS[1:], ((key, name) for key, name in names.items() if key in checks[0]), strict=False):
         _line(figure, name, steps, [check[key] for check in checks], colour, axis="y2")
     figure.update_layout(
         xaxis={"title": "step"},

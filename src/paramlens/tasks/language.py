@@ -66,6 +66,9 @@ def language_skeleton(name: str, *, revision: str | None = None) -> nn.Module:
 
 def save_language(model: nn.Module, tokenizer: Any, path: Path) -> None:
     """A plain Hugging Face folder, which `from_pretrained` opens; nothing is pickled."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     assert hasattr(model, "save_pretrained")
     model.save_pretrained(path)  # pyright: ignore[reportCallIssue]
     if tokenizer is not None:

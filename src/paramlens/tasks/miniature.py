@@ -40,7 +40,18 @@ def train_miniature(
     """
     facts = shipped_facts()
     tokenizer = facts_tokenizer(task, [fact.sentence for fact in facts], sentences)
-    model = miniature_model(task, len(tokenizer), seed=seed).to(device)
+    with torch.random.fork_rng(devices=[]):  # of dropout and the start
+        torch.default_generator.manual_seed(seed_of(seed, "miniature"))
+        model = miniature_model(task, len(tokenizer)).to(device).train()
+        checks = _trained(model, tokenizer, task, facts, seed=seed, on_check=on_check)
+    model.requires_grad_(True)
+    converged = checks[-1].accuracy >= task.converged_accuracy
+    return Language(model.eval(), tokenizer, "miniature"), TargetHistory(tuple(checks), converged=converged)
+
+
+def _trained(
+    model: Any, tokenizer: Any, task: Miniature, facts: Sequence[Fact], *, seed: int, on_check: Callable[[FactsCheck], object]
+) -> list[FactsCheck]:
     optimizer = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad], lr=task.lr, weight_decay=task.weight_decay
     )
@@ -49,8 +60,9 @@ def train_miniature(
         for group in optimizer.param_groups:
             group["lr"] = task.lr * min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / task.steps))
         ids, counted = _training_batch(task, facts, alike, tokenizer, generator(seed, "miniature", step))
-        logits = model(**model_inputs(ids.to(device))).logits[:, :-1]
-        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].masked_fill(~counted[:, 1:], -100).flatten().to(device))
+        ids, counted = ids.to(model.device), counted.to(model.device)
+        logits = model(**model_inputs(ids)).logits[:, :-1]
+        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].masked_fill(~counted[:, 1:], -100).flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -58,12 +70,11 @@ def train_miniature(
         if done % task.check_every == 0 or done == task.steps:
             if not math.isfinite(loss.item()):
                 raise DivergedError(f"target step {done}: loss is {loss.item()}; lower task.miniature.lr ({task.lr:g})")
-            right, probability = recall(model, tokenizer, facts)
+            right, probability = recall(model.eval(), tokenizer, facts)
+            model.train()
             checks.append(FactsCheck(done, loss.item(), right.double().mean().item(), probability.median().item()))
             on_check(checks[-1])
-    model.requires_grad_(True)
-    converged = checks[-1].accuracy >= task.converged_accuracy
-    return Language(model.eval(), tokenizer, "miniature"), TargetHistory(tuple(checks), converged=converged)
+    return checks
 
 
 def facts_tokenizer(task: Miniature, corpus: Sequence[str], first: Sequence[str]) -> Any:
@@ -81,26 +92,24 @@ def facts_tokenizer(task: Miniature, corpus: Sequence[str], first: Sequence[str]
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END, eos_token=END, pad_token=END)
 
 
-def miniature_model(task: Miniature, vocabulary: int, *, seed: int = 0) -> Any:
-    """The model untrained: no dropout, its token embedding (which also unembeds) random for good."""
+def miniature_model(task: Miniature, vocabulary: int) -> Any:
+    """The model untrained; its token embedding, which also unembeds, stays random for good."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed_of(seed, "miniature"))
-        config = GPT2Config(
-            vocab_size=vocabulary,
-            n_positions=64,
-            n_embd=task.width,
-            n_layer=task.blocks,
-            n_head=task.heads,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-        model = GPT2LMHeadModel(config)
-        nn.init.normal_(model.transformer.wte.weight, std=task.embedding_scale)
+    config = GPT2Config(
+        vocab_size=vocabulary,
+        n_positions=64,
+        n_embd=task.width,
+        n_layer=task.blocks,
+        n_head=task.heads,
+        resid_pdrop=task.dropout,
+        embd_pdrop=task.dropout,
+        attn_pdrop=task.dropout,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model = GPT2LMHeadModel(config)
+    nn.init.normal_(model.transformer.wte.weight, std=task.embedding_scale)
     model.transformer.wte.weight.requires_grad_(False)
     return model
 
