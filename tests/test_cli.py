@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,9 +30,9 @@ def config(tmp_path):
 def test_alone_it_explains_itself(capsys: pytest.CaptureFixture[str]):
     assert main([]) == 0
     text = capsys.readouterr().out
-    assert len(text.splitlines()) <= 14
+    assert len(text.splitlines()) <= 18
     assert all(len(line) <= 130 for line in text.splitlines())
-    for command in ("demo", "train-target", "decompose", "circuit", "svd", "agreement", "report", "doctor"):
+    for command in ("demo", "train-target", "decompose", "circuit", "svd", "agreement", "inspect", "suppress", "trace", "report", "doctor"):
         assert command in text
 
 
@@ -40,7 +41,7 @@ def test_alone_it_explains_itself(capsys: pytest.CaptureFixture[str]):
     [
         (["frob"], "no command 'frob'. There are: demo,"),
         (["decompos"], "no command 'decompos', did you mean decompose?"),
-        (["decompose", "nope"], "no configuration 'nope'. Give a YAML file or one of induction, induction-cpu, induction-quick"),
+        (["decompose", "nope"], "no configuration 'nope'. Give a YAML file or one of facts-small, gpt2-facts, induction, induction-cpu, "),
         (["decompose", "CONFIG", "--optim.lrr", "3"], "optim.lrr: unknown field; did you mean optim.lr?"),
         (["decompose", "CONFIG", "--C", "0"], "C: 0: give 1 or more"),
         (["decompose", "CONFIG", "--steps", "many"], "steps: 'many': give a whole number"),
@@ -55,7 +56,10 @@ def test_alone_it_explains_itself(capsys: pytest.CaptureFixture[str]):
         (["train-target", "CONFIG", "--device", "cuda"], "device cuda: torch"),
         (["decompose", "CONFIG", "--resume", "--overwrite"], "resume and overwrite exclude each other"),
         (["decompose", "CONFIG", "--out", "CONFIG/x"], "tiny.yaml is no writable directory); give another --out"),
-        (["decompose"], "decompose: give a configuration, induction, induction-cpu, induction-quick or a YAML file first, then options"),
+        (
+            ["decompose"],
+            "decompose: give a configuration, facts-small, gpt2-facts, induction, induction-cpu, ",
+        ),
         (["decompose", "--steps", "3", "CONFIG"], "decompose: give a configuration"),
         (["circuit"], "circuit: give a run directory first, then options"),
         (["circuit", "DIR", "--threshold", "abc"], "circuit: Error parsing --threshold: could not convert string to float: 'abc'"),
@@ -191,6 +195,107 @@ def test_doctor_counts_what_is_built(config, capsys: pytest.CaptureFixture[str],
     assert document["bytes"]["total"] == sum(parts.values())
     assert main(["doctor", config]) == 0
     assert "gamma activations" in capsys.readouterr().out
+
+
+@pytest.fixture
+def facts(facts_run, tmp_path):
+    """A copy of the facts run, whose analyses a command may write."""
+    shutil.copytree(facts_run.path, tmp_path / "facts")
+    return str(tmp_path / "facts")
+
+
+KOBE = "Kobe Bryant plays the sport of basketball"
+
+
+def document(capsys: pytest.CaptureFixture[str], *words: str):
+    assert main([*words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_inspect_tells_what_is_active_and_what_one_part_reads(facts, capsys: pytest.CaptureFixture[str], tmp_path):
+    found = document(capsys, "inspect", facts)
+    assert "".join(found["tokens"]) == found["prompt"] == KOBE
+    assert {"site", "subcomponent", "position", "token", "importance"} <= found["active"][0].keys()
+    part = document(capsys, "inspect", facts, "--site", "transformer.h.0.mlp.c_fc", "--subcomponent", "3")
+    assert part["reads"]
+    assert len(part["tokens"]) == 2
+    lines = tmp_path / "lines.txt"
+    lines.write_text("Snow is cold and white\n\nGrass in spring is green\nHoney is made by bees\n", encoding="utf-8")
+    part = document(capsys, "inspect", facts, "--site", "transformer.h.0.mlp.c_fc", "--subcomponent", "3", "--text", str(lines))
+    assert len(part["tokens"]) == 3
+    for words in ([], ["--prompt", "Tiger Woods plays the sport of golf"], ["--site", "transformer.h.0.mlp.c_fc", "--subcomponent", "3"]):
+        assert main(["inspect", facts, *words]) == 0
+        assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_suppress_edits_evaluates_and_saves(facts, capsys: pytest.CaptureFixture[str], tmp_path):
+    file = tmp_path / "facts.yaml"
+    file.write_text("- {prompt: Kobe Bryant plays the sport of, answer: basketball, relation: sport}\n- {prompt: Snow is, answer: white}\n")
+    words = ["suppress", facts, "--unique-to", KOBE, "--top", "2", "--evaluate", str(file), "--threshold", "0.3"]
+    found = document(capsys, *words, "--save", str(tmp_path / "edited"))
+    assert len(found["selected"]) == 2
+    assert [(fact["kind"], fact["prompt"]) for fact in found["facts"]] == [("target", KOBE[:-11]), ("general", "Snow is")]
+    assert set(found["facts"][0]) >= {"prompt", "answer", "kind", "before", "after"}
+    assert found["controls"]["random directions"]["kept"]["target"] > 0
+    assert (tmp_path / "edited" / "config.json").is_file()
+    kept = json.loads((tmp_path / "facts" / "analysis" / "suppress.json").read_text())
+    assert len(kept["edits"]) == 1
+    named = ["suppress", facts, "--site", "transformer.h.0.mlp.c_fc", "--subcomponent", "1", "2"]
+    assert len(document(capsys, *named, "--evaluate", "none")["selected"]) == 2
+    assert main([*words, "--skip-controls"]) == 0
+    assert "Probability kept" in capsys.readouterr().out
+    assert main(["suppress", facts, "--unique-to", KOBE, "--evaluate", "none", "--threshold", "0.3"]) == 0
+    assert "taken out" in capsys.readouterr().out
+
+
+def test_trace_reads_a_run_or_a_folder(facts, capsys: pytest.CaptureFixture[str], tmp_path):
+    words = ["--prompt", "Tiger Woods plays the sport of", "--subject", "Tiger Woods", "--answer", "golf", "--samples", "2"]
+    found = document(capsys, "trace", facts, *words)
+    assert {"positions", "hidden", "mlp", "attention", "zero_mlp"} <= found.keys()
+    assert len(found["hidden"][0]) == len(found["positions"]) == 6
+    again = document(capsys, "trace", f"{facts}/target", *words)
+    assert again["hidden"] == found["hidden"]
+    assert len(json.loads((tmp_path / "facts" / "analysis" / "trace.json").read_text())["traces"]) == 1
+    assert main(["trace", facts, *words, "--zero-mlp"]) == 0
+    assert "One MLP put to zero" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["inspect", "RUN", "--site", "x"], "inspect: give --site and --subcomponent together"),
+        (["inspect", "RUN", "--site", "x", "--subcomponent", "1"], "site x: not of this run; its sites: transformer.h.0.attn.c_attn"),
+        (["inspect", "RUN", "--prompt", "Kobe"], "sentence 'Kobe': 1 token"),
+        (["suppress", "RUN"], "suppress: give a sentence whose own subcomponents go, or a site"),
+        (["suppress", "RUN", "--unique-to", KOBE, "--threshold", "0"], "no subcomponent is active in it alone (importance > 0)"),
+        (["suppress", "RUN", "--site", "transformer.h.0.mlp.c_fc", "--subcomponent", "99"], "no subcomponent 99; there are 16, 0 to 15"),
+        (["suppress", "RUN", "--unique-to", KOBE, "--evaluate", "nowhere.yaml"], "facts nowhere.yaml: cannot be read"),
+        (["trace", "nobody/nothing", "--prompt", "a b", "--subject", "a"], "model nobody/nothing: no such folder"),
+        (["trace", "RUN", "--prompt", "Kobe Bryant is", "--subject", "Tiger"], "'Tiger': not in"),
+        (["trace"], "trace: give a run directory or a model first"),
+        (["train-target", "gpt2-facts"], "gpt2-facts: its target is no toy"),
+        (["decompose", "facts-small", "--task.sentences", "Kobe", "--target", "RUN", "--out", "OUT"], "sentence 'Kobe': 1 token"),
+        (["decompose", "facts-small", "--sites", "lm_head", "--out", "OUT"], "site lm_head: its weight is tied"),
+        (["decompose", "facts-small", "--sites", "*.c_attn[x]", "--out", "OUT"], "matches no weight matrix"),
+        (["decompose", "facts-small", "--target", "nobody/nothing", "--out", "OUT"], "model nobody/nothing: no such folder"),
+    ],
+)
+def test_wrong_questions_about_facts(facts, tmp_path, words: list[str], message: str, capfd: pytest.CaptureFixture[str]):
+    places = {"RUN": facts, "OUT": str(tmp_path / "out")}
+    assert main([places.get(word, word) for word in words]) == 2
+    err = capfd.readouterr().err
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_doctor_tells_gpt2_without_a_network(capsys: pytest.CaptureFixture[str]):
+    found = document(capsys, "doctor", "gpt2-facts")
+    assert found["sites"] == 48
+    assert found["parameters"]["gamma"] == 3_175_649_280
+    assert found["parameters"]["U and V"] == 113_246_208
+    assert found["parameters"]["decomposed weights"] == 84_934_656
+    assert 51e9 < found["bytes"]["total"] < 54e9
 
 
 def test_ctrl_c_ends_with_130_and_a_run_to_resume(config, tmp_path):

@@ -48,7 +48,7 @@ def test_induction_is_tables_3_and_4():
         ("zzz", 1, "zzz: unknown field; known here: C, batch,"),
         ("gamma.kind", "vectr", "gamma.kind: 'vectr': give 'scalar', 'vector', 'attention' or 'shared'"),
         ("gamma.max_length", 3, "gamma.max_length 3 is below task.length 8"),
-        ("task.kind", "inducton", "task: give 'induction', 'custom'"),
+        ("task.kind", "inducton", "task: give 'induction', 'facts', 'text', 'custom'"),
         ("task.heads", 3, "task: width 4 must be a multiple of heads 3"),
         ("task.length", 3, "task.length: 3: give 4 or more"),
         ("task.training.window", 6, "window (6) and window_steps (0) go together"),

@@ -161,7 +161,7 @@ def test_the_effect_is_measured_fact_by_fact(facts_run):
     assert result.effect.perplexity == pytest.approx(lost)
     assert result.perplexity_before != pytest.approx(lost, rel=1e-9)
     assert result.effect.kept["target"] == pytest.approx((after[0] / before[0]).item())
-    assert {each.kind for each in result.facts} >= {"target", "other-target", "other-sport", "general", "reverse"}
+    assert {each.kind for each in result.facts} >= {"target", "other-target", "same-sport", "general", "reverse"}
     assert set(result.controls) == {"random directions", "top singular directions", "random subcomponents", "activation read"}
     assert json.loads(json.dumps(result.to_json()))["selected"][0]["site"] == FIRST
 
@@ -178,7 +178,8 @@ def test_controls_take_as_many_slices_at_the_same_sites(facts_run):
         for draw in draws:
             assert draw.keys() == ranks.keys()
             for site, W in draw.items():
-                assert torch.linalg.matrix_rank((weights[site] - W).double(), rtol=1e-4) == ranks[site]
+                sizes = torch.linalg.svdvals((weights[site] - W).double())
+                assert sizes[ranks[site]] < 2e-6 < sizes[ranks[site] - 1]  # float32's rounding lies between
     first, second = made["random subcomponents"][:2]
     assert not torch.equal(first[FIRST], second[FIRST])
 
@@ -202,7 +203,6 @@ def test_the_activation_edit_writes_nothing_for_those_activations():
         ({"unique_to": KOBE, "top": 0}, ConfigError, "top 0: give 1 or more"),
         ({"unique_to": KOBE, "tokens": "Tiger"}, ConfigError, "'Tiger': not in"),
         ({"unique_to": KOBE, "threshold": 1.0}, ConfigError, "threshold 1.0: importances lie"),
-        ({"unique_to": KOBE, "method": "magic"}, ConfigError, "method magic: give projection or subtraction"),
         ({"unique_to": "Kobe"}, ConfigError, "'Kobe': one word"),
         ({"unique_to": KOBE, "sites": ["nowhere"]}, SiteError, "sites 'nowhere' matches no weight matrix"),
     ],

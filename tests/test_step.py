@@ -105,7 +105,7 @@ def test_a_replayed_step_is_the_step(monkeypatch: pytest.MonkeyPatch):
         torch.testing.assert_close(mine, other)
     assert p[::2] == pytest.approx([annealed_p(replayed.config.losses, i, replayed.config.steps) for i in range(6)])
     with pytest.raises(BatchError, match="replays one shape of batch"):
-        replayed(batch(replayed, 6)[:1], 6)
+        replayed(batch(replayed, 6).map(lambda tensor: tensor[:1]), 6)
 
 
 def test_rates_reach_an_optimizer_that_reads_them_from_tensors():

@@ -57,7 +57,8 @@ USAGE = f"""paramlens {__version__}: take a Transformer's weights apart, see whi
   paramlens doctor CONFIG             parameters and memory, before anything starts
   paramlens bench                     steps per second beside the same step written the obvious way
 
-CONFIG: {", ".join(shipped_configs())}, or a YAML file; any field is a flag (--optim.lr 3e-3). COMMAND --help: more."""
+CONFIG: {", ".join(shipped_configs())}, or a YAML file.
+Any field of it is a flag (--optim.lr 3e-3). COMMAND --help: more."""
 
 
 def entry() -> None:

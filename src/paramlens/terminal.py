@@ -179,7 +179,8 @@ def print_trace(result: "Trace", console: Console, *, zero_mlp: bool) -> None:
             table.add_row(str(block), *[f"{value:.3f}" for value in row])
         console.print(table)
     if zero_mlp:
-        table = Table(title=f"One MLP put to zero: probability of the answer ({result.clean:.3f} with all)", title_justify="left")
+        console.print(f"One MLP put to zero: probability of the answer ({result.clean:.3f} with all)", highlight=False)
+        table = Table()
         for block in range(len(result.zero_mlp)):
             table.add_column(str(block), justify="right")
         table.add_row(*[f"{value:.3f}" for value in result.zero_mlp])

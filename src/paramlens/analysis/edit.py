@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -132,12 +132,12 @@ def suppress(
     up; none: the shipped ones, and else its last word.
     Raises `ConfigError` and `SiteError` for what does not exist.
     """
-    if method not in get_args(Method):
-        raise ConfigError(f"method {method}: give {' or '.join(get_args(Method))}")
     if (unique_to is None) == (not subcomponents):
         raise ConfigError("suppress: give a sentence whose own subcomponents go, or a site and its subcomponents; one of the two")
     if unique_to is not None:
         ranked = unique(run, unique_to, tokens=tokens, sites=sites, threshold=threshold, facts=facts)
+        if not ranked:
+            raise ConfigError(f"{unique_to!r}: no subcomponent is active in it alone (importance > {threshold:g}); see inspect")
         chosen = _best(ranked, top=top, per_token=per_token)
     else:
         assert subcomponents is not None
