@@ -8,7 +8,10 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from paramlens.analysis.agreement import agreement
     from paramlens.analysis.circuit import circuit
+    from paramlens.analysis.edit import suppress
+    from paramlens.analysis.effect import evaluate_edit
     from paramlens.analysis.svd import svd_baseline
+    from paramlens.analysis.trace import trace
     from paramlens.configfile import load_config
     from paramlens.decomposition import Decomposition
     from paramlens.page import report
@@ -23,6 +26,9 @@ _HOME = {
     "circuit": "paramlens.analysis.circuit",
     "svd_baseline": "paramlens.analysis.svd",
     "agreement": "paramlens.analysis.agreement",
+    "suppress": "paramlens.analysis.edit",
+    "evaluate_edit": "paramlens.analysis.effect",
+    "trace": "paramlens.analysis.trace",
     "report": "paramlens.page",
     "Decomposition": "paramlens.decomposition",
     "Run": "paramlens.rundir",
@@ -36,10 +42,13 @@ __all__ = [
     "circuit",
     "decompose",
     "decompose_config",
+    "evaluate_edit",
     "load_config",
     "open_run",
     "report",
+    "suppress",
     "svd_baseline",
+    "trace",
 ]
 
 

@@ -364,7 +364,7 @@ def _suppress(options: Suppress, _: list[str]) -> int:
     by_hand = [(options.site, c) for c in options.subcomponent if options.site is not None]
     from paramlens.analysis.components import own_sentences
     from paramlens.analysis.edit import suppress
-    from paramlens.analysis.effect import evaluate_edit
+    from paramlens.analysis.effect import CONTROLS, evaluate_edit
     from paramlens.rundir import open_run
     from paramlens.tasks.facts import read_facts, shipped_facts
 
@@ -387,7 +387,9 @@ def _suppress(options: Suppress, _: list[str]) -> int:
     if options.evaluate != "none":
         if target is None:
             raise ConfigError("suppress: give --fact, the sentence that the effect is judged by")
-        result = evaluate_edit(run, edit, target, facts=facts, texts=_lines(options.text), controls=not options.skip_controls)
+        result = evaluate_edit(
+            run, edit, target, facts=facts, texts=_lines(options.text), controls=() if options.skip_controls else CONTROLS
+        )
         document = result.to_json()
         run.keep_analysis("suppress", "edits", document, same=("target", "method", "selected"))
         if not options.json:

@@ -134,6 +134,9 @@ def suppress(
     """
     if (unique_to is None) == (not subcomponents):
         raise ConfigError("suppress: give a sentence whose own subcomponents go, or a site and its subcomponents; one of the two")
+    for name, number in (("top", top), ("per_token", per_token)):
+        if number is not None and number < 1:
+            raise ConfigError(f"{name} {number}: give 1 or more")
     if unique_to is not None:
         ranked = unique(run, unique_to, tokens=tokens, sites=sites, threshold=threshold, facts=facts)
         if not ranked:
@@ -161,9 +164,6 @@ def edit(run: Run, selected: Sequence[Selected], *, method: Method = "projection
 
 
 def _best(ranked: Sequence[Selected], *, top: int | None, per_token: int | None) -> list[Selected]:
-    for name, number in (("top", top), ("per_token", per_token)):
-        if number is not None and number < 1:
-            raise ConfigError(f"{name} {number}: give 1 or more")
     if per_token is not None:
         counts: dict[int | None, int] = {}
         kept: list[Selected] = []

@@ -22,6 +22,8 @@ from paramlens.tasks.language import encode, padded
 DRAWS = 5
 """Draws of a control that is random; its figures are their means."""
 
+CONTROLS = ("random directions", "top singular directions", "random subcomponents", "activation read")
+
 KINDS = ("target", "paraphrase", "other-target", "same-sport", "other-sport", "general", "reverse")
 
 
@@ -74,11 +76,18 @@ class Suppression:
 
 @torch.no_grad()
 def evaluate_edit(
-    run: Run, edit: Edit, target: str, *, facts: Sequence[Fact] | None = None, texts: Sequence[str] | None = None, controls: bool = True
+    run: Run,
+    edit: Edit,
+    target: str,
+    *,
+    facts: Sequence[Fact] | None = None,
+    texts: Sequence[str] | None = None,
+    controls: Sequence[str] = CONTROLS,
 ) -> Suppression:
     """The effect of `edit` on every one of `facts`, of which `target` (a sentence or prompt) is the one that was to go.
 
-    facts: none: the shipped ones. texts: unrelated text for the perplexity; none: the sentences of the general facts.
+    facts: none: the shipped ones. controls: those of `CONTROLS` to compare with.
+    texts: unrelated text for the perplexity; none: the sentences of the general facts.
     """
     facts = list(facts if facts is not None else shipped_facts())
     fact = find_fact(run, target, facts)
@@ -99,7 +108,7 @@ def evaluate_edit(
         right_before, before, perplexity_before = look()
         right, after, own = effect(edit.weights)
         others = _controls(run, edit, fact) if controls else {}
-        compared = {name: _mean([effect(weights)[2] for weights in draws]) for name, draws in others.items()}
+        compared = {name: _mean([effect(weights)[2] for weights in others[name]]) for name in controls}
     rows = zip(named, before.tolist(), after.tolist(), right_before.tolist(), right.tolist(), strict=True)
     return Suppression(
         run=str(run.path),
@@ -159,12 +168,7 @@ def _mean(effects: Sequence[Effect]) -> Effect:
 def _controls(run: Run, edit: Edit, fact: Fact) -> dict[str, list[dict[str, Tensor]]]:
     """Control → its draws, each new weights for the edited sites: as many slices as the edit takes there."""
     seen = run_sentences(run, [fact.sentence])
-    made: dict[str, list[dict[str, Tensor]]] = {
-        "random directions": [{} for _ in range(DRAWS)],
-        "top singular directions": [{}],
-        "random subcomponents": [{} for _ in range(DRAWS)],
-        "activation read": [{}],
-    }
+    made: dict[str, list[dict[str, Tensor]]] = {name: [{} for _ in range(DRAWS if "random" in name else 1)] for name in CONTROLS}
     for site in run.decomposition.sites:
         chosen = [each for each in edit.selected if each.site == site.name]
         if not chosen:
