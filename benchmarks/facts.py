@@ -1,6 +1,7 @@
 """The facts experiment as docs/results-facts.md has it; each part resumes what is there and writes docs/results/facts-<part>.json.
 
     python benchmarks/facts.py seeds      # five seeds of facts-small, each its own target: edits, controls, tracing
+    python benchmarks/facts.py edit       # facts-edit on the same targets: made for taking a sentence's own parts out
     python benchmarks/facts.py variants   # one thing changed at a time, and without the partial losses, on the same targets
     python benchmarks/facts.py stories    # a really trained Llama, ../shared/models/stories260K, where it is there
     python benchmarks/facts.py gpt2       # GPT-2's shape with random weights: a step of gpt2-facts, its time and peak memory
@@ -47,7 +48,8 @@ from paramlens.train import make_optimizer
 
 CONFIG = "facts-small"
 SEEDS = 5
-VARIANT_SEEDS = 3
+EDIT = "facts-edit"
+VARIANT_SEEDS = 2
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
 RUNS = ROOT / "runs"
@@ -69,49 +71,47 @@ EDITS: dict[str, dict[str, Any]] = {
 CONTROLLED = ("top 2", "all of the name", "2 a name token", "2 a name token, subtracted")
 """Edits that all controls are made for."""
 
-SHORTER: dict[str, object] = {"steps": 1000, "checkpoint.every": 1000}
-NO_STREAM: dict[str, object] = {"task.elsewhere": 0, "losses.elsewhere": 0.0}
 NO_PARTIAL: dict[str, object] = {"losses.recon_partial": 0.0, "losses.stochastic_recon_partial": 0.0}
+WHOLE: dict[str, object] = {"losses.recon": 10.0, "losses.stochastic_recon": 10.0}
 VARIANTS: dict[str, dict[str, object]] = {
-    "as it is": {},
-    "without other text": NO_STREAM,
-    "without other text, minimality 0.05 (Figure 6)": {**NO_STREAM, "losses.minimality": 0.05},
-    "14 further sentences decomposed along": {**NO_STREAM, "task.others": 14},
+    "minimality 0.15": {"losses.minimality": 0.15},
+    "other text: 8 sentences a step, weight 3": {"task.elsewhere": 8, "losses.elsewhere": 3.0},
+    "6 further sentences decomposed along": {"task.others": 6},
     "4 samples": {"losses.samples": 4},
     "C 256": {"C": 256},
     "γ shared, d_gate 64": {"gamma.kind": "shared", "gamma.d_gate": 64},
     "without partial losses": NO_PARTIAL,
-    "without partial losses or other text": {**NO_PARTIAL, **NO_STREAM},
-    "without partial or layerwise losses or other text": {
-        **NO_PARTIAL,
-        **NO_STREAM,
-        "losses.stochastic_recon_layerwise": 0.0,
-        "losses.recon": 10.0,
-        "losses.stochastic_recon": 10.0,
-    },
+    "whole losses in place of partial and layerwise ones": {**NO_PARTIAL, **WHOLE, "losses.stochastic_recon_layerwise": 0.0},
 }
 """What differs → the fields."""
 
 
 def seeds() -> None:
-    _decompose({}, SEEDS, RUNS / CONFIG)
+    _decompose(CONFIG, {}, SEEDS, RUNS / CONFIG)
     paths = [RUNS / CONFIG / f"s{seed}" for seed in range(SEEDS)]
     _write("facts", {"config": CONFIG, "seeds": _each(_measure_fully, paths)})
 
 
+def edit() -> None:
+    _decompose(EDIT, {}, SEEDS, RUNS / EDIT, target=RUNS / CONFIG / "s{seed}")
+    _write(EDIT, {"config": EDIT, "seeds": _each(_measure_fully, [RUNS / EDIT / f"s{seed}" for seed in range(SEEDS)])})
+
+
 def variants() -> None:
-    rows: dict[str, list[dict[str, Any]]] = {}
+    rows: dict[str, list[dict[str, Any]]] = {
+        "as it is": _each(_measure_briefly, [RUNS / CONFIG / f"s{seed}" for seed in range(VARIANT_SEEDS)])
+    }
     for i, (name, fields) in enumerate(VARIANTS.items()):
         folder = RUNS / "facts-variants" / str(i)
-        _decompose({**SHORTER, **fields}, VARIANT_SEEDS, folder, target=RUNS / CONFIG / "s{seed}")
+        _decompose(CONFIG, fields, VARIANT_SEEDS, folder, target=RUNS / CONFIG / "s{seed}")
         rows[name] = _each(_measure_briefly, [folder / f"s{seed}" for seed in range(VARIANT_SEEDS)])
-        _write("facts-variants", {"config": CONFIG, "shorter": SHORTER, "fields": VARIANTS, "rows": rows})
+        _write("facts-variants", {"config": CONFIG, "fields": VARIANTS, "rows": rows})
 
 
-def _decompose(fields: Mapping[str, object], count: int, folder: Path, *, target: Path | None = None) -> None:
+def _decompose(name: str, fields: Mapping[str, object], count: int, folder: Path, *, target: Path | None = None) -> None:
     """All seeds that are not finished yet; one that fails is told and left, so that it stands in the table."""
     try:
-        decompose_seeds(load_config(CONFIG, overrides=fields), count, out=folder, target=target, resume=True)
+        decompose_seeds(load_config(name, overrides=fields), count, out=folder, target=target, resume=True)
     except ParamLensError as error:
         print(f"{folder}: {error}", file=sys.stderr)
 
@@ -210,7 +210,6 @@ def stories() -> None:
         "name": "facts-stories",
         "task.sentences": list(STORY_SENTENCES),
         "sites": ["model.layers.*.self_attn.*_proj", "model.layers.*.mlp.*_proj"],
-        **NO_STREAM,
     }
     _decompose_one(fields, path, target=STORIES)
     run = open_run(path)
@@ -337,8 +336,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def tables() -> None:
-    if (RESULTS / "facts.json").is_file():
-        _print_seeds(read_json(RESULTS / "facts.json")["seeds"])
+    for name in ("facts", EDIT):
+        if (RESULTS / f"{name}.json").is_file():
+            print(f"\n{name}")
+            _print_seeds(read_json(RESULTS / f"{name}.json")["seeds"])
     if (RESULTS / "facts-variants.json").is_file():
         _print_variants(read_json(RESULTS / "facts-variants.json")["rows"])
     if (RESULTS / "facts-stories.json").is_file():
@@ -471,5 +472,5 @@ def _print_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
 
 
 if __name__ == "__main__":
-    parts = {"seeds": seeds, "variants": variants, "stories": stories, "gpt2": gpt2, "tables": tables}
+    parts = {"seeds": seeds, "edit": edit, "variants": variants, "stories": stories, "gpt2": gpt2, "tables": tables}
     parts[sys.argv[1]]()
