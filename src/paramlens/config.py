@@ -243,6 +243,9 @@ class Losses(_Frozen):
     """eq. 5, 7. Figure 6: 10."""
     stochastic_recon_partial: NonNegative = 0.0
     """eq. 6, 8. Figure 6: 10."""
+    local: NonNegative = 0.0
+    """Each site's own output at each token by its important subcomponents alone, squared error relative to its square: what is not
+    important writes nothing there. Ours; the paper has none."""
     elsewhere: NonNegative = 0.0
     """On other text, from `task.elsewhere`, all sites replaced and every subcomponent on but those of one sentence alone, which are on in
     part at random: taking them out must not matter there. Ours; the paper has none."""
@@ -280,7 +283,7 @@ RECONSTRUCTION_NAMES = (
     "recon_partial",
     "stochastic_recon_partial",
 )
-LOSS_NAMES = (*RECONSTRUCTION_NAMES, "elsewhere", "faithfulness", "minimality")
+LOSS_NAMES = (*RECONSTRUCTION_NAMES, "local", "elsewhere", "faithfulness", "minimality")
 
 
 class Optim(_Frozen):

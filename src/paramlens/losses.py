@@ -267,6 +267,27 @@ def reconstruction_losses(
     return total, {name: torch.stack(values).mean() for name, values in divergences.items()}
 
 
+def local_loss(
+    decomposition: Decomposition,
+    target: TargetRun,
+    g: Mapping[str, Float[Tensor, "*batch C"]],
+    *,
+    present: Bool[Tensor, "*batch"] | None = None,
+) -> Float[Tensor, ""]:
+    """Σ ‖x W - ((x U) * g) V‖² / Σ ‖x W‖² over a site's positions where any g is above 0, mean over sites.
+
+    No gradient reaches g: what is important is to carry all that the weight writes at that token, not to grow in number.
+    """
+    U, V, shares = decomposition.U, decomposition.V, list[Tensor]()
+    for site in decomposition.sites:
+        x, mask = target.inputs[site.name], g[site.name].detach()
+        on = (mask > 0).any(-1) if present is None else (mask > 0).any(-1) & present
+        written = x @ site.W
+        missing = (written - (x @ U[site.name] * mask) @ V[site.name]) * on[..., None]
+        shares.append(missing.square().sum() / (written * on[..., None]).square().sum().clamp(min=torch.finfo(x.dtype).tiny))
+    return torch.stack(shares).mean()
+
+
 def elsewhere_loss(
     decomposition: Decomposition, other: Batch, g: Mapping[str, Float[Tensor, "sequence pos C"]], *, generator: torch.Generator
 ) -> Float[Tensor, ""]:

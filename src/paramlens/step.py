@@ -11,7 +11,7 @@ from paramlens.decomposition import Decomposition, project, project_gradients
 from paramlens.errors import BatchError, DivergedError
 from paramlens.evaluation import present_only
 from paramlens.importance import Importance, lower
-from paramlens.losses import LossAt, annealed_p, elsewhere_loss, faithfulness, minimality, reconstruction_losses
+from paramlens.losses import LossAt, annealed_p, elsewhere_loss, faithfulness, local_loss, minimality, reconstruction_losses
 from paramlens.masks import noise_from
 from paramlens.tasks import Batch, Task, generator, seed_of, tensors_of
 
@@ -57,6 +57,8 @@ def training_step(
     )
     p = annealed_p(losses, step, config.steps) if p is None else p
     others: dict[str, Tensor] = {}
+    if losses.local:
+        others["local"] = local_loss(decomposition, target, g, present=batch.present)
     if losses.elsewhere:
         assert task.elsewhere is not None
         rng = generator(config.seed, "masks", "elsewhere", step)
