@@ -97,8 +97,12 @@ def print_agreement(result: "Agreement", console: Console) -> None:
 
 def print_inspection(result: "Inspection", console: Console) -> None:
     """One row a site, one column a token: how many subcomponents are active; and how many are the sentence's own."""
-    table = Table(title=f"Active subcomponents (importance > {result.threshold:g}): {result.prompt}", title_justify="left")
-    table.add_column("site")
+    table = Table(
+        title=f"Active subcomponents (importance > {result.threshold:g}): {escape(result.prompt)}",
+        title_justify="left",
+        padding=(0, 0, 0, 1),
+    )
+    table.add_column("site", no_wrap=True, min_width=min(24, max(len(_short(site)) for site in result.by_site)))
     for token in result.tokens:
         table.add_column(escape(token.strip() or repr(token)), justify="right")
     table.add_column("own", justify="right")
@@ -150,14 +154,16 @@ def print_selected(selected: "Sequence[Selected]", console: Console) -> None:
 def print_suppression(result: "Suppression", console: Console) -> None:
     """What was taken out, and by kind of fact the share of its probability that an answer keeps, beside the controls."""
     print_selected(result.selected, console)
-    title = f"Probability kept, median by kind ({result.method}): {result.target}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("edit")
+    title = f"Probability kept, median by kind ({result.method}): {escape(result.target)}"
+    effects = {"these parts": result.effect} | {name.replace("subcomponents", "parts"): each for name, each in result.controls.items()}
+    table = Table(title=title, title_justify="left", padding=(0, 0, 0, 1))
+    table.add_column("kind of fact", no_wrap=True)
+    for name in effects:
+        table.add_column(name, justify="right", min_width=10)
     for kind in result.effect.kept:
-        table.add_column(kind, justify="right")
-    table.add_column("perplexity", justify="right")
-    for name, effect in {"subcomponents": result.effect, **result.controls}.items():
-        table.add_row(name, *[f"{value:.3f}" for value in effect.kept.values()], _figure(effect.perplexity, 2))
+        table.add_row(kind, *[f"{effect.kept[kind]:.3f}" for effect in effects.values()])
+    table.add_section()
+    table.add_row("perplexity", *[_figure(effect.perplexity, 2) for effect in effects.values()])
     console.print(table)
     console.print(f"perplexity before: {_figure(result.perplexity_before, 2)}", highlight=False)
 

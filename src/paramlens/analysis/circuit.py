@@ -131,7 +131,7 @@ def circuit(run: Run, *, threshold: float = ACTIVE, batches: int = 16, adversary
             for name in task.attention_patterns
         },
         interventions=changed,
-        maps=aligned_importance(g, role_index, roles),
+        maps={} if data[0].batch.texts else aligned_importance(g, role_index, roles),  # where roles are tokens, the example shows it
         example=_example(data[0], roles, patterns[0]),
     )
 

@@ -20,7 +20,7 @@ def example_figure(circuit: Mapping[str, Any]) -> go.Figure:
     """Sites × positions of one sequence; positions with a role of their own carry its name."""
     example = circuit["example"]
     common = max(set(example["roles"]), key=example["roles"].count)
-    ticks = [i for i, role in enumerate(example["roles"]) if role != common]
+    ticks = [i for i, role in enumerate(example["roles"]) if role != common or example["roles"].count(common) == 1]
     tokens = example["tokens"] or [""] * len(example["roles"])
     labels = [[f"position {i}, token {token}, {role}" for i, (token, role) in enumerate(zip(tokens, example["roles"], strict=True))]]
     sites = list(example["importance"])
