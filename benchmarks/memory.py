@@ -4,8 +4,8 @@ python benchmarks/memory.py        # Markdown; about a minute
 """
 
 from paramlens import load_config
-from paramlens.analysis.doctor import diagnose
 from paramlens.bench import peak
+from paramlens.budget import diagnose
 from paramlens.sites import find_sites
 from paramlens.tasks.induction import InductionTransformer
 

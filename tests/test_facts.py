@@ -15,7 +15,7 @@ from paramlens.decomposition import Decomposition, initialise
 from paramlens.errors import BatchError, ConfigError
 from paramlens.evaluation import evaluate, importances
 from paramlens.importance import lower
-from paramlens.losses import LossAt, elsewhere_loss, minimality
+from paramlens.losses import LossAt, elsewhere_loss, local_loss, minimality
 from paramlens.masks import Replacement, mask_noise
 from paramlens.rundir import open_run
 from paramlens.runs import decompose_config
@@ -216,7 +216,7 @@ def test_any_model_takes_the_targets_place(facts_run, tmp_path: Path):
     assert named.info["target"] == {"id": str(facts_run.path / "target"), "revision": None, "sha256": facts_run.info["target"]["sha256"]}
     assert not (tmp_path / "named" / "target").exists()
     assert open_run(tmp_path / "named").task.tokenizer is not None
-    again = decompose_config(named.config, out=tmp_path / "named", resume=True)
+    again = decompose_config(config, out=tmp_path / "named", target=facts_run.path / "target", resume=True)
     assert again.step == 2
 
 
@@ -285,3 +285,36 @@ def test_gpt2_facts_is_figure_6():
 
 def test_a_language_model_can_be_loaded_from_the_run(facts_run):
     assert F.mse_loss(load_language(str(facts_run.path / "target")).model.lm_head.weight, facts_run.task.model.lm_head.weight).item() == 0
+
+
+def test_the_local_loss_is_what_the_important_parts_do_not_write(facts_run):
+    """By hand, position by position; one where nothing is important counts nowhere, and neither g nor the target gets a gradient."""
+    run = facts_run
+    batch = padded(run.task.tokenizer, [encode(run.task.tokenizer, each) for each in (KOBE, "Snow is white")])
+    decomposition = run.decomposition
+    target = decomposition.target_run(batch.inputs)
+    rng = generator("local")
+    g = {name: (torch.rand(*x.shape[:-1], 16, generator=rng) - 0.3).clamp(min=0).requires_grad_() for name, x in target.inputs.items()}
+    with torch.no_grad():
+        for value in g.values():
+            value[0, 2] = 0
+    found = local_loss(decomposition, target, g, present=batch.present)
+    shares = []
+    for site in decomposition.sites:
+        missing = whole = 0.0
+        for row, column in batch.present.nonzero().tolist():
+            if (row, column) == (0, 2):
+                continue
+            x, mask = target.inputs[site.name][row, column].double(), g[site.name][row, column].double()
+            written = x @ site.W.double()
+            parts = sum(
+                mask[c] * (x @ decomposition.U[site.name][:, c].double()) * decomposition.V[site.name][c].double() for c in range(16)
+            )
+            missing += (written - parts).square().sum().item()
+            whole += written.square().sum().item()
+        shares.append(missing / whole)
+    assert found.item() == pytest.approx(sum(shares) / len(shares), rel=1e-4)
+    gradients = torch.autograd.grad(found, [*decomposition.parameters(), *g.values()], allow_unused=True)
+    count = len(list(decomposition.parameters()))
+    assert all(each.abs().sum() > 0 for each in gradients[:count])
+    assert all(each is None for each in gradients[count:])

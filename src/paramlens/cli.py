@@ -21,7 +21,7 @@ from paramlens import __version__
 from paramlens.config import Config
 from paramlens.configfile import LIST_FIELDS, SWITCHES, field_paths, load_config, parse_value, shipped_configs
 from paramlens.errors import ConfigError, ParamLensError, RunInterrupted
-from paramlens.layout import checkpoints, default_out, is_run, read_json, require_free, require_run
+from paramlens.layout import checkpoints, default_out, holds_toy, is_run, read_json, require_free, require_run
 from paramlens.options import Agree, Bench, Decompose, Demo, Doctor, Inspect, Report, ShowCircuit, Suppress, Svd, Trace, TrainTarget
 from paramlens.terminal import (
     bench_table,
@@ -238,7 +238,8 @@ def _decompose(options: Decompose, rest: list[str]) -> int:
         )
     except RunInterrupted:
         place = ["--out", str(options.out)] if options.out else []
-        return _interrupted(["paramlens", "decompose", options.config, "--resume", *rest, *place])
+        model = ["--target", str(options.target)] if options.target and not holds_toy(options.target) else []
+        return _interrupted(["paramlens", "decompose", options.config, "--resume", *rest, *place, *model])
     _emit(_run_document(run), as_json=options.json, text=f"run: {path}")
     return 0
 

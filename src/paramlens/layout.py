@@ -32,6 +32,11 @@ def is_run(path: Path) -> bool:
     return (path / "config.yaml").is_file() and (path / "run.json").is_file()
 
 
+def holds_toy(path: Path) -> bool:
+    """Whether a directory holds a target that was trained here."""
+    return (path / "target.json").is_file()
+
+
 def require_run(path: Path) -> None:
     """Raise `RunDirError` unless `path` is a run directory."""
     if not path.exists():

@@ -17,7 +17,7 @@ from paramlens.configfile import load_config, make_config
 from paramlens.decomposition import Decomposition, Plan, TargetRun, initialise
 from paramlens.errors import BatchError, ConfigError, DivergedError, RunDirError, SiteError
 from paramlens.importance import Importance
-from paramlens.layout import checkpoints, default_out, require_free
+from paramlens.layout import checkpoints, default_out, holds_toy, require_free
 from paramlens.losses import faithfulness
 from paramlens.machine import machine
 from paramlens.masks import Replacement
@@ -96,7 +96,9 @@ def decompose_config(
     target: for language models also any model, an id on the Hugging Face Hub or a local folder.
     out: the run directory; none: runs/<name>-s<seed>. Raises as `decompose` does.
     """
-    tracker, config = tracker or Silent(), with_target(config, target)
+    tracker, named = tracker or Silent(), with_target(config, target)
+    if named is not config:
+        config, target = named, None
     if isinstance(config.task, CustomTask):
         raise ConfigError("task: give one of a kind; a model of your own is decomposed in Python, paramlens.decompose(model, batches, ...)")
     if resume and target is not None:
@@ -126,7 +128,7 @@ def decompose_config(
 
 def with_target(config: Config, target: str | Path | None) -> Config:
     """`config`, its language model replaced by `target` unless that is a directory in which a toy target lies."""
-    if target is None or isinstance(config.task, InductionTask | CustomTask) or targets.is_toy(Path(target)):
+    if target is None or isinstance(config.task, InductionTask | CustomTask) or holds_toy(Path(target)):
         return config
     return config.model_copy(update={"task": config.task.model_copy(update={"model": str(target), "revision": None})})
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from paramlens.config import Config
 from paramlens.errors import ConfigError, ParamLensError, RunInterrupted
-from paramlens.layout import checkpoints, default_out, require_free
+from paramlens.layout import checkpoints, default_out, holds_toy, require_free
 from paramlens.machine import free_cores
 from paramlens.runs import decompose_config
 from paramlens.tracking import Terminal
@@ -48,7 +48,9 @@ def decompose_seeds(
         resumable = resume and bool(checkpoints(path))
         if not resumable:
             require_free(path, overwrite=overwrite)
-        given = None if target is None or resumable else str(target).replace("{seed}", str(seed))
+        given = None if target is None else str(target).replace("{seed}", str(seed))
+        if given is not None and resumable and holds_toy(Path(given)):
+            given = None  # the run has it
         jobs.append(_Job(each, path, given, resumable, overwrite))
     context = multiprocessing.get_context("spawn")
     stop = context.Event()

@@ -44,11 +44,6 @@ def is_trained_here(config: Config) -> bool:
     return isinstance(config.task, InductionTask) or (isinstance(config.task, FactsTask) and config.task.model is None)
 
 
-def is_toy(path: Path) -> bool:
-    """Whether a directory holds a target that was trained here."""
-    return (path / "target.json").is_file()
-
-
 def skeleton(config: Config) -> tuple[nn.Module, int, int]:
     """The target without its weights, the longest sequence of a batch in tokens, and the vocabulary; nothing is trained or loaded.
 
