@@ -68,7 +68,7 @@ EDITS: dict[str, dict[str, Any]] = {
     "2 a name token, subtracted": {"name": "whole", "per_token": 2, "method": "subtraction"},
 }
 """Edit → how it is chosen; name: the subject's words at whose tokens a subcomponent must be active."""
-CONTROLLED = ("top 2", "all of the name", "2 a name token", "2 a name token, subtracted")
+CONTROLLED = ("top 2", "all of the name", "2 a name token", "2 a name token, subtracted", "all of the name, subtracted")
 """Edits that all controls are made for."""
 
 NO_PARTIAL: dict[str, object] = {"losses.recon_partial": 0.0, "losses.stochastic_recon_partial": 0.0}
@@ -76,8 +76,13 @@ WHOLE: dict[str, object] = {"losses.recon": 10.0, "losses.stochastic_recon": 10.
 VARIANTS: dict[str, dict[str, object]] = {
     "minimality 0.15": {"losses.minimality": 0.15},
     "other text: 8 sentences a step, weight 3": {"task.elsewhere": 8, "losses.elsewhere": 3.0},
+    "other text (16, weight 10) and local (weight 3), 1500 steps": {
+        "task.elsewhere": 16,
+        "losses.elsewhere": 10.0,
+        "losses.local": 3.0,
+        "steps": 1500,
+    },
     "6 further sentences decomposed along": {"task.others": 6},
-    "4 samples": {"losses.samples": 4},
     "C 256": {"C": 256},
     "γ shared, d_gate 64": {"gamma.kind": "shared", "gamma.d_gate": 64},
     "without partial losses": NO_PARTIAL,
@@ -137,8 +142,8 @@ def _measure_fully(path: Path) -> dict[str, Any]:
 
 def _measure_briefly(path: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
-    names = ("top 2", "all of the name", "2 a name token", "2 a name token, subtracted")
-    return _measure(open_run(path), {name: EDITS[name] for name in names}, dict.fromkeys(names[2:], ("activation read",)))
+    names = ("top 2", "all of the name", "2 a name token", "2 a name token, subtracted", "all of the name, subtracted")
+    return _measure(open_run(path), {name: EDITS[name] for name in names}, dict.fromkeys(names[3:], ("activation read",)))
 
 
 def _measure(run: Run, edits: Mapping[str, Mapping[str, Any]], controls: Mapping[str, Sequence[str]]) -> dict[str, Any]:
@@ -444,13 +449,20 @@ def _print_variants(variants: Mapping[str, Sequence[Mapping[str, Any]]]) -> None
         active = f"{statistics.mean(row['active'] for row in rows):.0f}"
         seconds = f"{statistics.mean(row['seconds'] for row in rows):.0f}"
         cells = []
-        for edit in ("top 2", "all of the name", "2 a name token", "2 a name token, subtracted"):
-            effects = [each["effect"]["kept"] for row in rows for each in row["edits"][edit].values() if each]
-            kinds = ("target", "same-sport", "other-sport", "general")
-            cells.append(" / ".join(f"{statistics.mean(kept[kind] for kept in effects):.2f}" for kind in kinds) if effects else "-")
+        for edit in ("top 2", "all of the name", "2 a name token, subtracted", "all of the name, subtracted"):
+            found = [each for row in rows for each in row["edits"][edit].values() if each]
+            cells.append(_four([each["effect"] for each in found]))
+            if edit.endswith("subtracted"):
+                cells.append(_four([each["controls"]["activation read"] for each in found]))
         lines.append([name, *metrics, active, blocks, seconds, *cells])
-    head = ["variant", "recon", "layerwise", "active", "by block", "s", "top 2", "all of the name", "2 a token", "2 a token, subtracted"]
-    _print_table(head, lines)
+    head = ["variant", "recon", "layerwise", "active", "by block", "s", "top 2", "all of the name"]
+    _print_table([*head, "2 a token, subtracted", "read there", "all of the name, subtracted", "read there"], lines)
+
+
+def _four(effects: Sequence[Mapping[str, Any]]) -> str:
+    """Target, same sport, other sport, general: mean of what they keep."""
+    kinds = ("target", "same-sport", "other-sport", "general")
+    return " / ".join(f"{statistics.mean(effect['kept'][kind] for effect in effects):.2f}" for kind in kinds) if effects else "-"
 
 
 def _print_stories(found: Mapping[str, Any]) -> None:
