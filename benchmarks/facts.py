@@ -202,7 +202,8 @@ def _targets(run: Run) -> list[Fact]:
 def _write(name: str, document: Mapping[str, Any]) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     machine = {"machine": f"{platform.system()} {platform.machine()}, {free_cores()} cores free", "torch": torch.__version__}
-    (RESULTS / f"{name}.json").write_text(json.dumps({**machine, **document}, indent=1) + "\n", encoding="utf-8")
+    short = json.loads(json.dumps({**machine, **document}), parse_float=lambda text: float(f"{float(text):.5g}"))
+    (RESULTS / f"{name}.json").write_text(json.dumps(short, indent=1) + "\n", encoding="utf-8")
 
 
 def stories() -> None:

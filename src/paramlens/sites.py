@@ -126,7 +126,7 @@ def _fused_columns(model: nn.Module, name: str, module: nn.Module) -> dict[str, 
     """
     leaf, width = name.rsplit(".", 1)[-1], _width(module)
     config: Any = getattr(model, "config", None)
-    columns = torch.arange(width)
+    columns = torch.arange(width, device=_weight(module).device)
     if leaf == "c_attn" and width % 3 == 0:
         parts = columns.chunk(3)
     elif leaf == "query_key_value" and getattr(config, "model_type", None) == "gpt_neox":

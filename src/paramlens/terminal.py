@@ -21,13 +21,16 @@ if TYPE_CHECKING:
 def print_circuit(result: "Circuit", console: Console) -> None:
     """Tables 1a and 1b as one table, 1c under it, and a word on silent sites."""
     table = Table(title=f"Active subcomponents (importance > {result.threshold:g}), {result.sequences} sequences", title_justify="left")
-    table.add_column("site")
+    many = len(result.roles) > _WIDE
+    if many:
+        table.padding = (0, 0, 0, 1)
+    table.add_column("site", no_wrap=True)
     for role in result.roles:
-        table.add_column(role, justify="right")
+        table.add_column(escape(role), justify="right", overflow="fold", min_width=3)
     table.add_column("unique", justify="right")
     for name, site in result.sites.items():
-        cells = [f"{site.active[role]:.3f}" for role in result.roles]
-        table.add_row(name, *[cell if float(cell) >= 0.5 else f"[dim]{cell}[/dim]" for cell in cells], str(site.unique))
+        cells = [f"{site.active[role]:.{1 if many else 3}f}" for role in result.roles]
+        table.add_row(_short(name), *[cell if float(cell) >= 0.5 else f"[dim]{cell}[/dim]" for cell in cells], str(site.unique))
     console.print(table)
     metrics = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in result.metrics.items():
@@ -191,6 +194,10 @@ def print_trace(result: "Trace", console: Console, *, zero_mlp: bool) -> None:
             table.add_column(str(block), justify="right")
         table.add_row(*[f"{value:.3f}" for value in result.zero_mlp])
         console.print(table)
+
+
+_WIDE = 6
+"""Roles that fit beside each other with three places each."""
 
 
 def _short(site: str) -> str:
