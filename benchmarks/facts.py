@@ -83,7 +83,6 @@ VARIANTS: dict[str, dict[str, object]] = {
         "steps": 1500,
     },
     "6 further sentences decomposed along": {"task.others": 6},
-    "C 256": {"C": 256},
     "γ shared, d_gate 64": {"gamma.kind": "shared", "gamma.d_gate": 64},
     "without partial losses": NO_PARTIAL,
     "whole losses in place of partial and layerwise ones": {**NO_PARTIAL, **WHOLE, "losses.stochastic_recon_layerwise": 0.0},

@@ -41,7 +41,7 @@ def test_alone_it_explains_itself(capsys: pytest.CaptureFixture[str]):
     [
         (["frob"], "no command 'frob'. There are: demo,"),
         (["decompos"], "no command 'decompos', did you mean decompose?"),
-        (["decompose", "nope"], "no configuration 'nope'. Give a YAML file or one of facts-small, gpt2-facts, induction, induction-cpu, "),
+        (["decompose", "nope"], "no configuration 'nope'. Give a YAML file or one of facts-edit, facts-small, gpt2-facts, induction, "),
         (["decompose", "CONFIG", "--optim.lrr", "3"], "optim.lrr: unknown field; did you mean optim.lr?"),
         (["decompose", "CONFIG", "--C", "0"], "C: 0: give 1 or more"),
         (["decompose", "CONFIG", "--steps", "many"], "steps: 'many': give a whole number"),
@@ -58,7 +58,7 @@ def test_alone_it_explains_itself(capsys: pytest.CaptureFixture[str]):
         (["decompose", "CONFIG", "--out", "CONFIG/x"], "tiny.yaml is no writable directory); give another --out"),
         (
             ["decompose"],
-            "decompose: give a configuration, facts-small, gpt2-facts, induction, induction-cpu, ",
+            "decompose: give a configuration, facts-edit, facts-small, gpt2-facts, induction, ",
         ),
         (["decompose", "--steps", "3", "CONFIG"], "decompose: give a configuration"),
         (["circuit"], "circuit: give a run directory first, then options"),
