@@ -215,6 +215,7 @@ def stories() -> None:
         "name": "facts-stories",
         "task.sentences": list(STORY_SENTENCES),
         "sites": ["model.layers.*.self_attn.*_proj", "model.layers.*.mlp.*_proj"],
+        "C": 64,  # the model's width, and so the rank of every weight
     }
     _decompose_one(fields, path, target=STORIES)
     run = open_run(path)
