@@ -14,7 +14,7 @@ from paramlens.errors import ConfigError, SiteError
 from paramlens.evaluation import ACTIVE, importances
 from paramlens.machine import machine
 from paramlens.rundir import Run
-from paramlens.sites import Site, at_rest
+from paramlens.sites import at_rest
 from paramlens.tasks import Batch
 from paramlens.tasks.language import encode_sentence, padded
 
@@ -317,7 +317,3 @@ def _texts(tokenizer: Any, count: int) -> list[str]:
 
 def _top(values: Tensor, order: Tensor, names: list[str], top: int) -> list[Read]:
     return [Read(names[i], values[i].item()) for i in order.topk(min(top, len(values))).indices.tolist()]
-
-
-def site_of(run: Run, name: str) -> Site:
-    return next(site for site in run.decomposition.sites if site.name == name)

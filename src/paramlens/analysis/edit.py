@@ -7,7 +7,7 @@ subtraction  W ← W - Σ_k u_k v_kᵀ, the parts themselves, as a mask of 0 tak
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -269,7 +269,3 @@ def answer_slopes(run: Run, fact: Fact) -> dict[str, Float[Tensor, "pos d_out"]]
         slope = torch.zeros_like(shifts[site.module]) if slope is None else slope
         found[site.name] = (slope if site.columns is None else slope[..., site.columns])[0]
     return found
-
-
-def selected_json(selected: Sequence[Selected]) -> list[dict[str, Any]]:
-    return [asdict(each) for each in selected]
