@@ -111,6 +111,13 @@ def project_out(
     return (W.double() - (u * share) @ v).to(W.dtype)
 
 
+def taken_out(
+    W: Float[Tensor, "d_in d_out"], reads: Float[Tensor, "d_in r"], writes: Float[Tensor, "r d_out"], method: Method
+) -> Float[Tensor, "d_in d_out"]:
+    """W without r slices, by either method."""
+    return project_out(W, reads, writes) if method == "projection" else W - reads @ writes
+
+
 def suppress(
     run: Run,
     *,
@@ -159,7 +166,7 @@ def edit(run: Run, selected: Sequence[Selected], *, method: Method = "projection
             if not index:
                 continue
             reads, writes = run.decomposition.U[site.name][:, index], run.decomposition.V[site.name][index]
-            weights[site.name] = project_out(site.W, reads, writes) if method == "projection" else site.W - reads @ writes
+            weights[site.name] = taken_out(site.W, reads, writes, method)
     return Edit(task.model, task.tokenizer, tuple(selected), method, weights)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from paramlens.analysis.components import own_sentences, run_sentences, tokenizer_of
-from paramlens.analysis.edit import Edit, Selected, changed, find_fact, project_out
+from paramlens.analysis.edit import Edit, Selected, changed, find_fact, project_out, taken_out
 from paramlens.analysis.held_out import data_of
 from paramlens.errors import ConfigError
 from paramlens.machine import machine
@@ -180,9 +180,7 @@ def _controls(run: Run, edit: Edit, fact: Fact) -> dict[str, list[dict[str, Tens
             reads, writes = (torch.randn(size, generator=rng, dtype=torch.float64).to(W) for size in ((W.shape[0], r), (r, W.shape[1])))
             made["random directions"][draw][site.name] = project_out(W, reads, writes)
             drawn = [rest[i] for i in torch.randperm(len(rest), generator=rng)[:r].tolist()]
-            made["random subcomponents"][draw][site.name] = (
-                project_out(W, U[:, drawn], V[drawn]) if edit.method == "projection" else W - U[:, drawn] @ V[drawn]
-            )
+            made["random subcomponents"][draw][site.name] = taken_out(W, U[:, drawn], V[drawn], edit.method)
         left, _, right = torch.linalg.svd(W.double(), full_matrices=False)
         made["top singular directions"][0][site.name] = project_out(W, left[:, :r], right[:r])
         made["activation read"][0][site.name] = without_activations(W, _activations(seen.inputs[site.name][0], chosen))
