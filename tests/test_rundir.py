@@ -1,6 +1,7 @@
 import json
 import shutil
 from hashlib import sha256
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from conftest import tiny_with
 from paramlens import targets
 from paramlens.errors import ConfigError, RunDirError
 from paramlens.layout import checkpoints
+from paramlens.manifest import write_manifest
 from paramlens.rundir import RunDirectory, model_sha256, open_run
 from paramlens.runs import decompose, decompose_config
 from paramlens.tasks import TargetHistory
@@ -26,11 +28,17 @@ def copy(tiny_run, tmp_path):
     return path
 
 
+def resealed(folder: Path) -> None:
+    """Make a folder's manifest agree with what now lies there."""
+    names = json.loads((folder / "MANIFEST.json").read_text())
+    write_manifest(folder, [folder / name for name in names])
+
+
 def test_layout(tiny_run):
     files = {str(path.relative_to(tiny_run.path)) for path in tiny_run.path.rglob("*") if path.is_file()}
     folders = ("checkpoints/step-00000008", "checkpoints/step-00000012")
     assert files == {
-        *("config.yaml", "run.json", "model.json", "metrics.jsonl", "target.safetensors", "target.json"),
+        *("config.yaml", "run.json", "model.json", "metrics.jsonl", "target.safetensors", "target.json", "MANIFEST.json", ".lock"),
         *(f"{folder}/{name}.safetensors" for folder in folders for name in NAMES),
         *(f"{folder}/{name}" for folder in folders for name in ("state.json", "MANIFEST.json")),
     }
@@ -64,7 +72,7 @@ def test_manifest_names_every_file(tiny_run):
 
 def test_run_json(tiny_run):
     info = tiny_run.info
-    assert (info["format"], info["device"], info["dtype"], info["seed"], info["threads"]) == (1, "cpu", "float32", 0, 1)
+    assert (info["format"], info["device"], info["dtype"], info["seed"], info["threads"]) == (2, "cpu", "float32", 0, 1)
     assert (info["status"], info["steps"]) == ("finished", 12)
     assert info["target"]["sha256"] == model_sha256(tiny_run.task.model)
     assert set(info["versions"]) == {"paramlens", "torch", "python"}
@@ -72,7 +80,9 @@ def test_run_json(tiny_run):
 
 def test_model_json_is_enough_to_load(tiny_run):
     model = json.loads((tiny_run.path / "model.json").read_text())
-    assert model["format"] == 1
+    assert model["format"] == 2
+    assert model["target"]["sha256"] == tiny_run.info["target"]["sha256"]
+    assert model["config"]["task"]["kind"] == "induction"
     assert model["sites"][0] == {"name": "blocks.0.attn.q", "d_in": 4, "d_out": 4}
     assert model["gamma"] == {"kind": "attention", "d_gate": 3, "relative": "offset", "max_length": 8}
 
@@ -110,6 +120,10 @@ def test_run_without_a_checkpoint(copy):
         (lambda tensors: tensors.pop("blocks.0.attn.q.U"), "tensor blocks.0.attn.q.U is missing"),
         (lambda tensors: tensors.update(extra=torch.ones(1)), "tensor extra is unexpected"),
         (
+            lambda tensors: tensors.update({"blocks.0.attn.q.U": torch.ones(4, 5, dtype=torch.float64)}),
+            r"blocks.0.attn.q.U is of type F64, float32 was expected",
+        ),
+        (
             lambda tensors: tensors.update({"blocks.0.attn.q.U": torch.ones(4, 6)}),
             r"blocks.0.attn.q.U has shape \(4, 6\), \(4, 5\) was expected",
         ),
@@ -120,12 +134,16 @@ def test_components_that_do_not_fit(copy, change, message: str):
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file)
+    with pytest.raises(RunDirError, match=r"components.safetensors: .* expected, .* found; remove .*12 to use the checkpoint of step 8"):
+        open_run(copy)
+    resealed(file.parent)
     with pytest.raises(RunDirError, match=message):
         open_run(copy)
 
 
 def test_damaged_files_are_named(copy):
     (copy / "checkpoints/step-00000012/importance.safetensors").write_bytes(b"\x80\x04pickle")
+    resealed(copy / "checkpoints/step-00000012")
     with pytest.raises(RunDirError, match=r"importance.safetensors: no safetensors file"):
         open_run(copy)
     (copy / "model.json").write_text("{")
@@ -135,8 +153,8 @@ def test_damaged_files_are_named(copy):
 
 def test_newer_format_is_refused(copy):
     model = json.loads((copy / "model.json").read_text())
-    (copy / "model.json").write_text(json.dumps(model | {"format": 2}))
-    with pytest.raises(RunDirError, match="written in format 2, this version reads up to 1; upgrade paramlens"):
+    (copy / "model.json").write_text(json.dumps(model | {"format": 3}))
+    with pytest.raises(RunDirError, match="written in format 3, this version reads up to 2; upgrade paramlens"):
         open_run(copy)
 
 
@@ -144,6 +162,9 @@ def test_target_of_other_weights_is_refused(copy):
     tensors = load_file(copy / "target.safetensors")
     tensors["embed.weight"][0, 0] += 1
     save_file(tensors, copy / "target.safetensors")
+    with pytest.raises(RunDirError, match=r"target.safetensors: sha256 .* expected, .* found; it has changed since it was written"):
+        open_run(copy)
+    resealed(copy)
     with pytest.raises(RunDirError, match="with other weights than this model's"):
         open_run(copy)
 
@@ -157,6 +178,7 @@ def test_run_on_your_own_model(tmp_path):
         open_run(tmp_path / "run")
     with (tmp_path / "run/config.yaml").open("a") as file:
         file.write("a_field_of_the_future: 1\n")
+    resealed(tmp_path / "run")
     run = open_run(tmp_path / "run", model=wrapped)
     assert run.decomposition.names == ("0",), "model.json is all that loading needs"
     with pytest.raises(ConfigError, match="a_field_of_the_future: unknown field"):

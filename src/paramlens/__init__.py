@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from paramlens.page import report
     from paramlens.rundir import Run, open_run
     from paramlens.runs import decompose, decompose_config
+    from paramlens.verification import verify
 
 _HOME = {
     "decompose": "paramlens.runs",
@@ -30,6 +31,7 @@ _HOME = {
     "evaluate_edit": "paramlens.analysis.effect",
     "trace": "paramlens.analysis.trace",
     "report": "paramlens.page",
+    "verify": "paramlens.verification",
     "Decomposition": "paramlens.decomposition",
     "Run": "paramlens.rundir",
 }
@@ -49,6 +51,7 @@ __all__ = [
     "suppress",
     "svd_baseline",
     "trace",
+    "verify",
 ]
 
 

@@ -91,18 +91,18 @@ def require_memory(config: Config, sites: Sequence[Site], *, length: int, vocabu
     if free is None or total <= free:
         return
     kinds = [(kind, needed("gamma.kind", kind)) for kind in ("shared", "scalar")]
-    remedies = [f"gamma.kind {kind} ({_size(size)})" for kind, size in kinds if size < 0.8 * total]
+    remedies = [f"gamma.kind {kind} ({size_text(size)})" for kind, size in kinds if size < 0.8 * total]
     for field, value in (("gamma.d_gate", config.gamma.d_gate), ("C", config.C)):
         halves = [value >> shift for shift in range(1, value.bit_length())]
         fitting = next((half for half in halves if needed(field, half) <= free), None)
         if fitting is not None:
-            remedies.append(f"{field} {fitting} ({_size(needed(field, fitting))})")
+            remedies.append(f"{field} {fitting} ({size_text(needed(field, fitting))})")
     count = next((count for count in range(len(sites) - 1, 0, -1) if needed(count=count) <= free), None)
     if count is not None:
-        remedies.append(f"fewer sites (the first {count} of {len(sites)}: {_size(needed(count=count))})")
+        remedies.append(f"fewer sites (the first {count} of {len(sites)}: {size_text(needed(count=count))})")
     raise ConfigError(
-        f"needs {_size(total)} of memory on {config.device}, {_size(free)} are free; lower one of: {', '.join(remedies) or 'batch'}. "
-        "`paramlens doctor` lists the parts"
+        f"needs {size_text(total)} of memory on {config.device}, {size_text(free)} are free; "
+        f"lower one of: {', '.join(remedies) or 'batch'}. `paramlens doctor` lists the parts"
     )
 
 
@@ -117,5 +117,6 @@ def free_memory(device: str) -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
+    """Bytes as MiB or GiB."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

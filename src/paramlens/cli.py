@@ -20,9 +20,10 @@ from rich.console import Console
 from paramlens import __version__
 from paramlens.config import Config
 from paramlens.configfile import LIST_FIELDS, SWITCHES, field_paths, load_config, parse_value, shipped_configs
-from paramlens.errors import ConfigError, ParamLensError, RunInterrupted
-from paramlens.layout import checkpoints, default_out, holds_toy, is_run, read_json, require_free, require_run
-from paramlens.options import Agree, Bench, Decompose, Demo, Doctor, Inspect, Report, ShowCircuit, Suppress, Svd, Trace, TrainTarget
+from paramlens.errors import ConfigError, ParamLensError, RunInterrupted, Terminated
+from paramlens.layout import MANIFEST, checkpoints, default_out, holds_toy, is_run, read_json, require_free, require_run
+from paramlens.options import Agree, Bench, Decompose, Demo, Doctor, Inspect, Report, ShowCircuit, Suppress, Svd, Trace, TrainTarget, Verify
+from paramlens.signals import termination
 from paramlens.terminal import (
     bench_table,
     print_agreement,
@@ -34,6 +35,7 @@ from paramlens.terminal import (
     print_suppression,
     print_svd,
     print_trace,
+    print_verification,
 )
 
 if TYPE_CHECKING:
@@ -54,6 +56,7 @@ USAGE = f"""paramlens {__version__}: take a Transformer's weights apart, see whi
   paramlens svd RUN                   the same target pruned by SVD, at the same divergence (Algorithm 2)
   paramlens agreement RUN RUN...      do seeds find the same subcomponents
   paramlens report RUN                one offline HTML page
+  paramlens verify RUN                whether all of it is as it was written
   paramlens doctor CONFIG             parameters and memory, before anything starts
   paramlens bench                     steps per second beside the same step written the obvious way
 
@@ -71,8 +74,13 @@ def entry() -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one command; returns the exit code: 0 done, 2 wrong input, 1 anything else, 130 interrupted."""
+    """Run one command; returns the exit code: 0 done, 2 wrong input, 1 anything else, 130 or 143 after a signal."""
     console = Console(stderr=True)
+    with termination():
+        return _command(argv, console)
+
+
+def _command(argv: Sequence[str], console: Console) -> int:
     try:
         if not argv or argv[0] in ("-h", "--help", "help"):
             print(USAGE)
@@ -89,9 +97,15 @@ def main(argv: Sequence[str]) -> int:
     except ParamLensError as error:
         console.print(f"paramlens: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return error.exit_code
-    except KeyboardInterrupt:
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        console.print(f"paramlens: {place}{error.strerror or error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return 1
+    except KeyboardInterrupt as stopped:
         console.print("paramlens: interrupted", style="yellow")
-        return 130
+        return stopped.exit_code if isinstance(stopped, Terminated) else 130
 
 
 def _parse(name: str, kind: type, argv: Sequence[str]) -> tuple[Any, list[str]]:
@@ -177,13 +191,14 @@ def _demo(options: Demo, _: list[str]) -> int:
         from paramlens.runs import decompose_config
         from paramlens.tracking import Terminal
 
-        resume = not options.overwrite and bool(checkpoints(path))
-        overwrite = options.overwrite or (is_run(path) and not resume)  # what an interrupted demo left before its first checkpoint
+        begun = bool(checkpoints(path)) or (path / MANIFEST).is_file()
+        resume = begun and not options.overwrite
+        overwrite = options.overwrite or (is_run(path) and not begun)  # what a demo left that was stopped before its first step
         try:
             decompose_config(config, out=path, resume=resume, overwrite=overwrite, tracker=Terminal(stderr))
-        except RunInterrupted:
+        except RunInterrupted as stopped:
             place = ["--out", str(options.out)] if options.out else []
-            return _interrupted(["paramlens", "demo", *(["--seed", str(options.seed)] if options.seed else []), *place])
+            return _interrupted(["paramlens", "demo", *(["--seed", str(options.seed)] if options.seed else []), *place], stopped)
     from paramlens.page import report
 
     print_circuit(_circuit(path), Console())
@@ -203,6 +218,7 @@ def _train_target(options: TrainTarget, rest: list[str]) -> int:
     path = options.out or Path("runs") / f"{config.name}-target-s{config.seed}"
     require_free(path, overwrite=options.overwrite)
     from paramlens import targets
+    from paramlens.lock import locked
     from paramlens.machine import machine
     from paramlens.rundir import RunDirectory
     from paramlens.runs import trained_target
@@ -210,10 +226,12 @@ def _train_target(options: TrainTarget, rest: list[str]) -> int:
 
     if not targets.is_trained_here(config):
         raise ConfigError(f"{options.config}: its target is no toy; task.model, or a model of your own, is there already")
-    with machine(config):
-        target = trained_target(config, tracker=Terminal())
-    RunDirectory.create(path, config, overwrite=options.overwrite)
-    targets.save(target, path)
+    with locked(path):
+        with machine(config):
+            target = trained_target(config, tracker=Terminal())
+        directory = RunDirectory.create(path, config, overwrite=options.overwrite)
+        targets.save(target, path)
+        directory.seal()
     history = target.history
     assert history is not None
     last = dataclasses.asdict(history.checks[-1])
@@ -234,12 +252,19 @@ def _decompose(options: Decompose, rest: list[str]) -> int:
 
     try:
         run = decompose_config(
-            config, out=path, target=options.target, resume=options.resume, overwrite=options.overwrite, tracker=Terminal()
+            config,
+            out=path,
+            target=options.target,
+            resume=options.resume,
+            extend_steps=options.extend_steps,
+            overwrite=options.overwrite,
+            tracker=Terminal(),
         )
-    except RunInterrupted:
+    except RunInterrupted as stopped:
         place = ["--out", str(options.out)] if options.out else []
         model = ["--target", str(options.target)] if options.target and not holds_toy(options.target) else []
-        return _interrupted(["paramlens", "decompose", options.config, "--resume", *rest, *place, *model])
+        extended = ["--extend-steps", str(options.extend_steps)] if options.extend_steps is not None else []
+        return _interrupted(["paramlens", "decompose", options.config, "--resume", *rest, *place, *model, *extended], stopped)
     _emit(_run_document(run), as_json=options.json, text=f"run: {path}")
     return 0
 
@@ -254,9 +279,9 @@ def _decompose_seeds(options: Decompose, config: Config, rest: list[str]) -> int
         paths = decompose_seeds(
             config, options.seeds, out=options.out, target=options.target, resume=options.resume, overwrite=options.overwrite
         )
-    except RunInterrupted:
+    except RunInterrupted as stopped:
         own = [f"--{name}={value}" for name in ("target", "seeds", "out") if (value := getattr(options, name)) is not None]
-        return _interrupted(["paramlens", "decompose", options.config, "--resume", *rest, *own])
+        return _interrupted(["paramlens", "decompose", options.config, "--resume", *rest, *own], stopped)
     alike = options.target is not None and "{seed}" not in str(options.target) and len(paths) > 1
     found = agreement([open_run(path) for path in paths]) if alike else None
     if options.json:
@@ -275,10 +300,10 @@ def _run_document(run: "Run") -> dict[str, Any]:
     return {"run": str(run.path), "steps": run.step, "seconds": run.info["seconds"], "losses": trained[-1]["losses"] if trained else {}}
 
 
-def _interrupted(again: list[str]) -> int:
+def _interrupted(again: list[str], stopped: RunInterrupted) -> int:
     text = f"paramlens: interrupted; resume with: {shlex.join(again)}"
     Console(stderr=True).print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
-    return 130
+    return stopped.exit_code
 
 
 def _circuit_command(options: ShowCircuit, _: list[str]) -> int:
@@ -438,6 +463,18 @@ def _report_command(options: Report, _: list[str]) -> int:
     return 0
 
 
+def _verify(options: Verify, _: list[str]) -> int:
+    require_run(options.run)
+    from paramlens.verification import verify
+
+    found = verify(options.run)
+    if options.json:
+        print(json.dumps(found.to_json()))
+    else:
+        print_verification(found, Console())
+    return 0 if found.whole else 1
+
+
 def _doctor(options: Doctor, rest: list[str]) -> int:
     config = _configuration(options.config, rest)
     from paramlens.budget import diagnose
@@ -502,6 +539,7 @@ _COMMANDS = {
     "suppress": _Command(Suppress, _suppress),
     "trace": _Command(Trace, _trace),
     "report": _Command(Report, _report_command),
+    "verify": _Command(Verify, _verify),
     "doctor": _Command(Doctor, _doctor),
     "bench": _Command(Bench, _bench),
 }

@@ -319,7 +319,9 @@ class Checkpoint(_Frozen):
     every: Count = 5000
     """Steps between checkpoints; one is always written at the end."""
     keep_last: Count = 2
-    """Checkpoints kept."""
+    """Checkpoints kept, the newest."""
+    keep_every: Count | None = None
+    """Steps whose multiples keep their checkpoint for good; none: no others are kept."""
 
 
 class Evaluate(_Frozen):

@@ -23,8 +23,21 @@ SWITCHES = ("last_token_only",)
 """Fields that are true or false; on the command line, the bare flag is true."""
 
 
+MOST_BYTES = 2**20
+"""A longer configuration file is none."""
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's floats: 1e-3 is a number, which YAML 1.1 reads as a string; a key given twice is an error."""
+    """YAML 1.2's floats: 1e-3 is a number, which YAML 1.1 reads as a string; a key given twice is an error.
+
+    Anchors are one too: by them a file of a few lines can unfold to gigabytes, or hold itself.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.get_event()
+            raise yaml.MarkedYAMLError(problem=f"*{event.anchor} is an alias; write the value out", problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -57,6 +70,14 @@ def load_config(name_or_path: str | Path, *, overrides: Mapping[str, Any] | None
 
     Raises `ConfigError` for a name that is neither, a file that is no YAML mapping, or a field that does not hold.
     """
+    source, tree = read_tree(name_or_path)
+    for path, value in (overrides or {}).items():
+        _set(tree, path.split("."), value)
+    return make_config(tree, source=source)
+
+
+def read_tree(name_or_path: str | Path) -> tuple[str, dict[str, Any]]:
+    """What messages call a configuration, and its fields as they are written, unchecked. Raises `ConfigError` as `load_config` does."""
     source, text = _read(str(name_or_path))
     try:
         tree = yaml.load(text, Loader=_Loader)
@@ -68,9 +89,7 @@ def load_config(name_or_path: str | Path, *, overrides: Mapping[str, Any] | None
         raise ConfigError(
             f"{source}: a mapping of fields is needed, not {type(tree).__name__}; see the shipped {', '.join(shipped_configs())}"
         )
-    for path, value in (overrides or {}).items():
-        _set(tree, path.split("."), value)
-    return make_config(tree, source=source)
+    return source, tree
 
 
 def make_config(tree: Mapping[str, Any], *, source: str = "config") -> Config:
@@ -79,6 +98,17 @@ def make_config(tree: Mapping[str, Any], *, source: str = "config") -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(explain(error, source=source)) from None
+
+
+def with_known_fields(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration's nested mapping without the fields that this version does not know."""
+    known = set(field_paths())
+
+    def kept(node: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        inner = {name: kept(value, f"{prefix}{name}.") if isinstance(value, Mapping) else value for name, value in node.items()}
+        return {name: value for name, value in inner.items() if value or f"{prefix}{name}" in known}
+
+    return kept(tree, "")
 
 
 def dump_config(config: Config) -> str:
@@ -169,9 +199,13 @@ def _read(name_or_path: str) -> tuple[str, str]:
     path = Path(name_or_path)
     if path.is_file():
         try:
+            if (size := path.stat().st_size) > MOST_BYTES:
+                raise ConfigError(f"{path}: {size} bytes, at most {MOST_BYTES} are read; give a YAML file of fields")
             return str(path), path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             raise ConfigError(f"{path}: not a text file in UTF-8; give a YAML file") from None
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     close = difflib.get_close_matches(name_or_path, shipped_configs(), n=1, cutoff=0.5)
     hint = f", did you mean {close[0]}?" if close else "."
     raise ConfigError(f"no configuration {name_or_path!r}{hint} Give a YAML file or one of {', '.join(shipped_configs())}")

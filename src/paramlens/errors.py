@@ -1,5 +1,7 @@
 """Every error ParamLens raises on purpose: one family, each message naming the value, the place and the remedy."""
 
+import signal
+
 
 class ParamLensError(Exception):
     """Base of the family. `exit_code` is what the command line returns: 2 the user's input is wrong, 1 anything else."""
@@ -31,9 +33,21 @@ class RunDirError(ParamLensError):
     exit_code = 2
 
 
-class RunInterrupted(KeyboardInterrupt):
-    """Ctrl-C during training, after the step under way was finished and saved; not part of the family, as Ctrl-C is not an error."""
+class SaveError(ParamLensError):
+    """A checkpoint could not be written, again and again; those written before are whole."""
 
 
 class DivergedError(ParamLensError):
     """Training produced a value that is not finite; raised before the optimizer step."""
+
+
+class Terminated(KeyboardInterrupt):
+    """A signal ended what was under way; not part of the family, as that is no error."""
+
+    def __init__(self, number: int = signal.SIGINT) -> None:
+        super().__init__()
+        self.exit_code = 128 + number
+
+
+class RunInterrupted(Terminated):
+    """A signal during training: after the first, the step under way was finished and saved; a second leaves the last good checkpoint."""

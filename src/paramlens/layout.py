@@ -1,26 +1,37 @@
 """Names, places and plain files of a run directory: all of it that needs no torch, so that a wrong path is refused at once."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
 from collections.abc import Mapping
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from paramlens.config import Config
 from paramlens.errors import RunDirError
 
-FORMAT = 1
-"""Version of the directory's format that is written, and the newest that is read."""
+FORMAT = 2
+"""Version of the directory's format that is written, and the newest that is read. 2: the run's own files have a manifest, model.json
+has the target and the task, and a checkpoint's state.json the threads and the state of metrics.jsonl."""
+
+MANIFEST = "MANIFEST.json"
+LOCK, OWNER = ".lock", ".lock.json"
+"""The file that is locked while a process writes to a run directory, and what that process says of itself."""
+
+PART = ".part"
+"""Ending of what is not finished, or on its way out: never read, and removed by the next process that writes there."""
 
 _CONTENTS = (
     *("checkpoints", "analysis", "report.html", "metrics.jsonl", "model.json", "target.safetensors", "target.json", "target"),
-    *("config.yaml", "run.json"),
+    *(MANIFEST, "config.yaml", "run.json"),
 )
 
 _STEP = re.compile(r"step-(\d{8})")
+
+MOST_JSON = 64 * 2**20
+"""Bytes; a longer JSON file is none of ours."""
 
 
 def default_out(config: Config) -> Path:
@@ -50,10 +61,10 @@ def require_free(path: Path, *, overwrite: bool) -> None:
     standing = next(place for place in (path, *path.absolute().parents) if place.exists())
     if not standing.is_dir() or not os.access(standing, os.W_OK):
         raise RunDirError(f"{path}: cannot be written ({standing} is no writable directory); give another --out")
-    if standing != path or not any(path.iterdir()):
+    if standing != path or not any(entry.name not in (LOCK, OWNER) for entry in path.iterdir()):
         return
     if not overwrite:
-        resume = "--resume continues it, " if checkpoints(path) else ""
+        resume = "--resume continues it, " if is_run(path) else ""
         raise RunDirError(f"{path} exists; {resume}--overwrite replaces it, --out DIR writes elsewhere")
     if not is_run(path):
         raise RunDirError(f"{path} exists and is no run directory, so --overwrite leaves it alone; give another --out")
@@ -102,29 +113,41 @@ def find_checkpoint(path: Path, step: int | None) -> Path:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Lines of `metrics.jsonl`; a last line that was cut off is left out. Raises `RunDirError` for any other that is not JSON."""
     file = path / "metrics.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    lines = read_text(file).splitlines() if file.exists() else []
     parsed: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         try:
             parsed.append(json.loads(line))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             if number < len(lines):
                 raise RunDirError(f"{file} line {number}: not JSON ({error}); remove the line") from None
     return parsed
 
 
-def file_sha256(path: Path) -> str:
-    return sha256(path.read_bytes()).hexdigest()
-
-
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file; raises `RunDirError` if it is missing or not JSON."""
+    """A JSON file's mapping; raises `RunDirError` if it is missing, unreadable, not JSON or something else."""
+    text = read_text(path, most=MOST_JSON)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RunDirError(f"{path}: not JSON ({error}); restore the file from a copy") from None
+    if not isinstance(document, dict):
+        raise RunDirError(f"{path}: a mapping was expected, not {type(document).__name__}; restore the file from a copy")
+    return document
+
+
+def read_text(path: Path, *, most: int | None = None) -> str:
+    """A text file of at most `most` bytes; raises `RunDirError` if it cannot be read, is longer, or is not in UTF-8."""
+    try:
+        if most is not None and (size := path.stat().st_size) > most:
+            raise RunDirError(f"{path}: {size} bytes, at most {most} were expected; restore the file from a copy")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise RunDirError(f"{path}: missing") from None
-    except json.JSONDecodeError as error:
-        raise RunDirError(f"{path}: not JSON ({error})") from None
+        raise RunDirError(f"{path}: missing; restore the file from a copy") from None
+    except UnicodeDecodeError as error:
+        raise RunDirError(f"{path}: not a text file in UTF-8 (byte {error.start}); restore the file from a copy") from None
+    except OSError as error:
+        raise RunDirError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
@@ -133,13 +156,19 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file whole: readers see the old text or the new."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    """Replace a file whole: readers see the old text or the new, whatever happens in between."""
+    part = path.with_name(path.name + PART)
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
 
 
 def sync(path: Path) -> None:
@@ -149,3 +178,21 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def discard(folder: Path) -> None:
+    """Remove a directory that others might read: first its name, so that a half-removed one is never taken for whole."""
+    part = folder.with_name(folder.name + PART)
+    shutil.rmtree(part, ignore_errors=True)
+    folder.rename(part)
+    shutil.rmtree(part, ignore_errors=True)
+
+
+def sweep(path: Path) -> None:
+    """Remove what a writer that was killed left unfinished."""
+    for folder in (path, path / "checkpoints", path / "analysis"):
+        for entry in folder.glob(f"*{PART}"):
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)

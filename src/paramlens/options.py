@@ -46,9 +46,21 @@ class Decompose:
     out: Path | None = None
     """Run directory (runs/<name>-s<seed>); with --seeds, the folder of the run directories s<seed>."""
     resume: bool = False
-    """Continue the run at its last checkpoint."""
+    """Continue the run at its last checkpoint, to the same bytes as if it had never stopped."""
+    extend_steps: int | None = None
+    """With --resume: train to this many steps, where nothing the run did so far depended on their number."""
     overwrite: bool = False
     """Replace an existing run."""
+    json: bool = False
+    """One JSON document on stdout."""
+
+
+@dataclass
+class Verify:
+    """Check a run directory: checksums, shapes, metrics, and that all is of one run."""
+
+    run: Positional[Path]
+    """Run directory."""
     json: bool = False
     """One JSON document on stdout."""
 

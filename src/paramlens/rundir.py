@@ -1,71 +1,63 @@
 """The run directory: the only bridge between training and everything after it.
 
-    config.yaml   resolved, runnable again          run.json   versions, device, dtype, threads, seed, target, status, seconds
-    model.json    format, sites, shapes, γ: all that loading needs
-    metrics.jsonl one line per logged step           target.safetensors, target.json   toy targets: weights, training checks
-    target/       a language model that was trained here, as a plain Hugging Face folder
-    checkpoints/step-00002000/{components, importance, optimizer, rng}.safetensors, state.json, MANIFEST.json
-    analysis/*.json                                  report.html
-
-A checkpoint is written beside its place as `.part`, synced, and renamed: a directory without that ending is finished.
+config.yaml   resolved, runnable again          run.json   versions, device, dtype, threads, seed, target, status, seconds
+model.json    format, sites, shapes, γ, target, task: all that loading needs
+metrics.jsonl one line per logged step           target.safetensors, target.json   toy targets: weights, training checks
+target/       a language model that was trained here, as a plain Hugging Face folder
+MANIFEST.json bytes and sha256 of config.yaml, model.json and the target
+checkpoints/  as checkpoint.py says              analysis/*.json, report.html
 """
 
+import contextlib
+import hashlib
 import json
 import platform
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import paramlens
 from paramlens import targets
-from paramlens.config import Config, CustomTask, Gamma
+from paramlens.checkpoint import LOADED, CheckpointState, load_state, prune, require_whole, write_checkpoint
+from paramlens.config import Config, CustomTask
 from paramlens.configfile import dump_config, load_config
 from paramlens.decomposition import Decomposition
+from paramlens.described import Described, describe, named_parameters, read_description, require_known_format
 from paramlens.errors import RunDirError
 from paramlens.importance import Importance
 from paramlens.layout import (
     FORMAT,
-    checkpoint_path,
+    MANIFEST,
     checkpoint_step,
     checkpoints,
     clear,
-    file_sha256,
     find_checkpoint,
     read_json,
     read_metrics,
     require_free,
     require_run,
-    sync,
+    sweep,
     write_json,
     write_text,
 )
+from paramlens.manifest import file_sha256, problems, write_manifest
+from paramlens.metrics import MetricsFile
 from paramlens.sites import find_sites
 from paramlens.tasks import Batches, TargetHistory, Task, batch_function
-from paramlens.tensorfile import copy_into, load_tensors
-
-
-@dataclass(frozen=True)
-class CheckpointState:
-    """All that resuming needs beside U, V and γ."""
-
-    step: int
-    optimizer: dict[str, Tensor]
-    rng: dict[str, Tensor]
+from paramlens.tensorfile import copy_into, require_fit
 
 
 class RunDirectory:
     """The writing side of a run directory; one writer per run."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, metrics: MetricsFile | None = None) -> None:
         self.path = path
+        self.metrics = metrics or MetricsFile(path / "metrics.jsonl")
 
     @classmethod
     def create(cls, path: str | Path, config: Config, *, overwrite: bool = False) -> "RunDirectory":
@@ -76,23 +68,37 @@ class RunDirectory:
             clear(path)
             path.mkdir(parents=True, exist_ok=True)
             write_text(path / "config.yaml", dump_config(config))
-            write_json(path / "run.json", {"format": FORMAT, "versions": _versions()})
+            write_json(path / "run.json", {"format": FORMAT, "versions": versions()})
         except OSError as error:
             raise RunDirError(f"{path}: cannot be written ({error.strerror}); give another --out") from None
         return cls(path)
 
-    def describe(self, decomposition: Decomposition, importance: Importance) -> None:
-        """Write `model.json`."""
-        gamma = importance.gamma
-        lengths = {group.max_length for group in importance.typed_groups}
-        model = {
-            "format": FORMAT,
-            "C": decomposition.C,
-            "dtype": str(decomposition._U[0].dtype).removeprefix("torch."),
-            "sites": [{"name": site.name, "d_in": site.d_in, "d_out": site.d_out} for site in decomposition.sites],
-            "gamma": {"kind": gamma.kind, "d_gate": gamma.d_gate, "relative": gamma.relative, "max_length": lengths.pop()},
-        }
-        write_json(self.path / "model.json", model)
+    @classmethod
+    def reopen(cls, path: Path, state: CheckpointState | None) -> "RunDirectory":
+        """A directory taken up at a checkpoint, or at its beginning: leftovers removed, metrics cut back.
+
+        Raises `RunDirError` for metrics that are not what the checkpoint recorded.
+        """
+        sweep(path)
+        recorded, step = ({"bytes": 0, "sha256": hashlib.sha256().hexdigest()}, 0) if state is None else (state.metrics, state.step)
+        return cls(path, metrics=MetricsFile.cut(path / "metrics.jsonl", recorded, step=step))
+
+    def describe(self, config: Config, decomposition: Decomposition, importance: Importance, target: dict[str, Any]) -> None:
+        """Write `model.json`, and the manifest over all that stays as it is from now on."""
+        (self.path / "checkpoints").mkdir(exist_ok=True)
+        write_json(self.path / "model.json", describe(config, decomposition, importance, target))
+        self.seal()
+
+    def reconfigure(self, config: Config) -> None:
+        """Replace `config.yaml`."""
+        write_text(self.path / "config.yaml", dump_config(config))
+        self.seal()
+
+    def seal(self) -> None:
+        """Write `MANIFEST.json` over configuration, description and target."""
+        files = [self.path / name for name in ("config.yaml", "model.json", "target.safetensors", "target.json")]
+        files += sorted((self.path / targets.FOLDER).glob("*"))
+        write_manifest(self.path, [file for file in files if file.is_file()])
 
     @property
     def info(self) -> dict[str, Any]:
@@ -103,35 +109,29 @@ class RunDirectory:
         """Add fields to `run.json`."""
         write_json(self.path / "run.json", self.info | fields)
 
-    def append_metrics(self, line: Mapping[str, Any]) -> None:
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def cut_metrics(self, step: int) -> None:
-        """Drop lines after `step`."""
-        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
-        write_text(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
-
-    def save_checkpoint(self, decomposition: Decomposition, importance: Importance, state: CheckpointState, *, keep_last: int) -> Path:
-        """Write one checkpoint, then remove all but the newest `keep_last`."""
-        final = checkpoint_path(self.path, state.step)
-        part = final.with_name(final.name + ".part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        contents = _parameters(decomposition, importance) | {"optimizer": state.optimizer, "rng": state.rng}
-        for name, tensors in contents.items():
-            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, part / f"{name}.safetensors")
-        write_json(part / "state.json", {"format": FORMAT, "step": state.step})
-        files = sorted(part.iterdir())
-        write_json(part / "MANIFEST.json", {file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)} for file in files})
-        for file in (*files, part):
-            sync(file)
-        if final.exists():
-            shutil.rmtree(final)
-        part.rename(final)
-        sync(final.parent)
-        for old in checkpoints(self.path)[:-keep_last]:
-            shutil.rmtree(old)
+    def save_checkpoint(
+        self,
+        config: Config,
+        decomposition: Decomposition,
+        importance: Importance,
+        *,
+        step: int,
+        optimizer: Mapping[str, Tensor],
+        rng: Mapping[str, Tensor],
+    ) -> Path:
+        """Write one checkpoint, metrics first, then remove those that are not kept. Raises `OSError` if the disk does not take it."""
+        state = {
+            "format": FORMAT,
+            "step": step,
+            "threads": torch.get_num_threads(),
+            "metrics": self.metrics.flush(),
+            "model": file_sha256(self.path / "model.json"),
+            "config": config_sha256(config),
+        }
+        tensors = _parameters(decomposition, importance) | {"optimizer": optimizer, "rng": rng}
+        final = write_checkpoint(self.path, tensors, state)
+        with contextlib.suppress(OSError):  # one too many does no harm
+            prune(self.path, keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every)
         return final
 
 
@@ -200,53 +200,95 @@ def open_run(path: str | Path, *, model: nn.Module | None = None, batches: Batch
     """
     path = Path(path)
     require_run(path)
-    described = read_json(path / "model.json")
-    if described["format"] > FORMAT:
-        raise RunDirError(f"{path}: written in format {described['format']}, this version reads up to {FORMAT}; upgrade paramlens")
+    described = require_whole_run(path)
+    folder = find_checkpoint(path, checkpoint)
+    require_whole(folder, LOADED)
+    require_own(folder, path)
+    for name, tensors in described.tensors().items():
+        require_fit(folder / f"{name}.safetensors", tensors)
     task = None
     if model is None:
-        task = _rebuild_task(path, load_config(path / "config.yaml"))
+        task = _rebuild_task(path, described.rebuilt())
         model = task.model
     elif batches is not None:
         task = Task(model, batch_function(batches))
-    info = read_json(path / "run.json")
-    if info["target"]["sha256"] != model_sha256(model):
-        raise RunDirError(f"{path}: made from {info['target']['id']} with other weights than this model's; give the model it was made from")
-    folder = find_checkpoint(path, checkpoint)
+    require_target(path, described, model)
     decomposition, importance = build(described, model)
     load_parameters(folder, decomposition, importance)
     return Run(path, checkpoint_step(folder), decomposition, importance, task)
 
 
-def build(described: Mapping[str, Any], model: nn.Module) -> tuple[Decomposition, Importance]:
+def require_whole_run(path: Path) -> Described:
+    """What `model.json` says, once configuration, description and target are as the run's manifest says.
+
+    Runs of the first format have no manifest. Raises `RunDirError` naming the file that differs.
+    """
+    require_known_format(path)
+    require_unchanged(path)
+    described = read_description(path)
+    if described.format > 1 and not (path / MANIFEST).exists():
+        raise RunDirError(f"{path / MANIFEST}: missing; restore the file from a copy")
+    return described
+
+
+def require_unchanged(path: Path) -> None:
+    """Raise `RunDirError` naming the first file that is not as the directory's manifest says, where it has one."""
+    if (path / MANIFEST).exists() and (found := problems(path, required=("config.yaml",))):
+        more = f" (and {len(found) - 1} more)" if found[1:] else ""
+        raise RunDirError(f"{found[0]}{more}; it has changed since it was written: restore the file from a copy")
+
+
+def require_target(path: Path, described: Described, model: nn.Module) -> None:
+    """Raise `RunDirError` unless `model` has the weights that the run was made from."""
+    expected, found = described.target.sha256, model_sha256(model)
+    if expected != found:
+        raise RunDirError(
+            f"{path}: made from {described.target.id} with other weights than this model's "
+            f"(sha256 {expected[:12]}… expected, {found[:12]}… found); give the model it was made from"
+        )
+
+
+def build(described: Described, model: nn.Module) -> tuple[Decomposition, Importance]:
     """Decomposition and γ, still empty, as `model.json` describes them. Raises `SiteError` if the model lacks a site."""
-    sites = find_sites(model, [site["name"] for site in described["sites"]])
-    dtype = getattr(torch, described["dtype"])
-    gamma = {key: value for key, value in described["gamma"].items() if key != "max_length"}
-    decomposition = Decomposition(model, sites, C=described["C"], dtype=dtype)
-    shapes = {site.name: (site.d_in, described["C"]) for site in sites}
-    importance = Importance(shapes, Gamma(**gamma), max_length=described["gamma"]["max_length"])
-    return decomposition, importance.to(device=sites[0].W.device, dtype=dtype)
+    sites = find_sites(model, [site.name for site in described.sites])
+    decomposition = Decomposition(model, sites, C=described.C, dtype=getattr(torch, described.dtype))
+    return decomposition, described.importance().to(sites[0].W.device)
 
 
 @torch.no_grad()
 def load_parameters(folder: Path, decomposition: Decomposition, importance: Importance) -> None:
-    """Copy a checkpoint's U, V and γ in. Raises `RunDirError` naming the tensor that is missing or of another shape."""
+    """Copy a checkpoint's U, V and γ in. Raises `RunDirError` naming the tensor that is missing, of another shape or type."""
     for name, tensors in _parameters(decomposition, importance).items():
         copy_into(folder / f"{name}.safetensors", tensors)
 
 
-def load_state(folder: Path) -> CheckpointState:
-    return CheckpointState(
-        step=checkpoint_step(folder),
-        optimizer=load_tensors(folder / "optimizer.safetensors"),
-        rng=load_tensors(folder / "rng.safetensors"),
-    )
+def newest_state(path: Path, config: Config) -> CheckpointState | None:
+    """State of the newest checkpoint, checked whole and of this very run; none if there is no checkpoint yet. Raises `RunDirError`."""
+    if not (found := checkpoints(path)):
+        return None
+    require_whole(found[-1])
+    require_own(found[-1], path)
+    state = load_state(found[-1])
+    if state.config not in (None, config_sha256(config)):
+        raise RunDirError(f"{found[-1]}: of a run with another configuration than {path / 'config.yaml'}; remove it")
+    return state
+
+
+def require_own(folder: Path, path: Path) -> None:
+    """Raise `RunDirError` if a checkpoint was written by another run, whole as it may be."""
+    model = read_json(folder / "state.json").get("model")
+    if model not in (None, file_sha256(path / "model.json")):
+        raise RunDirError(f"{folder}: of another run, its state.json names another model.json; remove it, or put the run's own back")
+
+
+def config_sha256(config: Config) -> str:
+    """Hash of a configuration, its number of steps left out."""
+    return hashlib.sha256(dump_config(config.model_copy(update={"steps": 1})).encode()).hexdigest()
 
 
 def model_sha256(model: nn.Module) -> str:
     """Hash of a model's state: names, shapes, types and bytes."""
-    digest = sha256()
+    digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -262,14 +304,15 @@ def _rebuild_task(path: Path, config: Config) -> Task:
     return targets.make_task(config, targets.load(config, path).to(config))
 
 
-def _parameters(decomposition: Decomposition, importance: Importance) -> dict[str, dict[str, Tensor]]:
+def _parameters(decomposition: Decomposition, importance: Importance) -> dict[str, Mapping[str, Tensor]]:
     """File stem → tensor name → U, V and γ as a checkpoint holds them, as views."""
     U, V = decomposition.U, decomposition.V
     return {
         "components": {f"{name}.U": U[name] for name in U} | {f"{name}.V": V[name] for name in V},
-        "importance": {f"{name}.{key}": value for name, parts in importance.site_parameters().items() for key, value in parts.items()},
+        "importance": named_parameters(importance),
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions that the bytes of a run may depend on."""
     return {"paramlens": paramlens.__version__, "torch": torch.__version__, "python": platform.python_version()}

@@ -12,16 +12,30 @@ from torch import nn
 
 from paramlens import targets
 from paramlens.budget import require_memory
+from paramlens.checkpoint import CheckpointState
 from paramlens.config import Config, CustomTask, FactsTask, InductionTask, TextTask
 from paramlens.configfile import load_config, make_config
 from paramlens.decomposition import Decomposition, Plan, TargetRun, initialise
 from paramlens.errors import BatchError, ConfigError, DivergedError, RunDirError, SiteError
 from paramlens.importance import Importance
-from paramlens.layout import checkpoints, default_out, holds_toy, require_free
+from paramlens.layout import FORMAT, MANIFEST, checkpoint_path, checkpoints, default_out, holds_toy, read_json, require_free
+from paramlens.lock import locked
 from paramlens.losses import faithfulness
 from paramlens.machine import machine
 from paramlens.masks import Replacement
-from paramlens.rundir import Run, RunDirectory, model_sha256, open_run
+from paramlens.randomness import seeded
+from paramlens.rundir import (
+    Run,
+    RunDirectory,
+    model_sha256,
+    newest_state,
+    open_run,
+    require_target,
+    require_unchanged,
+    require_whole_run,
+    versions,
+)
+from paramlens.saving import require_space
 from paramlens.sites import at_rest, find_sites
 from paramlens.targets import Target
 from paramlens.tasks import Batches, Inputs, Task, batch_function, generator
@@ -38,6 +52,7 @@ def decompose(
     steps: int = 1000,
     out: str | Path | None = None,
     resume: bool = False,
+    extend_steps: int | None = None,
     overwrite: bool = False,
     tracker: Tracker | None = None,
     **fields: Any,
@@ -47,7 +62,9 @@ def decompose(
     batches: a function of the step, a sequence (cycled), or an iterable (iterated anew when exhausted; such a run cannot be resumed).
     A batch is passed as `model(x)`, `model(*sequence)` or `model(**mapping)`; tensors lead with the batch axis.
     out: the run directory; none: a new temporary one. fields: any field of `Config`, nested ones as mappings (`optim={"lr": 3e-3}`).
-    The model comes back exactly as it was. Raises `ConfigError`, `SiteError`, `BatchError`, `RunDirError`, `DivergedError`.
+    resume: take the run in `out` up at its newest checkpoint, to end in the same bytes as if it had never stopped; extend_steps: to this
+    many steps instead of those it was started with, where nothing it did so far depended on their number.
+    The model comes back exactly as it was. Raises `ConfigError`, `SiteError`, `BatchError`, `RunDirError`, `DivergedError`, `SaveError`.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model: an nn.Module is needed, not {type(model).__name__}")
@@ -63,8 +80,11 @@ def decompose(
         raise ConfigError("resume: batches from an iterable cannot be taken up at a step; give a function of the step or a sequence")
     path = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="paramlens-"))
     if resume:
-        _require_resumable(config, path, overwrite=overwrite)
-    return _run(config, task, path, resume=resume, overwrite=overwrite, tracker=tracker or Silent())
+        config = _resumable(config, path, extend_steps=extend_steps, overwrite=overwrite)
+    else:
+        _require_start(path, extend_steps=extend_steps, overwrite=overwrite)
+    with locked(path):
+        return _run(config, task, path, resume=resume, overwrite=overwrite, tracker=tracker or Silent())
 
 
 def _last_logits(model: nn.Module) -> Callable[[Inputs], Inputs] | None:
@@ -88,13 +108,14 @@ def decompose_config(
     out: str | Path | None = None,
     target: str | Path | None = None,
     resume: bool = False,
+    extend_steps: int | None = None,
     overwrite: bool = False,
     tracker: Tracker | None = None,
 ) -> Run:
     """The run that a configuration describes, its toy target trained first unless `target` names a directory that holds one.
 
     target: for language models also any model, an id on the Hugging Face Hub or a local folder.
-    out: the run directory; none: runs/<name>-s<seed>. Raises as `decompose` does.
+    out: the run directory; none: runs/<name>-s<seed>. resume, extend_steps: as for `decompose`, and it raises as that does.
     """
     tracker, named = tracker or Silent(), with_target(config, target)
     if named is not config:
@@ -105,25 +126,30 @@ def decompose_config(
         raise ConfigError(f"target {target}: a resumed run has its target; leave one of --target and --resume out")
     _require_device(config.device)
     path = Path(out) if out is not None else default_out(config)
-    made_here = targets.is_trained_here(config)
     if resume:
-        _require_resumable(config, path, overwrite=overwrite)
-        source = path if made_here else None
+        config = _resumable(config, path, extend_steps=extend_steps, overwrite=overwrite)
     else:
-        require_free(path, overwrite=overwrite)
-        source = None if target is None else Path(target)
-    if made_here:
+        _require_start(path, extend_steps=extend_steps, overwrite=overwrite)
+    if targets.is_trained_here(config):
         find_sites(targets.skeleton(config)[0], config.sites)
-    if not made_here:
-        found = targets.pretrained(config)
-    elif source is None:
+    with locked(path):
+        source = path if resume and targets.is_trained_here(config) else None if target is None else Path(target)
+        found = _target(config, source, tracker=tracker).to(config)
+        task = targets.make_task(config, found)
+        return _run(config, task, path, resume=resume, overwrite=overwrite, tracker=tracker, target=found)
+
+
+def _target(config: Config, source: Path | None, *, tracker: Tracker) -> Target:
+    """The target of a configuration: named by it, lying in the directory `source`, or trained now."""
+    if not targets.is_trained_here(config):
+        return targets.pretrained(config)
+    if source is None:
         with machine(config):
-            found = trained_target(config, tracker=tracker)
-    else:
-        _require_same_task(config.task, source)
-        found = targets.load(config, source)
-    found = found.to(config)
-    return _run(config, targets.make_task(config, found), path, resume=resume, overwrite=overwrite, tracker=tracker, target=found)
+            return trained_target(config, tracker=tracker)
+    assert not isinstance(config.task, CustomTask)
+    require_unchanged(source)
+    _require_same_task(config.task, source)
+    return targets.load(config, source)
 
 
 def with_target(config: Config, target: str | Path | None) -> Config:
@@ -139,21 +165,53 @@ def trained_target(config: Config, *, tracker: Tracker) -> Target:
     return targets.train(config, on_message=tracker.message)
 
 
-def _require_resumable(config: Config, path: Path, *, overwrite: bool) -> None:
-    """Raise unless `path` holds a checkpoint of a run with this very configuration, and nobody asks to replace it."""
+def _require_start(path: Path, *, extend_steps: int | None, overwrite: bool) -> None:
+    if extend_steps is not None:
+        raise ConfigError("extend_steps: continues a run; give it together with resume")
+    require_free(path, overwrite=overwrite)
+
+
+def _resumable(config: Config, path: Path, *, extend_steps: int | None, overwrite: bool) -> Config:
+    """`config`, to `extend_steps` steps if they are given, once it is clear that the whole run in `path` can go on with it.
+
+    Raises unless that was started with this very configuration, and nobody asks to replace it.
+    """
     if overwrite:
         raise ConfigError("resume and overwrite exclude each other; leave one out")
     if not (path / "config.yaml").is_file():
         raise RunDirError(f"{path}: nothing to resume there; leave --resume out to start anew")
+    if not checkpoints(path) and not (path / MANIFEST).is_file():
+        raise RunDirError(f"{path}: was stopped before its first step; --overwrite starts anew")
+    require_whole_run(path)
     saved = load_config(path / "config.yaml")
+    if extend_steps is not None:
+        _require_extendable(saved, extend_steps)
+        config, saved = (each.model_copy(update={"steps": extend_steps}) for each in (config, saved))
     ours, theirs = _leaves(config.model_dump()), _leaves(saved.model_dump())
     changed = [f"{name} {theirs.get(name)!r} → {ours.get(name)!r}" for name in ours if ours[name] != theirs.get(name)]
     if changed:
         raise ConfigError(
             f"{path}: was started with another configuration ({'; '.join(changed)}); resume with the same one or give another --out"
         )
-    if not checkpoints(path):
-        raise RunDirError(f"{path}: holds no finished checkpoint to resume from; --overwrite starts anew")
+    return config
+
+
+def _require_extendable(saved: Config, steps: int) -> None:
+    """Raise unless a run of more steps would have done the same so far."""
+    if steps < saved.steps:
+        raise ConfigError(f"extend_steps {steps}: the run is of {saved.steps} steps; give more")
+    optim, losses = saved.optim, saved.losses
+    reasons = {
+        f"optim.schedule {optim.schedule}": optim.schedule != "constant",
+        f"optim.warmup {optim.warmup:g}, a share": 0 < optim.warmup < 1,
+        f"losses.p_start {losses.p_start:g} to p_final {losses.p_final:g}": losses.minimality and losses.p_start != losses.p_final,
+        f"optim.project_from {optim.project_from}": optim.project_from,
+    }
+    if bound := [reason for reason, holds in reasons.items() if holds]:
+        raise ConfigError(
+            f"extend_steps {steps}: what the run did so far depends on its {saved.steps} steps ({'; '.join(bound)}); "
+            f"start a new one with steps {steps}"
+        )
 
 
 def _require_same_task(task: InductionTask | FactsTask | TextTask, source: Path) -> None:
@@ -167,14 +225,6 @@ def _require_same_task(task: InductionTask | FactsTask | TextTask, source: Path)
     changed = [f"task.{name} {theirs.get(name)!r} → {ours[name]!r}" for name in ours if ours[name] != theirs.get(name)]
     if changed:
         raise ConfigError(f"target {source}: trained on another task ({'; '.join(changed)}); give its values or train another")
-
-
-def _require_same_target(directory: RunDirectory, model: nn.Module) -> None:
-    info = directory.info
-    if info["target"]["sha256"] != model_sha256(model):
-        raise RunDirError(
-            f"{directory.path}: made from {info['target']['id']} with other weights than this model's; resume with the same model"
-        )
 
 
 def _require_device(device: str) -> None:
@@ -201,31 +251,70 @@ def _run(
     target: Target | None = None,
 ) -> Run:
     """Train `task` into `path`. Everything that a user can get wrong is checked before a directory is made or replaced."""
-    with machine(config), at_rest(task.model), torch.enable_grad(), torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(config.seed)
+    state = newest_state(path, load_config(path / "config.yaml")) if resume else None
+    threads = config.threads or _threads(path, state)
+    with (
+        machine(config.model_copy(update={"threads": threads})),
+        at_rest(task.model),
+        torch.enable_grad(),
+        seeded(config.seed, config.device),
+    ):
         decomposition, importance = _built(config, task)
         optimizer = make_optimizer(config, decomposition, importance)
+        start = 0 if state is None else state.step
+        require_space(path, config.checkpoint, decomposition, importance, start=start, steps=config.steps)
+        identity = targets.identity(config, target) if target is not None else {"id": type(task.model).__qualname__}
+        identity["sha256"] = model_sha256(task.model)
         if resume:
-            directory = RunDirectory(path)
-            _require_same_target(directory, task.model)
-            start = restore(checkpoints(path)[-1], decomposition, importance, optimizer)
-            directory.cut_metrics(start)
+            directory = _reopened(config, path, state, decomposition, importance, tracker=tracker)
         else:
             directory = RunDirectory.create(path, config, overwrite=overwrite)
-            start = 0
-            _start_values(config, decomposition, importance)
             if target is not None and target.history is not None:
                 targets.save(target, path)
-            directory.describe(decomposition, importance)
-            identity = targets.identity(config, target) if target is not None else {"id": type(task.model).__qualname__}
-            identity["sha256"] = model_sha256(task.model)
             directory.record(device=config.device, dtype=config.dtype, matmul=config.matmul, seed=config.seed, target=identity, seconds=0.0)
+            directory.describe(config, decomposition, importance, identity)
+        if state is None:
+            _start_values(config, decomposition, importance)
+        else:
+            restore(checkpoint_path(path, start), state, decomposition, importance, optimizer)
         if start == config.steps:
             tracker.message(f"{path}: already finished at step {start}")
         else:
             directory.record(status="running", threads=torch.get_num_threads())
             train(config, task, decomposition, importance, optimizer, directory, start=start, tracker=tracker)
     return dataclasses.replace(open_run(path, model=task.model), task=task)
+
+
+def _threads(path: Path, state: CheckpointState | None) -> int | None:
+    """CPU threads of the run that is taken up: with others, sums would round otherwise."""
+    return None if state is None else state.threads or read_json(path / "run.json").get("threads")
+
+
+def _reopened(
+    config: Config,
+    path: Path,
+    state: CheckpointState | None,
+    decomposition: Decomposition,
+    importance: Importance,
+    *,
+    tracker: Tracker,
+) -> RunDirectory:
+    """The directory of a run that goes on; one of an older format is brought to this one. Raises `RunDirError`."""
+    described = require_whole_run(path)
+    require_target(path, described, decomposition.model)
+    directory = RunDirectory.reopen(path, state)
+    before, here = directory.info.get("versions"), versions()
+    if before != here:
+        tracker.message(f"{path}: begun with {before}, goes on with {here}; the same bytes are promised for the same versions alone")
+        directory.record(versions=here)
+    if described.format < FORMAT:
+        directory.record(format=FORMAT)
+        directory.describe(config, decomposition, importance, described.target.model_dump(exclude_none=True))
+    if load_config(path / "config.yaml") != config:
+        directory.reconfigure(config)
+    if state is None:
+        tracker.message(f"{path}: no checkpoint yet, begins at step 0")
+    return directory
 
 
 def _built(config: Config, task: Task) -> tuple[Decomposition, Importance]:

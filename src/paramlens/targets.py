@@ -7,19 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from paramlens.config import Config, CustomTask, FactsTask, InductionTask, TextTask
 from paramlens.errors import ConfigError, RunDirError
-from paramlens.layout import FORMAT, read_json, write_json
+from paramlens.layout import FORMAT, read_json, sync, write_json
 from paramlens.tasks import TargetHistory, Task
 from paramlens.tasks.facts import facts_task
 from paramlens.tasks.induction import InductionTransformer, TargetCheck, induction_task, train_target
 from paramlens.tasks.language import Language, language_skeleton, load_language, save_language
 from paramlens.tasks.miniature import FactsCheck, miniature_model, train_miniature
 from paramlens.tasks.text import text_task
-from paramlens.tensorfile import copy_into
+from paramlens.tensorfile import copy_into, save_tensors
 
 FOLDER = "target"
 """Where a run directory keeps a language model that was trained here, as a plain Hugging Face folder."""
@@ -109,9 +108,10 @@ def save(target: Target, path: Path) -> None:
     assert target.history is not None
     if target.language is not None:
         save_language(target.model, target.language.tokenizer, path / FOLDER)
+        for file in (path / FOLDER).iterdir():
+            sync(file)
     else:
-        state = {name: value.detach().cpu().contiguous() for name, value in target.model.state_dict().items()}
-        save_file(state, path / "target.safetensors")
+        save_tensors(path / "target.safetensors", target.model.state_dict())
     write_json(path / "target.json", {"format": FORMAT, **dataclasses.asdict(target.history)})
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from paramlens.analysis.svd import SvdBaseline
     from paramlens.analysis.trace import Trace
     from paramlens.budget import Diagnosis
+    from paramlens.verification import Verification
 
 
 def print_circuit(result: "Circuit", console: Console) -> None:
@@ -234,3 +235,19 @@ def bench_table(document: Mapping[str, Any]) -> Table:
 
 def _figure(value: float | None, places: int) -> str:
     return "-" if value is None else f"{value:,.{places}f}"
+
+
+def print_verification(found: "Verification", console: Console) -> None:
+    """One line for the run, one for each checkpoint, each with what is wrong."""
+
+    def line(name: str, problems: Sequence[str]) -> None:
+        state = "damaged" if problems else "whole"
+        console.print(f"{name}: {state}", style="red" if problems else "green", highlight=False, markup=False, soft_wrap=True)
+        for problem in problems:
+            console.print(f"  {problem}", highlight=False, markup=False, soft_wrap=True)
+
+    line(f"{found.run}, {found.status or 'status unknown'}", found.problems)
+    for each in found.checkpoints:
+        line(f"checkpoint of step {each.step}", each.problems)
+    if not found.checkpoints:
+        console.print("no checkpoint yet", style="yellow")

@@ -1,11 +1,7 @@
 """Algorithm 3: learn U, V and γ so that the masked model stays the target with as few subcomponents as possible."""
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,12 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paramlens.checkpoint import CheckpointState
 from paramlens.config import Config, Optim
 from paramlens.decomposition import Decomposition
+from paramlens.described import named_parameters
 from paramlens.errors import DivergedError, RunInterrupted
 from paramlens.evaluation import active_counts, evaluate, importances
 from paramlens.importance import Importance
-from paramlens.rundir import CheckpointState, RunDirectory, load_parameters, load_state
+from paramlens.randomness import rng_state, set_rng_state
+from paramlens.rundir import RunDirectory, load_parameters
+from paramlens.saving import Saver
+from paramlens.signals import interrupts
 from paramlens.step import Step, Steps
 from paramlens.tasks import Batch, Task
 from paramlens.tracking import LoggedStep, Tracker
@@ -66,14 +67,14 @@ def train(
 ) -> None:
     """The loop of Algorithm 3 from step `start`, with logging, evaluation and checkpoints in `directory`.
 
-    Raises `DivergedError` before an update with a value that is not finite, and `RunInterrupted` after a Ctrl-C, once the step
-    under way is finished and saved.
+    Raises `DivergedError` before an update with a value that is not finite, `RunInterrupted` after a Ctrl-C or SIGTERM, once the step
+    under way is finished and saved, and `SaveError` if the disk refuses checkpoints again and again.
     """
     began = time.monotonic()
     before = directory.info["seconds"]
     tracker.start("decomposing", steps=config.steps, done=start)
     steps = Steps(config, task, decomposition, importance, optimizer)
-    save = partial(_save, config, decomposition, importance, optimizer, directory)
+    saver = Saver(directory, every=config.checkpoint.every, message=tracker.message)
     status, done = "failed", start
     try:
         with interrupts() as interrupted:
@@ -88,15 +89,16 @@ def train(
                 if log or measure:
                     steps.require_finite(result, step)
                 if log:
-                    _log(config, result, done, share, batch, directory, tracker)
+                    saver.append(_logged(config, result, done, share, batch, tracker))
                 if measure:
-                    directory.append_metrics({"step": done, "evaluation": held_out(config, task, decomposition, importance)})
+                    saver.append({"step": done, "evaluation": held_out(config, task, decomposition, importance)})
                 stop = interrupted()
-                if done % config.checkpoint.every == 0 or last or stop:
+                if saver.due(done) or last or stop:
                     steps.require_finite(result, step)
-                    save(done)
+                    require_finite_parameters(decomposition, importance, done)
+                    saver.save(partial(_save, config, decomposition, importance, optimizer, directory, done), done, now=bool(last or stop))
                 if stop and not last:
-                    raise RunInterrupted
+                    raise RunInterrupted(stop)
         status = "finished"
     except DivergedError:
         status = "diverged"
@@ -106,7 +108,7 @@ def train(
         raise
     finally:
         tracker.close()
-        directory.record(status=status, steps=done, seconds=round(before + time.monotonic() - began, 3))
+        saver.record(status=status, steps=done, seconds=round(before + time.monotonic() - began, 3))
 
 
 def set_rates(optimizer: torch.optim.Optimizer, share: float) -> None:
@@ -128,7 +130,19 @@ def held_out(config: Config, task: Task, decomposition: Decomposition, importanc
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
-def _log(config: Config, result: Step, done: int, share: float, batch: Batch, directory: RunDirectory, tracker: Tracker) -> None:
+def require_finite_parameters(decomposition: Decomposition, importance: Importance, step: int) -> None:
+    """Raise `DivergedError` if an update with finite gradients left a parameter that is not finite; it must not be saved."""
+    parts = {f"{kind} at {name}": value for kind in ("U", "V") for name, value in getattr(decomposition, kind).items()}
+    parts |= {f"γ's {name}": value for name, value in named_parameters(importance).items()}
+    if broken := [name for name, value in parts.items() if not torch.isfinite(value).all()]:
+        raise DivergedError(
+            f"step {step}: {', '.join(broken[:4])} is not finite after the update; nothing was saved. "
+            "Lower optim.lr and start anew; the last checkpoint is from before"
+        )
+
+
+def _logged(config: Config, result: Step, done: int, share: float, batch: Batch, tracker: Tracker) -> dict[str, Any]:
+    """The line of metrics.jsonl, which the tracker is shown too."""
     logged = LoggedStep(
         step=done,
         losses={name: value.item() for name, value in result.losses.items()},
@@ -137,10 +151,8 @@ def _log(config: Config, result: Step, done: int, share: float, batch: Batch, di
         lr=config.optim.lr * share,
         active=active_counts(result.g, present=batch.present),
     )
-    directory.append_metrics(
-        {"step": done, "losses": logged.losses, "total": logged.total, "p": logged.p, "lr": logged.lr, "active": logged.active}
-    )
     tracker.update(logged)
+    return {"step": done, "losses": logged.losses, "total": logged.total, "p": logged.p, "lr": logged.lr, "active": logged.active}
 
 
 def _save(
@@ -156,37 +168,17 @@ def _save(
         for index, state in optimizer.state_dict()["state"].items()
         for key, value in state.items()
     }
-    state = CheckpointState(step=step, optimizer=moments, rng={"torch": torch.get_rng_state()})
-    directory.save_checkpoint(decomposition, importance, state, keep_last=config.checkpoint.keep_last)
+    directory.save_checkpoint(config, decomposition, importance, step=step, optimizer=moments, rng=rng_state(config.device))
 
 
-def restore(folder: Path, decomposition: Decomposition, importance: Importance, optimizer: torch.optim.Optimizer) -> int:
+def restore(
+    folder: Path, state: CheckpointState, decomposition: Decomposition, importance: Importance, optimizer: torch.optim.Optimizer
+) -> None:
+    """Take up U, V, γ, the optimizer and every random generator as they were at a checkpoint."""
     load_parameters(folder, decomposition, importance)
-    state = load_state(folder)
     moments: dict[int, dict[str, Tensor]] = {}
     for name, value in state.optimizer.items():
         index, key = name.split(".", 1)
         moments.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    torch.set_rng_state(state.rng["torch"])
-    return state.step
-
-
-@contextmanager
-def interrupts() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C into a flag, so that the step under way can finish; a second one interrupts at once."""
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before is signal.SIG_IGN:
-        yield lambda: False
-        return
-    seen = threading.Event()
-
-    def handler(_number: int, _frame: Any) -> None:
-        signal.signal(signal.SIGINT, before)
-        seen.set()
-
-    signal.signal(signal.SIGINT, handler)
-    try:
-        yield seen.is_set
-    finally:
-        signal.signal(signal.SIGINT, before)
+    set_rng_state(state.rng, str(decomposition.device))

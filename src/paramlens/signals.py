@@ -1,0 +1,54 @@
+"""SIGINT and SIGTERM: the first lets the step under way finish, a second ends at once."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from paramlens.errors import RunInterrupted, Terminated
+
+_NUMBERS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def interrupts() -> Iterator[Callable[[], int | None]]:
+    """Turns the first Ctrl-C or SIGTERM into its number, to be asked for between steps; a second raises `RunInterrupted` at once.
+
+    A signal that is ignored, as under nohup, stays so; outside the main thread nothing is changed.
+    """
+    seen: list[int] = []
+
+    def handler(number: int, _frame: Any) -> None:
+        if seen:
+            raise RunInterrupted(number)
+        seen.append(number)
+
+    with _handling(handler):
+        yield lambda: seen[0] if seen else None
+
+
+@contextmanager
+def termination() -> Iterator[None]:
+    """While active, SIGTERM raises `Terminated`, so that what is under way is left in order."""
+
+    def handler(number: int, _frame: Any) -> None:
+        raise Terminated(number)
+
+    with _handling(handler, (signal.SIGTERM,)):
+        yield
+
+
+@contextmanager
+def _handling(handler: Callable[[int, Any], None], numbers: tuple[signal.Signals, ...] = _NUMBERS) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: old for number in numbers if (old := signal.getsignal(number)) is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

@@ -1,0 +1,105 @@
+"""`paramlens verify`: whether everything in a run directory is what was written there, and of one run."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from paramlens.checkpoint import damage
+from paramlens.described import Described
+from paramlens.errors import ParamLensError, RunDirError
+from paramlens.layout import checkpoint_step, checkpoints, read_json, read_metrics, require_run
+from paramlens.metrics import recorded_part
+from paramlens.rundir import require_own, require_whole_run
+from paramlens.tensorfile import require_fit
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """One checkpoint; problems: none if it is whole."""
+
+    step: int
+    problems: tuple[str, ...]
+
+    @property
+    def whole(self) -> bool:
+        """Whether it can be read and resumed from."""
+        return not self.problems
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found. Problems name the file, what was expected and what was found."""
+
+    run: Path
+    status: str | None
+    """As run.json has it; none if that cannot be read."""
+    problems: tuple[str, ...]
+    """Of the run's own files, its metrics and its analyses."""
+    checkpoints: tuple[CheckpointReport, ...]
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing at all is wrong."""
+        return not self.problems and all(each.whole for each in self.checkpoints)
+
+    @property
+    def last_good(self) -> int | None:
+        """Step of the newest checkpoint that is whole; none if there is none."""
+        return next((each.step for each in reversed(self.checkpoints) if each.whole), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as `verify --json` prints them."""
+        reports = [asdict(each) | {"whole": each.whole} for each in self.checkpoints]
+        return asdict(self) | {"run": str(self.run), "checkpoints": reports, "whole": self.whole, "last_good": self.last_good}
+
+
+def verify(path: str | Path) -> Verification:
+    """Hold a run directory against its manifests, and its files against each other: formats, shapes, types, metrics, whose they are.
+
+    Reads every byte once and loads nothing. Raises `RunDirError` if `path` is no run directory.
+    """
+    path = Path(path)
+    require_run(path)
+    found: list[str] = []
+    described = _attempt(found, lambda: require_whole_run(path))
+    info = _attempt(found, lambda: read_json(path / "run.json")) or {}
+    if described is not None and info:
+        _attempt(found, lambda: _require_same_target(info, described, path))
+    reports = [_report(folder, path, described) for folder in checkpoints(path)]
+    newest = next((each.step for each in reversed(reports) if each.whole), None)
+    if newest is not None:
+        state = read_json(next(folder for folder in checkpoints(path) if checkpoint_step(folder) == newest) / "state.json")
+        _attempt(found, lambda: recorded_part(path / "metrics.jsonl", state.get("metrics"), step=newest))
+    _attempt(found, lambda: read_metrics(path))
+    for file in sorted((path / "analysis").glob("*.json")):
+        _attempt(found, lambda file=file: read_json(file))
+    return Verification(path, info.get("status"), tuple(found), tuple(reports))
+
+
+def _report(folder: Path, path: Path, described: Described | None) -> CheckpointReport:
+    found = damage(folder)
+    if not found and described is not None:
+        _attempt(found, lambda: require_own(folder, path))
+        for name, tensors in described.tensors().items():
+            _attempt(found, lambda name=name, tensors=tensors: require_fit(folder / f"{name}.safetensors", tensors))
+    return CheckpointReport(checkpoint_step(folder), tuple(found))
+
+
+def _require_same_target(info: dict[str, Any], described: Described, path: Path) -> None:
+    given = info.get("target")
+    if not isinstance(given, dict) or given.get("sha256") != described.target.sha256:
+        raise RunDirError(
+            f"{path / 'run.json'}: target {described.target.sha256[:12]}… expected, another found; the file is of another run"
+        )
+
+
+def _attempt(found: list[str], check: Callable[[], T]) -> T | None:
+    """What `check` returns; its error goes to `found`."""
+    try:
+        return check()
+    except ParamLensError as error:
+        found.append(str(error))
+        return None
