@@ -14,7 +14,7 @@ from conftest import TINY, tiny_with
 from paramlens.cli import main
 from paramlens.configfile import dump_config, make_config
 from paramlens.errors import ConfigError, DivergedError, RunDirError
-from paramlens.layout import checkpoints, find_checkpoint, read_json
+from paramlens.layout import checkpoint_step, checkpoints, find_checkpoint, read_json
 from paramlens.runs import decompose_config
 from paramlens.seeds import decompose_seeds
 
@@ -73,6 +73,26 @@ def test_ctrl_c_ends_all_seeds_and_leaves_a_checkpoint(tmp_path):
     assert "Traceback" not in told
     assert len(checkpoints(tmp_path / "x/s0")) == 1
     assert not (tmp_path / "x/s8").exists()
+
+
+def test_seeds_end_with_the_process_that_started_them(tmp_path):
+    """Even where it is killed and can tell nobody: those under way save, and resume to the same bytes."""
+    file = tmp_path / "tiny.yaml"
+    file.write_text(dump_config(make_config(TINY)), encoding="utf-8")
+    words = ["decompose", str(file), "--seeds", "2", "--steps", "400", "--checkpoint.every", "400", "--out", str(tmp_path / "x")]
+    command = [sys.executable, "-c", "from paramlens.cli import entry; entry()", *words]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        for _ in range(600):
+            if (tmp_path / "x/s0/metrics.jsonl").exists():
+                break
+            time.sleep(0.05)
+        process.kill()
+    for _ in range(600):
+        if read_json(tmp_path / "x/s0/run.json")["status"] == "interrupted":
+            break
+        time.sleep(0.05)
+    assert len(checkpoints(tmp_path / "x/s0")) == 1
+    assert 3 <= checkpoint_step(find_checkpoint(tmp_path / "x/s0", None)) < 400
 
 
 def test_the_command_compares_seeds_of_one_target(tmp_path, tiny_run, capsys):

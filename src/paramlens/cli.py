@@ -21,7 +21,7 @@ from paramlens import __version__
 from paramlens.config import Config
 from paramlens.configfile import LIST_FIELDS, SWITCHES, field_paths, load_config, parse_value, shipped_configs
 from paramlens.errors import ConfigError, ParamLensError, RunInterrupted, Terminated
-from paramlens.layout import MANIFEST, checkpoints, default_out, holds_toy, is_run, read_json, require_free, require_run
+from paramlens.layout import default_out, holds_toy, is_begun, is_run, read_json, require_free, require_run
 from paramlens.options import Agree, Bench, Decompose, Demo, Doctor, Inspect, Report, ShowCircuit, Suppress, Svd, Trace, TrainTarget, Verify
 from paramlens.signals import termination
 from paramlens.terminal import (
@@ -191,9 +191,8 @@ def _demo(options: Demo, _: list[str]) -> int:
         from paramlens.runs import decompose_config
         from paramlens.tracking import Terminal
 
-        begun = bool(checkpoints(path)) or (path / MANIFEST).is_file()
-        resume = begun and not options.overwrite
-        overwrite = options.overwrite or (is_run(path) and not begun)  # what a demo left that was stopped before its first step
+        resume = is_begun(path) and not options.overwrite
+        overwrite = options.overwrite or (is_run(path) and not resume)  # what a demo left that was stopped before its first step
         try:
             decompose_config(config, out=path, resume=resume, overwrite=overwrite, tracker=Terminal(stderr))
         except RunInterrupted as stopped:

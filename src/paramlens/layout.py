@@ -43,6 +43,11 @@ def is_run(path: Path) -> bool:
     return (path / "config.yaml").is_file() and (path / "run.json").is_file()
 
 
+def is_begun(path: Path) -> bool:
+    """Whether a run directory can be resumed: its first step was reached, or all that it needs for it is written."""
+    return bool(checkpoints(path)) or (path / MANIFEST).is_file()
+
+
 def holds_toy(path: Path) -> bool:
     """Whether a directory holds a target that was trained here."""
     return (path / "target.json").is_file()

@@ -18,7 +18,7 @@ from paramlens.configfile import load_config, make_config
 from paramlens.decomposition import Decomposition, Plan, TargetRun, initialise
 from paramlens.errors import BatchError, ConfigError, DivergedError, RunDirError, SiteError
 from paramlens.importance import Importance
-from paramlens.layout import FORMAT, MANIFEST, checkpoint_path, checkpoints, default_out, holds_toy, read_json, require_free
+from paramlens.layout import FORMAT, checkpoint_path, default_out, holds_toy, is_begun, read_json, require_free
 from paramlens.lock import locked
 from paramlens.losses import faithfulness
 from paramlens.machine import machine
@@ -180,7 +180,7 @@ def _resumable(config: Config, path: Path, *, extend_steps: int | None, overwrit
         raise ConfigError("resume and overwrite exclude each other; leave one out")
     if not (path / "config.yaml").is_file():
         raise RunDirError(f"{path}: nothing to resume there; leave --resume out to start anew")
-    if not checkpoints(path) and not (path / MANIFEST).is_file():
+    if not is_begun(path):
         raise RunDirError(f"{path}: was stopped before its first step; --overwrite starts anew")
     require_whole_run(path)
     saved = load_config(path / "config.yaml")

@@ -1,18 +1,26 @@
 """Several seeds of one configuration in one go, each in a process of its own."""
 
-import multiprocessing
+import json
+import os
 import signal
-from concurrent.futures import ProcessPoolExecutor
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
+from paramlens import errors
 from paramlens.config import Config
-from paramlens.errors import ConfigError, ParamLensError, RunInterrupted
-from paramlens.layout import checkpoints, default_out, holds_toy, require_free
+from paramlens.configfile import make_config
+from paramlens.errors import ConfigError, ParamLensError, RunInterrupted, Terminated
+from paramlens.layout import default_out, holds_toy, is_begun, is_run, read_json, require_free, write_json
 from paramlens.machine import free_cores
 from paramlens.runs import decompose_config
+from paramlens.signals import interrupts, termination
 from paramlens.tracking import Terminal
 
 PROGRESS = 30.0
@@ -32,10 +40,9 @@ def decompose_seeds(
 
     Each trains a target of its own, as it would alone, unless `target` names one for all, or with {seed} in it one for each. out: the
     folder of the run directories `s<seed>`; none: runs/<name>-s<seed> each. threads: as configured, or one where several run at a time,
-    since threads that must wait for each other's cores lose more than they gain. resume: those that have a checkpoint go on at it, the
-    others start.
-    A seed that fails does not stop the others; its error is raised when all are done. A Ctrl-C ends all, those under way with a
-    checkpoint. Raises as `decompose_config` does.
+    since threads that must wait for each other's cores lose more than they gain. resume: those that have begun go on, the others start.
+    A seed that fails does not stop the others; its error is raised when all are done. A Ctrl-C or SIGTERM ends all, those under way with
+    a checkpoint, a second one at once; so does this process's own end. Raises as `decompose_config` does.
     """
     if count < 1:
         raise ConfigError(f"seeds {count}: give 1 or more")
@@ -45,26 +52,15 @@ def decompose_seeds(
     for seed in range(config.seed, config.seed + count):
         each = config.model_copy(update={**shared, "seed": seed})
         path = default_out(each) if out is None else Path(out) / f"s{seed}"
-        resumable = resume and bool(checkpoints(path))
+        resumable = resume and is_begun(path)
+        anew = overwrite or (resume and is_run(path) and not resumable)  # what was stopped before its first step
         if not resumable:
-            require_free(path, overwrite=overwrite)
+            require_free(path, overwrite=anew)
         given = None if target is None else str(target).replace("{seed}", str(seed))
         if given is not None and resumable and holds_toy(Path(given)):
             given = None  # the run has it
-        jobs.append(_Job(each, path, given, resumable, overwrite))
-    context = multiprocessing.get_context("spawn")
-    stop = context.Event()
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(stop,))
-    failures: list[ParamLensError | None] = []
-    try:
-        failures = list(pool.map(_run, jobs))
-    except KeyboardInterrupt:
-        stop.set()
-    finally:
-        pool.shutdown(cancel_futures=True)
-    if stop.is_set():
-        raise RunInterrupted
-    if failed := [failure for failure in failures if failure is not None]:
+        jobs.append(_Job(each, path, given, resumable, anew and not resumable))
+    if failed := [failure for failure in _run_all(jobs, workers) if failure is not None]:
         raise failed[0]
     return [job.path for job in jobs]
 
@@ -78,36 +74,73 @@ class _Job:
     overwrite: bool
 
 
-class _Worker:
-    """What a worker process knows of the others: whether any was interrupted; and whether it has a job itself."""
+def _run_all(jobs: Sequence[_Job], workers: int) -> list[ParamLensError | None]:
+    """What went wrong in each job, at most `workers` of which run at a time. Raises `RunInterrupted` once all have ended for a signal."""
+    waiting, failures = list(range(len(jobs))), list[ParamLensError | None]([None] * len(jobs))
+    running: dict[int, subprocess.Popen[str]] = {}
+    told = False
+    with tempfile.TemporaryDirectory(prefix="paramlens-") as folder, interrupts() as interrupted:
+        try:
+            while waiting or running:
+                number = interrupted()
+                if number and not told:
+                    waiting, told = [], True
+                    for process in running.values():
+                        process.send_signal(number)
+                while waiting and len(running) < workers:
+                    index = waiting.pop(0)
+                    running[index] = _start(jobs[index], Path(folder) / f"{index}.json")
+                for index in [index for index, process in running.items() if process.poll() is not None]:
+                    failures[index] = _failure(jobs[index], running.pop(index))
+                time.sleep(0.05)
+        finally:
+            for process in running.values():  # after a second signal, which ends them as it ends this process
+                process.terminate()
+                process.terminate()
+                process.communicate()
+    if number := interrupted():
+        raise RunInterrupted(number)
+    return failures
 
-    stop: Event
-    working = False
+
+def _start(job: _Job, file: Path) -> subprocess.Popen[str]:
+    """A job in a process and a session of its own, so that a terminal's Ctrl-C reaches it through this process alone."""
+    settings = {"path": str(job.path), "target": job.target, "resume": job.resume, "overwrite": job.overwrite}
+    write_json(file, {"config": job.config.model_dump(mode="json"), **settings})
+    quietly = "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL)"  # a Ctrl-C while torch is imported ends in no traceback
+    command = [sys.executable, "-c", f"{quietly}; from paramlens.seeds import run_job; run_job()", str(file)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def _start_worker(stop: Event) -> None:
-    _Worker.stop = stop
-    signal.signal(signal.SIGINT, _interrupt)
-
-
-def _interrupt(_number: int, _frame: Any) -> None:
-    """Ctrl-C reaches every process of the terminal; one without a job has nothing to end."""
-    if _Worker.working:
-        raise KeyboardInterrupt
-
-
-def _run(job: _Job) -> ParamLensError | None:
-    """One seed in its own process; what went wrong is returned, so that it reaches the parent beside the others' results."""
-    if _Worker.stop.is_set():
+def _failure(job: _Job, process: subprocess.Popen[str]) -> ParamLensError | None:
+    said, _ = process.communicate()
+    if process.returncode == 0 or any(process.returncode in (128 + number, -number) for number in (signal.SIGINT, signal.SIGTERM)):
         return None
-    tracker = Terminal(seconds=PROGRESS, label=f"seed {job.config.seed}: ")
-    _Worker.working = True
     try:
-        decompose_config(job.config, out=job.path, target=job.target, resume=job.resume, overwrite=job.overwrite, tracker=tracker)
+        told = json.loads(said)
+        return getattr(errors, told["kind"])(told["message"])
+    except (ValueError, KeyError, TypeError):
+        return ParamLensError(f"{job.path}: seed {job.config.seed} ended with exit code {process.returncode}; its own messages say why")
+
+
+def run_job() -> None:
+    """One seed in its own process: what went wrong goes to the parent as JSON, and the parent's end is taken as SIGTERM."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    job: dict[str, Any] = read_json(Path(sys.argv[1]))
+    config = make_config(job.pop("config"))
+    tracker = Terminal(seconds=PROGRESS, label=f"seed {config.seed}: ")
+    try:
+        with termination():
+            decompose_config(config, out=job.pop("path"), tracker=tracker, **job)
     except ParamLensError as error:
-        return error
-    except KeyboardInterrupt:
-        _Worker.stop.set()
-    finally:
-        _Worker.working = False
-    return None
+        print(json.dumps({"kind": type(error).__name__, "message": str(error)}))
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt as stopped:
+        sys.exit(stopped.exit_code if isinstance(stopped, Terminated) else 130)
+
+
+def _end_with_parent() -> None:
+    while os.read(0, 1):  # ends when the parent's side of the pipe does
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -26,6 +26,7 @@ class Step:
     pre: Mapping[str, Tensor]
     g: dict[str, Tensor]
     target_logits: Tensor
+    batch: Batch
 
 
 def training_step(
@@ -71,7 +72,7 @@ def training_step(
     for name, value in others.items():
         total = total + getattr(losses, name) * value
         values[name] = value.detach()
-    return Step(values, total, p, pre, g, target.logits)
+    return Step(values, total, p, pre, g, target.logits, batch)
 
 
 class Steps:
@@ -105,7 +106,7 @@ class Steps:
         if projecting:
             project_gradients(self.decomposition)
         norm = nn.utils.get_total_norm([parameter.grad for parameter in self.parameters if parameter.grad is not None])
-        self.broken.copy_(torch.maximum(self.broken, (~(result.total.detach().isfinite() & norm.isfinite())).to(self.broken.dtype)))
+        self.broken.copy_(torch.maximum(self.broken, (~_finite(result, norm)).to(self.broken.dtype)))
         if self.waits:
             self.require_finite(result, step)
         self.optimizer.step()
@@ -129,7 +130,9 @@ class Steps:
             for i, site in enumerate(group.names):
                 gradients |= {f"γ's {key} at {site}": value.grad[i] for key, value in group.named_parameters() if value.grad is not None}
         losses = broken(result.losses)
+        floats = {str(i): value for i, value in enumerate(_floats(result.batch)) if value.isnan().any()}
         causes = [
+            ("the batch's tensor", ", ".join(floats)),
             ("the target's", broken({"logits": result.target_logits})),
             ("U at", broken(decomposition.U)),
             ("V at", broken(decomposition.V)),
@@ -137,11 +140,28 @@ class Steps:
             ("the gradient of", broken(gradients)),
         ]
         where = next((f"{what} {names}" for what, names in causes if names), "every site finite")  # the first is the origin
-        when, what = "" if self.waits else "by ", f"loss {losses}" if losses else "a gradient"
+        when = "" if self.waits else "by "
+        kinds = {f"loss {losses}": losses, "an importance": broken(result.pre), "the batch": floats}
+        what = next((kind for kind, holds in kinds.items() if holds), "a gradient")
+        remedy = "Mend that batch" if floats else "Lower optim.lr and start anew"
         raise DivergedError(
-            f"{when}step {step}: {what} is not finite ({where}); nothing was updated. "
-            "Lower optim.lr and start anew; the last checkpoint is from before"
+            f"{when}step {step}: {what} is not finite ({where}); nothing was updated. {remedy}; the last checkpoint is from before"
         )
+
+
+def _finite(result: Step, norm: Tensor) -> Tensor:
+    """Whether all that an update is made of is finite: the loss, the norm of the gradient, every importance, the batch.
+
+    The last two need not show in the first: a saturated importance has the loss of one, attention may drop what it is given.
+    """
+    sums = [value.detach().sum() for value in result.pre.values()]
+    broken = [value.isnan().any() for value in _floats(result.batch)]  # a mask may well hold -inf
+    finite = torch.stack([result.total.detach(), norm, *sums]).isfinite().all()
+    return finite & ~torch.stack(broken).any() if broken else finite
+
+
+def _floats(batch: Batch) -> list[Tensor]:
+    return [tensor for tensor in tensors_of(batch.inputs) if tensor.is_floating_point()]
 
 
 class _Replay:
