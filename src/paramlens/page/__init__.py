@@ -1,7 +1,9 @@
 """From a run directory to one offline HTML file: no server, no network, no torch."""
 
 import json
+from base64 import b64encode
 from collections.abc import Iterator
+from hashlib import sha256
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +51,8 @@ def report(run: "Run | str | Path") -> Path:
     inspections = _inspections(run, path, config)
     target = read_json(path / "target.json") if (path / "target.json").is_file() else None
     analyses = {name: _current(path / "analysis" / f"{name}.json", path) for name in ("svd", "suppress", "trace")}
-    figures = _figures(circuit, read_metrics(path), target, analyses)
+    figures = list(_figures(circuit, read_metrics(path), target, analyses))
+    scripts = [get_plotlyjs(), (resources.files("paramlens.page") / "report.js").read_text(encoding="utf-8")]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((resources.files("paramlens.page") / "report.html.j2").read_text(encoding="utf-8"))
     html = template.render(
@@ -59,8 +62,10 @@ def report(run: "Run | str | Path") -> Path:
         inspections=inspections,
         edits=(analyses["suppress"] or {"edits": []})["edits"],
         target=target,
-        plotly=Markup(get_plotlyjs()),
-        figures=[{"id": name, "caption": caption, "data": _embedded(figure)} for name, caption, figure in figures],
+        figures=[{"id": name, "caption": caption} for name, caption, _ in figures],
+        data=_embedded({name: figure for name, _, figure in figures}),
+        scripts=[Markup(script) for script in scripts],
+        policy=_policy(scripts),
     )
     page = path / "report.html"
     write_text(page, html)
@@ -137,8 +142,32 @@ def _current(file: Path, path: Path) -> dict[str, Any] | None:
     return document if document and document["step"] == checkpoint_step(find_checkpoint(path, None)) else None
 
 
-def _embedded(figure: go.Figure) -> Markup:
-    """A figure as JSON that cannot end the script element it stands in."""
-    document: dict[str, Any] = figure.to_plotly_json()
-    document["layout"].pop("template", None)
-    return Markup(json.dumps(document).replace("<", "\\u003c").replace("&", "\\u0026"))
+def _policy(scripts: list[str]) -> str:
+    """A Content-Security-Policy: these scripts and no others, nothing from anywhere, nothing sent anywhere."""
+    hashes = " ".join(f"'sha256-{b64encode(sha256(script.encode()).digest()).decode()}'" for script in scripts)
+    return f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
+
+
+def _embedded(figures: dict[str, go.Figure]) -> Markup:
+    """Figures as JSON that cannot end the script element it stands in, their texts as Plotly shows them letter by letter."""
+    documents: dict[str, Any] = {name: _literal(figure.to_plotly_json()) for name, figure in figures.items()}
+    for document in documents.values():
+        document["layout"].pop("template", None)
+    return Markup(json.dumps(documents).replace("<", "\\u003c").replace("&", "\\u0026"))
+
+
+_OWN_TAGS = ("<br>", "<extra>", "</extra>")
+
+
+def _literal(tree: Any) -> Any:
+    """Every text of a figure with the letters that Plotly would read as a tag or an entity escaped, our own tags apart."""
+    if isinstance(tree, str):
+        text = tree.replace("&", "&amp;").replace("<", "&lt;")
+        for tag in _OWN_TAGS:
+            text = text.replace(tag.replace("<", "&lt;"), tag)
+        return text
+    if isinstance(tree, dict):
+        return {key: _literal(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_literal(value) for value in tree]
+    return tree
