@@ -49,12 +49,17 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
 
 
+def parse_yaml(text: str) -> Any:
+    """What a YAML text says. Raises `yaml.YAMLError`, `ValueError` or `RecursionError` for one that is none, or has aliases."""
+    return yaml.load(text, Loader=_Loader)
+
+
 def parse_value(text: str) -> Any:
     """A field's value as YAML reads it: 3e-3 is a number, true a boolean, none and null nothing, the rest text."""
     if text.lower() == "none":
         return None
     try:
-        return yaml.load(text, Loader=_Loader)
+        return parse_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError):
         return text
 
@@ -80,7 +85,7 @@ def read_tree(name_or_path: str | Path) -> tuple[str, dict[str, Any]]:
     """What messages call a configuration, and its fields as they are written, unchecked. Raises `ConfigError` as `load_config` does."""
     source, text = _read(str(name_or_path))
     try:
-        tree = yaml.load(text, Loader=_Loader)
+        tree = parse_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         place = getattr(error, "problem_mark", None)
         line = f" line {place.line + 1}" if place else ""

@@ -219,7 +219,7 @@ def open_run(path: str | Path, *, model: nn.Module | None = None, batches: Batch
 
 
 def require_whole_run(path: Path) -> Described:
-    """What `model.json` says, once configuration, description and target are as the run's manifest says.
+    """What `model.json` says, once configuration, description and target are as the run's manifest says, and run.json is of this run.
 
     Runs of the first format have no manifest. Raises `RunDirError` naming the file that differs.
     """
@@ -228,6 +228,9 @@ def require_whole_run(path: Path) -> Described:
     described = read_description(path)
     if described.format > 1 and not (path / MANIFEST).exists():
         raise RunDirError(f"{path / MANIFEST}: missing; restore the file from a copy")
+    given, expected = read_json(path / "run.json").get("target"), described.target.sha256
+    if not isinstance(given, dict) or given.get("sha256") != expected:
+        raise RunDirError(f"{path / 'run.json'}: target {expected[:12]}… expected, another found; restore the file from a copy")
     return described
 
 

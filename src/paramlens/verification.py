@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from paramlens.checkpoint import damage
 from paramlens.described import Described
-from paramlens.errors import ParamLensError, RunDirError
+from paramlens.errors import ParamLensError
 from paramlens.layout import checkpoint_step, checkpoints, read_json, read_metrics, require_run
 from paramlens.metrics import recorded_part
 from paramlens.rundir import require_own, require_whole_run
@@ -65,9 +65,7 @@ def verify(path: str | Path) -> Verification:
     require_run(path)
     found: list[str] = []
     described = _attempt(found, lambda: require_whole_run(path))
-    info = _attempt(found, lambda: read_json(path / "run.json")) or {}
-    if described is not None and info:
-        _attempt(found, lambda: _require_same_target(info, described, path))
+    info = _attempt([], lambda: read_json(path / "run.json")) or {}
     reports = [_report(folder, path, described) for folder in checkpoints(path)]
     newest = next((each.step for each in reversed(reports) if each.whole), None)
     if newest is not None:
@@ -86,14 +84,6 @@ def _report(folder: Path, path: Path, described: Described | None) -> Checkpoint
         for name, tensors in described.tensors().items():
             _attempt(found, lambda name=name, tensors=tensors: require_fit(folder / f"{name}.safetensors", tensors))
     return CheckpointReport(checkpoint_step(folder), tuple(found))
-
-
-def _require_same_target(info: dict[str, Any], described: Described, path: Path) -> None:
-    given = info.get("target")
-    if not isinstance(given, dict) or given.get("sha256") != described.target.sha256:
-        raise RunDirError(
-            f"{path / 'run.json'}: target {described.target.sha256[:12]}… expected, another found; the file is of another run"
-        )
 
 
 def _attempt(found: list[str], check: Callable[[], T]) -> T | None:

@@ -12,6 +12,7 @@ import yaml
 from torch import Tensor, nn
 
 from paramlens.config import FactsTask
+from paramlens.configfile import MOST_BYTES, parse_yaml
 from paramlens.errors import ConfigError
 from paramlens.tasks import Batch, Task, generator
 from paramlens.tasks.language import Language, encode_fact, encode_sentence, padded
@@ -53,8 +54,10 @@ def read_facts(path: Path) -> tuple[Fact, ...]:
     Raises `ConfigError` naming the entry that is not one.
     """
     try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        if (size := path.stat().st_size) > MOST_BYTES:
+            raise ConfigError(f"facts {path}: {size} bytes, at most {MOST_BYTES} are read; give a YAML or JSON list")
+        entries = parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"facts {path}: cannot be read ({str(error).splitlines()[0]}); give a YAML or JSON list") from None
     if not isinstance(entries, list) or not entries:
         raise ConfigError(f"facts {path}: give a list of {{prompt: ..., answer: ...}}")

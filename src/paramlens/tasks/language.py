@@ -40,9 +40,10 @@ def load_language(name: str, *, revision: str | None = None, dtype: torch.dtype 
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    sealed: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **sealed)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **sealed)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConfigError(f"model {name}: transformers cannot load a causal language model from it ({_first_line(error)})") from None
     return Language(model.eval(), tokenizer, name, None if Path(name).exists() else folder.name)
@@ -57,7 +58,7 @@ def language_skeleton(name: str, *, revision: str | None = None) -> nn.Module:
         config: Any = GPT2Config(**_KNOWN[short])
     else:
         try:
-            config = AutoConfig.from_pretrained(_folder(name, revision, ("*.json",)), local_files_only=True)
+            config = AutoConfig.from_pretrained(_folder(name, revision, ("*.json",)), local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"model {name}: transformers knows no such model ({_first_line(error)})") from None
     with torch.device("meta"):
