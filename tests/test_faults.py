@@ -7,6 +7,7 @@ for the outcome of every cell; `python benchmarks/reliability.py matrix` runs al
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import tempfile
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -28,10 +30,13 @@ from paramlens import checkpoint, layout, metrics, rundir, saving, train
 from paramlens import step as step_module
 from paramlens.cli import main
 from paramlens.configfile import dump_config, make_config
-from paramlens.errors import DivergedError, RunDirError
-from paramlens.layout import checkpoint_path, checkpoint_step, checkpoints
+from paramlens.errors import ConfigError, DivergedError, RunDirError
+from paramlens.layout import checkpoint_path, checkpoint_step, checkpoints, read_json
+from paramlens.manifest import file_sha256, write_manifest
 from paramlens.rundir import open_run
 from paramlens.runs import decompose, decompose_config
+from paramlens.tasks.facts import read_facts
+from paramlens.tasks.language import load_language
 from paramlens.verification import verify
 
 CONFIG = TINY | {"steps": 16}
@@ -705,9 +710,13 @@ def resealed(folder: Path) -> None:
 
 
 def edited(file: Path, **fields: Any) -> None:
-    """Change a JSON file, and its folder's manifest with it."""
+    """Change `model.json`, and all that vouches for it."""
     file.write_text(json.dumps(read_json(file) | fields), encoding="utf-8")
     resealed(file.parent)
+    for folder in checkpoints(file.parent):
+        state = read_json(folder / "state.json") | {"model": file_sha256(file)}
+        (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        resealed(folder)
 
 
 def manifest_entry(folder: Path, name: str) -> None:
