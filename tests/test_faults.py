@@ -774,7 +774,7 @@ HOSTILE: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "../ in the run's manifest": (lambda path, _: manifest_entry(path, "../stopped/run.json"), "no file of this folder"),
     "an absolute name in a manifest": (lambda path, _: manifest_entry(path, "/etc/passwd"), "no file of this folder"),
     "a link out of the run": (linked, "something else found"),
-    "C 10^12 in model.json": (lambda path, _: edited(path / "model.json", C=10**12), "was expected"),
+    "C 10^7 in model.json": (lambda path, _: edited(path / "model.json", C=10**7), "was expected"),
     "C 10^30 in model.json": (lambda path, _: edited(path / "model.json", C=10**30), "model.json"),
     "a type that is code": (lambda path, _: edited(path / "model.json", dtype="__class__"), "dtype: '__class__'"),
     "JSON nested 100,000 deep": (nested, "not JSON"),

@@ -1,7 +1,7 @@
 """model.json: all that loading a run needs, read as a stranger's file, independent of what config.py becomes."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -18,21 +18,25 @@ _REBUILT = ("seed", "batch", "last_token_only", "device", "dtype", "task")
 """Fields of the configuration from which a task is made again."""
 
 
+Size = Annotated[Count, Field(lt=2**24)]
+"""One dimension; a larger one is no weight matrix's, and several of them would overflow."""
+
+
 class _Checked(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", strict=False)
 
 
 class SiteShape(_Checked):
     name: str
-    d_in: Count
-    d_out: Count
+    d_in: Size
+    d_out: Size
 
 
 class GammaShape(_Checked):
     kind: Literal["scalar", "vector", "attention", "shared"]
-    d_gate: Count
+    d_gate: Size
     relative: Literal["offset", "query"]
-    max_length: Count | None
+    max_length: Size | None
 
 
 class TargetIdentity(_Checked):
@@ -45,7 +49,7 @@ class Described(_Checked):
     """What `model.json` says."""
 
     format: Count
-    C: Count
+    C: Size
     dtype: Literal["float32", "float64"]
     sites: tuple[SiteShape, ...] = Field(min_length=1)
     gamma: GammaShape
