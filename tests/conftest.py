@@ -1,35 +1,11 @@
 """Shared fixtures. Importing the library under the jaxtyping hook checks every shape annotation while the tests run."""
 
-import sys
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from jaxtyping import install_import_hook
 
-_PICKLES_READ: list[str] = []
-_WRITTEN: set[str] = set()
-_LIBRARIES = ("numba", "llvmlite", "multiprocessing", "torch/_inductor", "torch/_dynamo")
-"""Unpickle what they hold in memory themselves, never a file of ours."""
-
-
-def _audit(event: str, args: tuple[Any, ...]) -> None:
-    if event == "pickle.find_class":
-        frames = traceback.extract_stack()
-        if not any(library in frame.filename for frame in frames for library in _LIBRARIES):
-            _PICKLES_READ.append("".join(traceback.format_list(frames[-6:])))
-    elif event == "open" and isinstance(args[0], str) and isinstance(args[1], str) and set(args[1]) & set("wax+"):
-        _WRITTEN.add(args[0])
-
-
-sys.addaudithook(_audit)
-
-
-def pickles_read() -> list[str]:
-    """Where something was unpickled since the tests began, by its stack."""
-    return _PICKLES_READ
-
+import audit
 
 SHAPED = (
     "sites",
@@ -72,8 +48,8 @@ torch.set_num_threads(1)
 def no_pickle() -> Iterator[None]:
     """Over the whole suite nothing is unpickled, and no file that was written is a pickle, bare or in torch.save's archive."""
     yield
-    assert _PICKLES_READ == []
-    for name in _WRITTEN:
+    assert audit.PICKLES_READ == []
+    for name in audit.WRITTEN:
         if Path(name).is_file() and "test_hostile" not in name:
             start = Path(name).read_bytes()[:4]
             assert not (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"), f"{name} is a pickle"

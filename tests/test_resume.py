@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from conftest import TINY, pickles_read, tiny_with
+from audit import PICKLES_READ
+from conftest import TINY, tiny_with
 from faults import result
 from paramlens.cli import main
 from paramlens.configfile import dump_config, load_config, make_config
@@ -236,11 +237,11 @@ def test_a_real_signal_from_outside(tmp_path):
 
 
 def test_no_pickle_is_read(tmp_path):
-    """The audit hook of conftest.py sees every class that any unpickling looks up; what it saw so far came from none of our files."""
+    """The audit hook sees every class that any unpickling looks up; what it saw so far came from none of our files."""
     import pickle
 
-    before = len(pickles_read())
+    before = len(PICKLES_READ)
     pickle.loads(pickle.dumps(Path("a")))
-    assert len(pickles_read()) > before, "the hook is awake"
-    del pickles_read()[before:]
-    assert pickles_read() == []
+    assert len(PICKLES_READ) > before, "the hook is awake"
+    del PICKLES_READ[before:]
+    assert PICKLES_READ == []
