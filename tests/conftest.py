@@ -1,5 +1,6 @@
 """Shared fixtures. Importing the library under the jaxtyping hook checks every shape annotation while the tests run."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,6 +43,7 @@ from paramlens.runs import decompose_config  # noqa: E402
 from paramlens.tasks.induction import InductionTransformer  # noqa: E402
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background, and then inherited
 
 
 @pytest.fixture(scope="session", autouse=True)

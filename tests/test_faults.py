@@ -93,7 +93,12 @@ def world(tmp_path_factory) -> Path:
 def strike(world: Path, path: Path, fault: faults.Fault) -> tuple[int, list[str]]:
     """A new run in `path` under a fault."""
     words = ["decompose", str(world / "tiny.yaml"), "--target", str(world / "target"), "--out", str(path)]
-    return faults.run(words, path.with_name(path.name + ".log"), fault)
+
+    def without_pauses(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(saving, "PAUSES", (0.01,) * len(saving.PAUSES))
+        fault(patch)
+
+    return faults.run(words, path.with_name(path.name + ".log"), without_pauses)
 
 
 def resume(world: Path, path: Path) -> tuple[int, list[str]]:
