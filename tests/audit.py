@@ -2,6 +2,7 @@
 
 import sys
 import traceback
+from pathlib import Path
 from typing import Any
 
 PICKLES_READ: list[str] = []
@@ -10,8 +11,17 @@ PICKLES_READ: list[str] = []
 WRITTEN: set[str] = set()
 """Files that were opened for writing."""
 
+PLANTED: set[str] = set()
+"""Pickles that a test laid down to see them refused."""
+
 _LIBRARIES = ("numba", "llvmlite", "multiprocessing", "torch/_inductor", "torch/_dynamo")
 """Unpickle what they hold in memory themselves, never a file of ours."""
+
+
+def plant(file: Path, content: bytes) -> None:
+    """Write a pickle that the library must refuse."""
+    PLANTED.add(str(file))
+    file.write_bytes(content)
 
 
 def _audit(event: str, args: tuple[Any, ...]) -> None:

@@ -24,6 +24,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import faults
+from audit import plant
 from conftest import TINY, tiny_with
 from faults import after, before, content, full_for, half_a_line, half_removed, half_written, nth, result, told
 from paramlens import checkpoint, layout, metrics, rundir, saving, train
@@ -731,7 +732,7 @@ def manifest_entry(folder: Path, name: str) -> None:
 
 def pickled(path: Path, place: Path) -> None:
     file = checkpoint_path(path, 8) / "components.safetensors"
-    file.write_bytes(pickle.dumps(Payload(place)))
+    plant(file, pickle.dumps(Payload(place)))
     resealed(file.parent)
 
 
@@ -833,7 +834,7 @@ def test_hostile_models(facts_run, tmp_path, cell):
     with cell("hostile", "refused", "a model of pickled weights"):
         shutil.copytree(source, tmp_path / "pickled")
         (tmp_path / "pickled/model.safetensors").unlink()
-        (tmp_path / "pickled/pytorch_model.bin").write_bytes(pickle.dumps(Payload(tmp_path / "owned")))
+        plant(tmp_path / "pickled/pytorch_model.bin", pickle.dumps(Payload(tmp_path / "owned")))
         with pytest.raises(ConfigError, match="cannot load a causal language model"):
             load_language(str(tmp_path / "pickled"))
     with cell("hostile", "refused", "a model with code of its own"):

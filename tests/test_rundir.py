@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from audit import plant
 from conftest import tiny_with
 from paramlens import targets
 from paramlens.errors import ConfigError, RunDirError
@@ -142,7 +143,7 @@ def test_components_that_do_not_fit(copy, change, message: str):
 
 
 def test_damaged_files_are_named(copy):
-    (copy / "checkpoints/step-00000012/importance.safetensors").write_bytes(b"\x80\x04pickle")
+    plant(copy / "checkpoints/step-00000012/importance.safetensors", b"\x80\x04pickle")
     resealed(copy / "checkpoints/step-00000012")
     with pytest.raises(RunDirError, match=r"importance.safetensors: no safetensors file"):
         open_run(copy)
