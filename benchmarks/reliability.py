@@ -2,6 +2,7 @@
 
     python benchmarks/reliability.py matrix    every cell of tests/test_faults.py, and the picture of them
     python benchmarks/reliability.py resume    two configurations, stopped at five points each
+    python benchmarks/reliability.py whole     the same at the configurations' shipped lengths, target and all (an hour)
     python benchmarks/reliability.py repeat    one command twice, three seeds
     python benchmarks/reliability.py cost      a save beside the bare write of the same tensors, alternating
 
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ RUNS = {
     "facts-small": ["--steps", "60", "--task.miniature.steps", "60", "--threads", "1"],
 }
 """Short, so that all of it takes minutes; resuming and repeating do not depend on how good a target is."""
+
+WHOLE = {"induction-quick": ["--steps", "1500"], "facts-small": ["--steps", "1000", "--threads", "1"]}
 
 POINTS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
@@ -67,28 +70,33 @@ def difference(ours: Path, theirs: Path) -> float:
     return worst
 
 
-def resume() -> None:
+def resume(runs: Mapping[str, Sequence[str]] = RUNS, part: str = "resume") -> None:
     """Every run kept at five steps, then resumed from each in a new process, to the end."""
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for config, flags in RUNS.items():
+        for config, flags in runs.items():
             steps = int(flags[1])
             every = ["--checkpoint.every", str(steps // 10), "--checkpoint.keep_last", "20", *flags]
-            whole = Path(folder) / config
-            paramlens("decompose", config, "--out", str(whole), *every)
+            undisturbed = Path(folder) / config
+            paramlens("decompose", config, "--out", str(undisturbed), *every)
             for point in POINTS:
                 path = Path(folder) / f"{config}-{point}"
-                shutil.copytree(whole, path)
+                shutil.copytree(undisturbed, path)
                 for later in [each for each in checkpoints(path) if checkpoint_step(each) > point * steps]:
                     shutil.rmtree(later)
                 start = checkpoint_step(checkpoints(path)[-1])
                 paramlens("decompose", config, "--resume", "--out", str(path), *every)
-                ends = [checkpoint_path(each, steps) for each in (path, whole)]
-                same = hashes(path) == hashes(whole)
+                ends = [checkpoint_path(each, steps) for each in (path, undisturbed)]
+                same = hashes(path) == hashes(undisturbed)
                 rows.append({"config": config, "from": start, "to": steps, "difference": difference(*ends), "same_bytes": same})
                 print(rows[-1], flush=True)
                 shutil.rmtree(path)
-    keep("resume", rows)
+                keep(part, rows)
+
+
+def whole() -> None:
+    """`resume` at the shipped lengths."""
+    resume(WHOLE, "whole")
 
 
 def repeat() -> None:
@@ -194,7 +202,7 @@ def _square(x: int, y: int, *, passed: bool) -> str:
 
 
 if __name__ == "__main__":
-    commands = {"matrix": matrix, "resume": resume, "repeat": repeat, "cost": cost}
+    commands = {"matrix": matrix, "resume": resume, "whole": whole, "repeat": repeat, "cost": cost}
     if len(sys.argv) != 2 or sys.argv[1] not in commands:
         sys.exit(__doc__)
     torch.set_num_threads(1)
