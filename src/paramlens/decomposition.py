@@ -183,6 +183,17 @@ class Decomposition(nn.Module):
         logits = logits.unflatten(0, (len(plans), -1))
         return logits if order == sorted(order) else logits[torch.tensor(order).argsort().to(logits.device)]
 
+    def masked_inputs(self, inputs: Inputs, plan: Plan) -> dict[str, Float[Tensor, "batch *pos d_in"]]:
+        """What every site is given in the masked run of `plan`."""
+        seen: dict[str, list[Tensor]] = {site.name: [] for site in self.sites}
+        hooks = [site.module.register_forward_pre_hook(partial(_keep_input, seen[site.name]), with_kwargs=True) for site in self.sites]
+        try:
+            self.masked_run(inputs, [plan])
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return {name: given for name, [given] in seen.items()}
+
 
 def block_chains(model: nn.Module, inputs: Inputs) -> list[tuple[nn.Module, ...]]:
     """Every `ModuleList` of `model` whose modules are called once each, in order, the first argument being the output before."""

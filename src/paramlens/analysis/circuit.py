@@ -12,6 +12,7 @@ from paramlens.analysis.attention import attention_by_role, attention_divergence
 from paramlens.analysis.held_out import ALL_POSITIONS, HeldOut, data_of, held_out, role_names
 from paramlens.analysis.interventions import Intervention, interventions
 from paramlens.analysis.maps import AlignedImportance, aligned_importance
+from paramlens.analysis.off_data import OffData, off_data
 from paramlens.config import InductionTask
 from paramlens.decomposition import Decomposition
 from paramlens.errors import ConfigError
@@ -85,6 +86,8 @@ class Circuit:
     maps: dict[str, AlignedImportance]
     """Role that stands at one position of every sequence → mean importance around it."""
     example: ExampleSequence
+    off_data: OffData | None
+    """The same decomposition on inputs of another kind; none where the task offers none."""
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
@@ -106,6 +109,7 @@ def circuit(run: Run, *, threshold: float = ACTIVE, batches: int = 16, adversary
         data = held_out(run, batches=batches)
         metrics = _metrics(run, task, data, threshold=threshold, adversary=adversary)
         changed = interventions(decomposition, task, data, threshold=threshold, last_token_only=last_token_only)
+        elsewhere = off_data(run, data, threshold=threshold)
         patterns = [_patterns(decomposition, held, task.attention_patterns) for held in data]
     role_index = torch.cat([held.roles for held in data])
     g = {name: torch.cat([held.g[name] for held in data]) for name in decomposition.names}
@@ -133,6 +137,7 @@ def circuit(run: Run, *, threshold: float = ACTIVE, batches: int = 16, adversary
         interventions=changed,
         maps={} if data[0].batch.texts else aligned_importance(g, role_index, roles),  # where roles are tokens, the example shows it
         example=_example(data[0], roles, patterns[0]),
+        off_data=elsewhere,
     )
 
 

@@ -1,14 +1,15 @@
 """Single subcomponents of a run: which are active on which token, which are a sentence's own, what one reads and writes."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from paramlens.analysis.held_out import data_of
+from paramlens.analysis.streams import TOP, Read, Streams
 from paramlens.config import FactsTask
 from paramlens.errors import ConfigError, SiteError
 from paramlens.evaluation import ACTIVE, importances
@@ -18,8 +19,11 @@ from paramlens.sites import at_rest
 from paramlens.tasks import Batch
 from paramlens.tasks.language import encode_sentence, padded
 
-TOP = 8
-"""Tokens and positions listed of what a subcomponent reads and writes."""
+SEQUENCES = 6
+"""Held-out sequences shown of a run that has no sentences of its own."""
+
+INPUTS = 32
+"""Inputs shown of a model whose inputs have no positions."""
 
 
 @dataclass(frozen=True)
@@ -59,20 +63,12 @@ class Inspection:
 
 
 @dataclass(frozen=True)
-class Read:
-    """A token or position, and how strongly a subcomponent reads or writes it."""
-
-    what: str
-    value: float
-
-
-@dataclass(frozen=True)
 class Subcomponent:
     """One rank-1 part outer(u, v) of a site's weight.
 
     reads: tokens whose embedding, through the norm before the site, has the largest inner activation; positions: likewise; both empty for
-    a site that reads no norm's output. writes, suppresses: tokens whose logit it raises and lowers most, through the final norm's gain;
-    empty for a site that does not write to the residual stream.
+    a site that does not read the residual stream. writes, suppresses: tokens whose logit it raises and lowers most, through the final
+    norm's gain; empty for a site that does not write to the residual stream.
     """
 
     run: str
@@ -101,8 +97,10 @@ class Sentences:
 
     batch: Batch
     texts: tuple[tuple[str, ...], ...]
-    inputs: Mapping[str, Tensor]
+    inputs: Mapping[str, Float[Tensor, "sentence pos d_in"]]
     g: Mapping[str, Float[Tensor, "sentence pos C"]]
+    roles: tuple[tuple[str, ...], ...] | None = None
+    """Role of every token; none where they have none."""
 
 
 def tokenizer_of(run: Run) -> Any:
@@ -127,6 +125,41 @@ def run_sentences(run: Run, sentences: Sequence[str]) -> Sentences:
     target, g = importances(run.decomposition, run.importance, batch)
     assert batch.texts is not None
     return Sentences(batch, batch.texts, target.inputs, g)
+
+
+@torch.no_grad()
+def shown_sequences(run: Run, texts: Sequence[str] = ()) -> Sentences:
+    """What a run's subcomponents are shown on: `texts`, else the run's own sentences, else its first held-out sequences.
+
+    Tokens without a text carry their number. Inputs without positions are shown as one sequence of them. Raises `ConfigError` for texts
+    where there is no tokenizer.
+    """
+    if texts or own_sentences(run):
+        return run_sentences(run, list(texts) or list(own_sentences(run)))
+    task = data_of(run)
+    whole = task.batch(0, "circuit")
+    rows = SEQUENCES if _has_positions(run, whole) else INPUTS
+    batch = replace(whole.map(lambda tensor: tensor[:rows]), texts=whole.texts and whole.texts[:rows]).to(run.decomposition.device)
+    target, g = importances(run.decomposition, run.importance, batch)
+    lead = next(iter(g.values())).shape[:-1]
+    shape = (1, -1) if len(lead) == 1 else (lead[0], -1)
+    g = {site: value.reshape(*shape, value.shape[-1]) for site, value in g.items()}
+    inputs = {site: value.reshape(*shape, value.shape[-1]) for site, value in target.inputs.items()}
+    sequences, length = next(iter(g.values())).shape[:2]
+    ids = batch.inputs
+    if batch.texts is not None:
+        named = batch.texts
+    elif isinstance(ids, Tensor) and ids.shape == (sequences, length) and not ids.is_floating_point():
+        named = tuple(tuple(map(str, row)) for row in ids.tolist())
+    else:
+        named = tuple(tuple(f"{'input' if len(lead) == 1 else 'position'} {i}" for i in range(length)) for _ in range(sequences))
+    roles = None if batch.roles is None else tuple(tuple(task.roles[i] for i in row if i >= 0) for row in batch.roles.tolist())
+    return Sentences(batch, named, inputs, g, roles)
+
+
+def _has_positions(run: Run, batch: Batch) -> bool:
+    inputs = run.decomposition.target_run(batch.to(run.decomposition.device).inputs).inputs
+    return next(iter(inputs.values())).dim() > 2
 
 
 def active_in(sentences: Sentences, index: int, *, threshold: float) -> dict[str, Tensor]:
@@ -199,121 +232,38 @@ def require_subcomponent(run: Run, site: str, subcomponent: int) -> None:
 
 @torch.no_grad()
 def inspect_subcomponent(run: Run, site: str, subcomponent: int, *, texts: Sequence[str] = (), top: int = TOP) -> Subcomponent:
-    """What one subcomponent reads and writes, and where it is active in `texts`; none: in the run's own sentences.
+    """What one subcomponent reads and writes, and where it is active: in `texts`, or in what `shown_sequences` shows without them.
 
-    Raises `SiteError` if there is no such subcomponent.
+    Raises `SiteError` if there is no such subcomponent, and `ConfigError` for a run on your own model that was opened without batches.
     """
     require_subcomponent(run, site, subcomponent)
-    tokenizer, task = tokenizer_of(run), data_of(run)
-    own = list(texts) or list(own_sentences(run))
-    u, v = run.decomposition.U[site][:, subcomponent], run.decomposition.V[site][subcomponent]
-    with at_rest(task.model), machine(run.config):
-        sentences = run_sentences(run, own) if own else None
-        norms = _norms(run, sentences.batch if sentences else task.batch(0, "circuit").to(run.decomposition.device))
-        read, positions = _reads(run, site, u, norms, tokenizer, top)
-        raised, lowered = _writes(run, site, v, norms, tokenizer, top)
-    inner, importance = list[list[float]](), list[list[float]]()
-    for i, words in enumerate(sentences.texts if sentences else ()):
-        assert sentences is not None
-        inner.append((sentences.inputs[site][i, : len(words)] @ u).tolist())
-        importance.append(sentences.g[site][i, : len(words), subcomponent].tolist())
-    return Subcomponent(
-        run=str(run.path),
-        site=site,
-        subcomponent=subcomponent,
-        norm_u=u.norm().item(),
-        norm_v=v.norm().item(),
-        reads=read,
-        positions=positions,
-        writes=raised,
-        suppresses=lowered,
-        tokens=[list(words) for words in sentences.texts] if sentences else [],
-        importance=importance,
-        inner=inner,
-    )
+    with at_rest(data_of(run).model), machine(run.config):
+        shown = shown_sequences(run, texts)
+        return described(run, site, [subcomponent], shown, Streams(run, shown.batch), top=top)[0]
 
 
-@dataclass(frozen=True)
-class _Norms:
-    """The norm whose output each site is given, and the one that the unembedding is given."""
-
-    before: dict[str, nn.Module]
-    final: nn.Module | None
-
-
-def _norms(run: Run, batch: Batch) -> _Norms:
-    """Found by identity: a norm's output is the very tensor that the module after it is given."""
-    model: Any = run.decomposition.model
-    made: list[tuple[Any, nn.Module]] = []
-    given: dict[nn.Module, Any] = {}
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    readers = {site.module for site in run.decomposition.sites} | ({head} if head is not None else set())
-    norms = [module for module in model.modules() if type(module).__name__.endswith("Norm")]
-    hooks = [norm.register_forward_hook(lambda module, _args, output: made.append((output, module))) for norm in norms]
-    hooks += [
-        reader.register_forward_pre_hook(lambda module, args, kwargs: given.update({module: _first(args, kwargs)}), with_kwargs=True)
-        for reader in readers
+def described(
+    run: Run, site: str, subcomponents: Sequence[int], shown: Sentences, streams: Streams, *, top: int = TOP
+) -> list[Subcomponent]:
+    """`inspect_subcomponent` of several at one site."""
+    chosen = list(subcomponents)
+    u, v = run.decomposition.U[site][:, chosen], run.decomposition.V[site][chosen]
+    inner, g = shown.inputs[site] @ u, shown.g[site][..., chosen]
+    ends = zip(chosen, streams.reads(site, u, top=top), streams.writes(site, v, top=top), strict=True)
+    return [
+        Subcomponent(
+            run=str(run.path),
+            site=site,
+            subcomponent=c,
+            norm_u=u[:, i].norm().item(),
+            norm_v=v[i].norm().item(),
+            reads=tokens,
+            positions=positions,
+            writes=raised,
+            suppresses=lowered,
+            tokens=[list(words) for words in shown.texts],
+            importance=[g[row, : len(words), i].tolist() for row, words in enumerate(shown.texts)],
+            inner=[inner[row, : len(words), i].tolist() for row, words in enumerate(shown.texts)],
+        )
+        for i, (c, (tokens, positions), (raised, lowered)) in enumerate(ends)
     ]
-    try:
-        run.decomposition.masked_run(batch.inputs, [{}])
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-    def maker(tensor: Any) -> nn.Module | None:  # the unembedding may be given a slice of it
-        return next((norm for output, norm in made if output is tensor or (tensor is not None and tensor._base is output)), None)
-
-    before = {site.name: norm for site in run.decomposition.sites if (norm := maker(given.get(site.module))) is not None}
-    return _Norms(before, maker(given.get(head)) if head is not None else None)
-
-
-def _first(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    return args[0] if args else next(iter(kwargs.values()), None)
-
-
-def _reads(run: Run, site: str, u: Tensor, norms: _Norms, tokenizer: Any, top: int) -> tuple[list[Read], list[Read]]:
-    norm, model = norms.before.get(site), run.decomposition.model
-    embedding = _embedding(model)
-    if norm is None or embedding is None or embedding.shape[1] != len(u):
-        return [], []
-    read = norm(embedding) @ u
-    tokens = _top(read, read.abs(), _texts(tokenizer, len(read)), top)
-    table = next((value for name, value in model.named_parameters() if name.rsplit(".", 2)[-2:] == ["wpe", "weight"]), None)
-    if table is None:
-        return tokens, []
-    at = norm(table) @ u
-    return tokens, _top(at, at.abs(), [str(i) for i in range(len(at))], top)
-
-
-def _writes(run: Run, site: str, v: Tensor, norms: _Norms, tokenizer: Any, top: int) -> tuple[list[Read], list[Read]]:
-    model: Any = run.decomposition.model
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if site in norms.before or head is None or head.weight.shape[1] != len(v):
-        return [], []
-    logits = head.weight @ _through_gain(norms.final, v)
-    names = _texts(tokenizer, len(logits))
-    return _top(logits, logits, names, top), _top(logits, -logits, names, top)
-
-
-def _through_gain(norm: Any, v: Float[Tensor, "d"]) -> Float[Tensor, "d"]:
-    """A direction as it passes a norm whose scale is fixed by the rest of the stream: centred by a LayerNorm, times the gain."""
-    if norm is None:
-        return v
-    centred = v - v.mean() if isinstance(norm, nn.LayerNorm) else v
-    return centred if norm.weight is None else centred * norm.weight
-
-
-def _embedding(model: Any) -> Tensor | None:
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    return None if embedding is None else embedding.weight
-
-
-def _texts(tokenizer: Any, count: int) -> list[str]:
-    from paramlens.tasks.language import token_texts
-
-    known = token_texts(tokenizer, list(range(min(count, len(tokenizer)))))
-    return known + [f"<{i}>" for i in range(len(known), count)]
-
-
-def _top(values: Tensor, order: Tensor, names: list[str], top: int) -> list[Read]:
-    return [Read(names[i], values[i].item()) for i in order.topk(min(top, len(values))).indices.tolist()]

@@ -101,6 +101,12 @@ class InductionTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(task.width, heads=task.heads, added=task.added) for _ in range(task.blocks))
         self.unembed = nn.Linear(task.width, task.vocabulary + 1, bias=False)
 
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embed
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.unembed
+
     def forward(
         self, tokens: Int[Tensor, "batch pos"], *, offset: int = 0, last_token_only: bool = False
     ) -> Float[Tensor, "batch query token"]:

@@ -1,0 +1,139 @@
+"""Every subcomponent of a run that is active somewhere: what it reads and writes, where it is active, and what is lost without it."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from paramlens.analysis.components import Sentences, Subcomponent, described, require_threshold, shown_sequences
+from paramlens.analysis.held_out import HeldOut, data_of, held_out
+from paramlens.analysis.streams import Streams
+from paramlens.decomposition import Plan
+from paramlens.evaluation import ACTIVE
+from paramlens.losses import LossAt, stack_size
+from paramlens.machine import machine
+from paramlens.masks import Replacement
+from paramlens.rundir import Run
+from paramlens.sites import at_rest
+
+
+@dataclass(frozen=True)
+class Part:
+    """A subcomponent and what it does. highest, mean: of g over all held-out positions.
+
+    removed: KL(target ‖ target without it) in nats, all other subcomponents on at every token and the other sites the target's own;
+    removed_masked: KL(target ‖ masked model without it), masks g. Both on the first held-out batch, at the positions that the loss sees.
+    """
+
+    what: Subcomponent
+    highest: float
+    mean: float
+    removed: float
+    removed_masked: float
+
+
+@dataclass(frozen=True)
+class SiteParts:
+    """The parts of a site by falling mean importance, and Σ_c g at every token of every shown sequence, [sequence][pos]."""
+
+    importance: list[list[float]]
+    parts: list[Part]
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """All parts of a run that are active (g > threshold) at one held-out or shown position at least; the others are active nowhere.
+
+    tokens, roles: of every shown sequence, the same ones for all parts; roles is none where positions have none.
+    """
+
+    run: str
+    step: int
+    threshold: float
+    C: int
+    positions: int
+    """Held-out positions looked at."""
+    masked: float
+    """KL(target ‖ masked model) in nats on the first held-out batch: what `removed_masked` starts from."""
+    tokens: list[list[str]]
+    roles: list[list[str]] | None
+    sites: dict[str, SiteParts]
+
+    def to_json(self) -> dict[str, object]:
+        """Sequences stand once, not in every part."""
+        document = asdict(self)
+        for site in document["sites"].values():
+            for part in site["parts"]:
+                what = part.pop("what")
+                part |= {name: value for name, value in what.items() if name not in ("run", "site", "tokens")}
+        return document
+
+
+@torch.no_grad()
+def catalogue(run: Run, *, threshold: float = ACTIVE, batches: int = 16) -> Catalogue:
+    """Look at every part of `run` on `batches` held-out batches. Raises `ConfigError` as `circuit` does."""
+    require_threshold(threshold)
+    decomposition, task = run.decomposition, data_of(run)
+    with at_rest(task.model), machine(run.config):
+        data = held_out(run, batches=batches)
+        shown = shown_sequences(run)
+        streams = Streams(run, shown.batch)
+        removal = _Removal(run, data[0])
+        sites: dict[str, SiteParts] = {}
+        for site in decomposition.names:
+            g = torch.cat([held.g[site].flatten(0, -2) for held in data])
+            seen = torch.cat([g, *(shown.g[site][row, : len(words)] for row, words in enumerate(shown.texts))])
+            highest, mean = seen.amax(0), g.mean(0)
+            alive = (highest > threshold).nonzero()[:, 0]
+            order = alive[mean[alive].argsort(descending=True, stable=True)].tolist()
+            whole, masked = removal(site, order)
+            rows = zip(described(run, site, order, shown, streams), order, whole, masked, strict=True)
+            parts = [Part(what, highest[c].item(), mean[c].item(), *lost) for what, c, *lost in rows]
+            sites[site] = SiteParts(_summed(shown, site), parts)
+    return Catalogue(
+        run=str(run.path),
+        step=run.step,
+        threshold=threshold,
+        C=decomposition.C,
+        positions=sum(held.roles.numel() for held in data),
+        masked=removal.masked,
+        tokens=[list(words) for words in shown.texts],
+        roles=None if shown.roles is None else [list(row) for row in shown.roles],
+        sites=sites,
+    )
+
+
+def _summed(shown: Sentences, site: str) -> list[list[float]]:
+    return [shown.g[site][row, : len(words)].sum(-1).tolist() for row, words in enumerate(shown.texts)]
+
+
+class _Removal:
+    """KL of runs without one subcomponent, on one held-out batch."""
+
+    def __init__(self, run: Run, held: HeldOut) -> None:
+        self.decomposition, self.held = run.decomposition, held
+        self.inputs = data_of(run).loss_inputs(held.batch.inputs, last_token_only=run.config.last_token_only)
+        self.at = LossAt(run.config.last_token_only, held.batch.present)
+        self.log_probs = self.at.log_probs(held.target.logits)
+        [self.masked] = self._divergences([held.masked])
+
+    def __call__(self, site: str, parts: Sequence[int]) -> tuple[list[float], list[float]]:
+        """For each of `parts`: out of the target, and out of the masked model."""
+        g = self.held.g[site]
+        whole: list[Plan] = [{site: Replacement(_without(torch.ones_like(g), c))} for c in parts]
+        masked: list[Plan] = [{**self.held.masked, site: Replacement(_without(g, c))} for c in parts]
+        return self._divergences(whole), self._divergences(masked)
+
+    def _divergences(self, plans: Sequence[Plan]) -> list[float]:
+        size, values = stack_size(self.log_probs.numel(), device=self.log_probs.device.type), list[float]()
+        for start in range(0, len(plans), size):
+            logits = self.decomposition.masked_run(self.inputs, plans[start : start + size])
+            values += self.at.divergence(self.log_probs, logits).tolist()
+        return values
+
+
+def _without(mask: Tensor, part: int) -> Tensor:
+    mask = mask.clone()
+    mask[..., part] = 0
+    return mask

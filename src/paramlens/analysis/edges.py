@@ -1,0 +1,104 @@
+"""What each site hands on to the sites after it, measured: its active subcomponents are taken out, and the others are watched."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from paramlens.analysis.components import require_threshold
+from paramlens.analysis.held_out import HeldOut, data_of, held_out
+from paramlens.evaluation import ACTIVE, present_only
+from paramlens.importance import lower
+from paramlens.machine import machine
+from paramlens.masks import Replacement, rounded_mask
+from paramlens.rundir import Run
+from paramlens.sites import at_rest
+
+SMALLEST = 1e-6
+"""Relative changes below it are the rounding of two runs, and no edge."""
+
+
+@dataclass(frozen=True)
+class Edge:
+    """What a later site loses when a site runs without the subcomponents active at each token, all its others on.
+
+    inner: Σ |a' - a| / Σ |a| over the inner activations a of the later site's active subcomponents at their tokens; 0 unchanged, 1 as much
+    as all of it. importance: (Σ g - Σ g') / Σ g over the same; 1 all importance lost, below 0 gained.
+    """
+
+    source: str
+    target: str
+    inner: float
+    importance: float
+
+
+@dataclass(frozen=True)
+class Edges:
+    """Effects between sites on held-out data; pairs without any effect are left out."""
+
+    run: str
+    step: int
+    threshold: float
+    sequences: int
+    edges: list[Edge]
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def edges(run: Run, *, threshold: float = ACTIVE, batches: int = 4) -> Edges:
+    """Measure every pair of sites of `run`. All other sites run the target's own weights. Raises `ConfigError` as `circuit` does."""
+    require_threshold(threshold)
+    names, task = run.decomposition.names, data_of(run)
+    sums = {pair: torch.zeros(4, dtype=torch.float64) for pair in ((a, b) for a in names for b in names if a != b)}
+    with at_rest(task.model), machine(run.config):
+        data = held_out(run, batches=batches)
+        for held in data:
+            before = run.decomposition.target_run(held.batch.inputs).inputs
+            active = {site: rounded_mask(g, threshold=threshold) for site, g in held.g.items()}
+            for source in names:
+                after, g = _without(run, held, source, active[source])
+                for target in names:
+                    if target != source:
+                        sums[source, target] += _changes(run, target, before, after, held.g[target], g[target], active[target])
+    found = [_edge(source, target, sums[source, target].tolist()) for source, target in sums]
+    return Edges(
+        run=str(run.path),
+        step=run.step,
+        threshold=threshold,
+        sequences=sum(len(held.target.logits) for held in data),
+        edges=[edge for edge in found if edge is not None],
+    )
+
+
+def _without(run: Run, held: HeldOut, site: str, active: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Every site's input, and g of it, in the target with the active subcomponents of `site` taken out."""
+    inputs = run.decomposition.masked_inputs(held.batch.inputs, {site: Replacement(1 - active)})
+    pre = present_only(run.importance(inputs, run.decomposition.U), held.batch.present)
+    return inputs, {name: lower(value) for name, value in pre.items()}
+
+
+def _changes(
+    run: Run,
+    site: str,
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    g: Float[Tensor, "*batch C"],
+    g_after: Float[Tensor, "*batch C"],
+    active: Float[Tensor, "*batch C"],
+) -> Float[Tensor, "4"]:
+    """Σ |a' - a|, Σ |a|, Σ g - Σ g', Σ g over what is active at `site`."""
+    U = run.decomposition.U[site]
+    a, a_after = before[site] @ U, after[site] @ U
+    terms = ((a_after - a).abs(), a.abs(), g - g_after, g)
+    return torch.stack([(term * active).sum(dtype=torch.float64).cpu() for term in terms])
+
+
+def _edge(source: str, target: str, sums: list[float]) -> Edge | None:
+    moved, inner, lost, importance = sums
+    if not inner or moved / inner < SMALLEST:
+        return None
+    return Edge(source, target, moved / inner, lost / importance)

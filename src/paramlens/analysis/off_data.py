@@ -1,0 +1,105 @@
+"""A decomposition where it was not fitted: a few inputs leave everything else open, and training data of one kind leaves other kinds open.
+
+Facts runs are looked at on other facts. Runs on tokens see held-out sequences whose tokens are shuffled, each in its sequence: the same
+tokens, without what made them sequences. Other inputs offer nothing of the kind.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from paramlens.analysis.edit import changed, project_out
+from paramlens.analysis.held_out import HeldOut, data_of
+from paramlens.config import FactsTask
+from paramlens.decomposition import call
+from paramlens.evaluation import importances
+from paramlens.losses import LossAt
+from paramlens.masks import Replacement
+from paramlens.rundir import Run
+from paramlens.tasks import Batch, generator
+from paramlens.tasks.facts import shipped_facts
+from paramlens.tasks.language import encode_sentence, padded
+
+FACTS = 64
+"""Other facts looked at."""
+
+
+@dataclass(frozen=True)
+class OffData:
+    """Off the data, in nats. recon: KL(target ‖ masked model), masks g of γ on these inputs.
+
+    removed: KL(target ‖ target without the subcomponents that are active anywhere on the run's data), beside weights from which as many
+    directions were taken at the same sites: drawn at random, and the largest singular ones. A decomposition of these data alone is narrow
+    where `removed` is below both.
+    """
+
+    what: str
+    sequences: int
+    recon: float
+    removed: float
+    controls: dict[str, float]
+
+
+@torch.no_grad()
+def off_data(run: Run, data: Sequence[HeldOut], *, threshold: float) -> OffData | None:
+    """Measured on as many sequences as the first batch of `data` has, or `FACTS` facts; none where there is nothing of the kind."""
+    found = _elsewhere(run, data[0].batch)
+    if found is None:
+        return None
+    what, batch = found
+    batch = batch.to(run.decomposition.device)
+    target, g = importances(run.decomposition, run.importance, batch)
+    at = LossAt(run.config.last_token_only, batch.present)
+    log_probs = at.log_probs(target.logits)
+
+    def divergence(logits: Tensor) -> float:
+        return at.divergence(log_probs, logits[None]).item()
+
+    def without(weights: Mapping[str, Tensor]) -> float:
+        with changed(run.decomposition.model, weights):
+            return divergence(call(run.decomposition.model, batch.inputs))
+
+    masked = run.decomposition.masked_run(batch.inputs, [{site: Replacement(value) for site, value in g.items()}])[0]
+    own, controls = _weights(run, data, threshold)
+    return OffData(
+        what=what,
+        sequences=len(target.logits),
+        recon=divergence(masked),
+        removed=without(own),
+        controls={name: without(weights) for name, weights in controls.items()},
+    )
+
+
+def _elsewhere(run: Run, batch: Batch) -> tuple[str, Batch] | None:
+    task = run.config.task
+    if isinstance(task, FactsTask):
+        others = [fact.sentence for fact in shipped_facts() if fact.sentence not in task.sentences][:FACTS]
+        tokenizer = data_of(run).tokenizer
+        return f"{len(others)} other facts", padded(tokenizer, [encode_sentence(tokenizer, sentence) for sentence in others])
+    inputs = batch.inputs
+    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or batch.present is not None:
+        return None
+    order = torch.rand(ids.shape, generator=generator("off data")).argsort(1).to(ids.device)
+    shuffled = ids.gather(1, order)
+    inputs = {**inputs, "input_ids": shuffled} if isinstance(inputs, Mapping) else shuffled
+    return "held-out sequences with their tokens shuffled", replace(batch, inputs=inputs, roles=None, answers=None, texts=None)
+
+
+def _weights(run: Run, data: Sequence[HeldOut], threshold: float) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """Every site without its parts that are active somewhere, and the controls of as many directions."""
+    own, drawn, largest = ({}, {}, {})
+    for site in run.decomposition.sites:
+        g = torch.cat([held.g[site.name].flatten(0, -2) for held in data])
+        parts = (g > threshold).any(0).nonzero()[:, 0]
+        W, count = site.W, min(len(parts), *site.W.shape)
+        U, V = run.decomposition.U[site.name], run.decomposition.V[site.name]
+        own[site.name] = W - U[:, parts] @ V[parts]
+        rng = generator("off data", site.name)
+        reads, writes = (torch.randn(size, generator=rng, dtype=torch.float64).to(W) for size in ((W.shape[0], count), (count, W.shape[1])))
+        drawn[site.name] = project_out(W, reads, writes)
+        left, _, right = torch.linalg.svd(W.double(), full_matrices=False)
+        largest[site.name] = project_out(W, left[:, :count], right[:count])
+    return own, {"random directions": drawn, "largest singular directions": largest}
