@@ -67,8 +67,9 @@ class ExampleSequence:
 class Circuit:
     """Table 1 of a run, and what its parts do (§6.1).
 
-    metrics: faithfulness (eq. 1), reconstructions and attention_kl in nats, accuracies in [0, 1]. attention_kl is the mean over the
-    task's links of the KL at the link's query, since the output is free of the others; attention_kl_all, over all patterns and queries.
+    metrics: faithfulness (eq. 1; relative: over the mean squared weight), reconstructions and attention_kl in nats, accuracies in
+    [0, 1]. attention_kl is the mean over the task's links of the KL at the link's query, since the output is free of the others;
+    attention_kl_all, over all patterns and queries.
     """
 
     run: str
@@ -166,7 +167,14 @@ def _metrics(run: Run, task: Task, data: Sequence[HeldOut], *, threshold: float,
                 steps=adversary,
             )
         rows.append(row)
-    return {name: _average([row[name] for row in rows]) for name in rows[0]}
+    metrics = {name: _average([row[name] for row in rows]) for name in rows[0]}
+    return metrics | {"faithfulness_relative": metrics["faithfulness"] / _mean_square(run.decomposition)}
+
+
+def _mean_square(decomposition: Decomposition) -> float:
+    """Mean squared entry of the weights of all sites."""
+    squares = sum(site.W.double().square().sum().item() for site in decomposition.sites)
+    return squares / sum(site.W.numel() for site in decomposition.sites)
 
 
 def _patterns(decomposition: Decomposition, held: HeldOut, names: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:

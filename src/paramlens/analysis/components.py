@@ -150,7 +150,7 @@ def shown_sequences(run: Run, texts: Sequence[str] = ()) -> Sentences:
     if batch.texts is not None:
         named = batch.texts
     elif isinstance(ids, Tensor) and ids.shape == (sequences, length) and not ids.is_floating_point():
-        named = tuple(tuple(map(str, row)) for row in ids.tolist())
+        named = tuple(tuple(task.token_names[i] if task.token_names else str(i) for i in row) for row in ids.tolist())
     else:
         named = tuple(tuple(f"{'input' if len(lead) == 1 else 'position'} {i}" for i in range(length)) for _ in range(sequences))
     roles = None if batch.roles is None else tuple(tuple(task.roles[i] for i in row if i >= 0) for row in batch.roles.tolist())

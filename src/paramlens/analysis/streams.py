@@ -39,7 +39,7 @@ class Streams:
 
     def __init__(self, run: Run, batch: Batch) -> None:
         self.model: Any = run.decomposition.model
-        self._tokenizer = data_of(run).tokenizer
+        self._task = data_of(run)
         self._sites = {site.name: site for site in run.decomposition.sites}
         self._norms = _norms(run, batch)
         self._names: list[str] = []
@@ -82,7 +82,8 @@ class Streams:
 
     def _texts(self, count: int) -> list[str]:
         if len(self._names) != count:
-            known = token_texts(self._tokenizer, list(range(min(count, len(self._tokenizer))))) if self._tokenizer else []
+            tokenizer = self._task.tokenizer
+            known = token_texts(tokenizer, list(range(min(count, len(tokenizer))))) if tokenizer else list(self._task.token_names)
             self._names = known + [f"<{i}>" if known else str(i) for i in range(len(known), count)]
         return self._names
 

@@ -1,69 +1,103 @@
 """From a run directory to one offline HTML file: no server, no network, no torch."""
 
 import json
+import re
+import shlex
 from base64 import b64encode
 from collections.abc import Iterator
+from functools import cached_property
 from hashlib import sha256
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
-import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from paramlens.config import Config, FactsTask
+from paramlens.config import FactsTask
 from paramlens.configfile import load_config
+from paramlens.errors import ConfigError
 from paramlens.layout import checkpoint_step, find_checkpoint, read_json, read_metrics, require_run, write_text
+from paramlens.page.document import pack
 from paramlens.page.figures import (
+    Figure,
+    active_figure,
+    agreement_figure,
     attention_figure,
-    example_figure,
     losses_figure,
-    maps_figure,
     patterns_figure,
     role_attention_figure,
-    role_figure,
     suppression_figure,
     svd_figure,
     target_figure,
     trace_figure,
     zero_figure,
 )
+from paramlens.page.verdicts import verdicts
 
 if TYPE_CHECKING:
     from paramlens.rundir import Run
 
 
-_READ = {"sites", "metrics", "attention_kl", "attention_by_role", "interventions", "maps", "example"}
-"""What the page reads of a circuit; one written by an earlier version has less, and is computed again."""
+_READ = {"circuit": {"sites", "metrics", "attention_kl", "attention_by_role", "interventions", "maps", "example", "off_data"}}
+"""What the page reads of an analysis; one written by an earlier version has less, and is made again."""
 
 
-def report(run: "Run | str | Path") -> Path:
-    """Write `report.html` into a run directory and return its path; the circuit is computed where it is missing or older than the run.
+SCRIPTS = ("base", "map", "panel", "circuit", "plots", "main")
+"""The page's own scripts, which run as one."""
 
-    Raises `RunDirError` if the path is no run. A run on your own model is given as the `Run` that `decompose` or `open_run` returned.
+BUDGET = 8.0
+"""Size of a page in MB that is kept to where it can be."""
+
+SECTIONS = {
+    "attention": "Attention",
+    "edits": "Edits",
+    "tracing": "Tracing",
+    "baseline": "Beside SVD",
+    "seeds": "Agreement of seeds",
+    "training": "Training",
+}
+
+
+def report(run: "Run | str | Path", *, budget: float = BUDGET) -> Path:
+    """Write `report.html` into a run directory and return its path; analyses are made where they are missing or older than the run.
+
+    budget: MB. Above it the token strips of the least important subcomponents are left out, and the page says how many. Raises
+    `RunDirError` if the path is no run. A run on your own model is given as the `Run` that `decompose` or `open_run` returned.
     """
+    if not 0 < budget < float("inf"):
+        raise ConfigError(f"budget {budget}: give MB, above 0")
     path = Path(run) if isinstance(run, str | Path) else run.path
     require_run(path)
-    circuit, info = _circuit(run, path), read_json(path / "run.json")
-    config = load_config(path / "config.yaml")
-    inspections = _inspections(run, path, config)
+    analyses = _Analyses(run, path)
+    circuit, config = analyses["circuit"], load_config(path / "config.yaml")
     target = read_json(path / "target.json") if (path / "target.json").is_file() else None
-    analyses = {name: _current(path / "analysis" / f"{name}.json", path) for name in ("svd", "suppress", "trace")}
-    figures = list(_figures(circuit, read_metrics(path), target, analyses))
-    scripts = [get_plotlyjs(), (resources.files("paramlens.page") / "report.js").read_text(encoding="utf-8")]
+    found = list(_figures(circuit, read_metrics(path), target, analyses.kept))
+    figures, scripts = _embedded({figure.name: _drawn(figure) for figure in found}), [_offline(get_plotlyjs()), _own_scripts()]
+    fixed = sum(len(each.encode()) for each in (*scripts, figures))
+    room = max(0, int(budget * 1e6) - fixed)
+    packed = pack(str(path), circuit, analyses["catalogue"], analyses["edges"], budget=room)
+    edits = (analyses.kept["suppress"] or {"edits": []})["edits"]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string((resources.files("paramlens.page") / "report.html.j2").read_text(encoding="utf-8"))
-    html = template.render(
+    html = environment.from_string(_shipped("report.html.j2")).render(
         circuit=circuit,
-        info=info,
+        info=read_json(path / "run.json"),
         config=config,
-        inspections=inspections,
-        edits=(analyses["suppress"] or {"edits": []})["edits"],
+        inspections=analyses["inspect"]["prompts"] if isinstance(config.task, FactsTask) else [],
+        edits=edits,
         target=target,
-        figures=[{"id": name, "caption": caption} for name, caption, _ in figures],
-        data=_embedded({name: figure for name, _, figure in figures}),
+        verdicts=list(verdicts(circuit, target)),
+        sections=list(_sections(found)),
+        left_out=packed.left_out,
+        parts=packed.parts,
+        budget=budget * 1e6,
+        larger=-(-int(2 * budget) // 1),
+        run_word=shlex.quote(str(path)),
+        data=_embedded(packed.document),
+        packed=packed.sites,
+        figures=figures,
+        style=Markup(_shipped("style.css")),
         scripts=[Markup(script) for script in scripts],
         policy=_policy(scripts),
     )
@@ -74,66 +108,87 @@ def report(run: "Run | str | Path") -> Path:
 
 def _figures(
     circuit: dict[str, Any], metrics: list[dict[str, Any]], target: dict[str, Any] | None, analyses: dict[str, dict[str, Any] | None]
-) -> Iterator[tuple[str, str, go.Figure]]:
-    """Name, caption and figure of all that there are data for."""
-    yield "roles", "Importance by site and role: mean over positions of Σ g.", role_figure(circuit)
-    if circuit["maps"]:
-        yield "maps", "Importance around each role: mean over sequences of Σ g.", maps_figure(circuit)
-    yield "example", "One held-out sequence: Σ g at every site and position.", example_figure(circuit)
+) -> Iterator[Figure]:
+    """All that there are data for."""
     if circuit["example"]["attention"]:
-        yield "patterns", "Attention in that sequence: the target's, and the masked model's.", patterns_figure(circuit)
+        yield Figure(
+            "patterns", "attention", "Attention in one held-out sequence: the target's, and the masked model's.", patterns_figure(circuit)
+        )
     if circuit["attention_by_role"]:
         caption = "Attention from a role (rows) to a role (columns): the target's, and the masked model's."
-        yield "roleattention", caption, role_attention_figure(circuit)
+        yield Figure("roleattention", "attention", caption, role_attention_figure(circuit))
     if circuit["attention_kl"]:
-        yield "attention", "How far attention moves in the masked model: KL in nats by query.", attention_figure(circuit)
+        yield Figure(
+            "attention", "attention", "How far attention moves in the masked model: KL in nats by query.", attention_figure(circuit)
+        )
     for i, edit in enumerate((analyses["suppress"] or {"edits": []})["edits"]):
         caption = f"Suppressed for “{edit['target']}” ({edit['method']}): what every kind of fact keeps (Figures 3, 4)."
-        yield f"suppress-{i}", caption, suppression_figure(edit)
+        yield Figure(f"suppress-{i}", "edits", caption, suppression_figure(edit))
     traces = (analyses["trace"] or {"traces": []})["traces"]
     for i, trace in enumerate(traces):
         text = f"{trace['prompt']} {trace['answer']}"
-        yield (
-            f"trace-{i}",
-            f"Causal tracing of “{text}”: where restoring a state brings the answer back (Figures 7, 8).",
-            trace_figure(trace),
-        )
+        caption = f"Causal tracing of “{text}”: where restoring a state brings the answer back (Figures 7, 8)."
+        yield Figure(f"trace-{i}", "tracing", caption, trace_figure(trace))
     if traces:
-        yield "zero", "One whole MLP put to zero (Figure 9).", zero_figure(traces)
+        yield Figure("zero", "tracing", "One whole MLP put to zero (Figure 9).", zero_figure(traces))
     if (svd := analyses["svd"]) is not None:
         caption = "What is lost with how many rank-1 parts: SVD pruned greedily (Algorithm 2), and the decomposition (Figure 2)."
-        yield "svd", caption, svd_figure(svd)
-    yield "losses", "Losses over training, logarithmic.", losses_figure(metrics)
+        yield Figure("svd", "baseline", caption, svd_figure(svd))
+    if (agreement := analyses["agreement"]) is not None:
+        caption = f"How far {len(agreement['runs'])} runs of the same target agree, in [0, 1]; by chance: against a random rotation."
+        yield Figure("agreement", "seeds", caption, agreement_figure(agreement))
+    yield Figure("losses", "training", "Losses over training, logarithmic.", losses_figure(metrics))
+    yield Figure("active", "training", "Active subcomponents per position over training, by site.", active_figure(metrics))
     if target is not None:
-        yield "target", "The target's training: its phase change (Figure 5).", target_figure(target)
+        yield Figure("target", "training", "The target's training: its phase change (Figure 5).", target_figure(target))
 
 
-def _circuit(run: "Run | str | Path", path: Path) -> dict[str, Any]:
-    file = path / "analysis" / "circuit.json"
-    document = _current(file, path)
-    if document is None or not document.keys() >= _READ:
+def _sections(figures: list[Figure]) -> Iterator[dict[str, Any]]:
+    for name, title in SECTIONS.items():
+        own = [figure for figure in figures if figure.section == name]
+        if own:
+            yield {"id": name, "title": title, "figures": own}
+
+
+class _Analyses:
+    """A run's analyses by name: those that the page needs are made where missing, older than the run or older in form."""
+
+    def __init__(self, run: "Run | str | Path", path: Path) -> None:
+        self._run, self._path = run, path
+        self.kept = {name: _current(path / "analysis" / f"{name}.json", path) for name in ("svd", "suppress", "trace", "agreement")}
+
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        document = _current(self._path / "analysis" / f"{name}.json", self._path)
+        if document is None or not document.keys() >= _READ.get(name, set()) or not self._is_of_sentences(name, document):
+            self._opened.save_analysis(name, self._made(name))
+            return read_json(self._path / "analysis" / f"{name}.json")
+        return document
+
+    @cached_property
+    def _opened(self) -> "Run":
+        from paramlens.rundir import open_run
+
+        return open_run(self._run) if isinstance(self._run, str | Path) else self._run
+
+    def _is_of_sentences(self, name: str, document: dict[str, Any]) -> bool:
+        return name != "inspect" or {each["prompt"] for each in document["prompts"]} == set(self._sentences)
+
+    @property
+    def _sentences(self) -> tuple[str, ...]:
+        task = load_config(self._path / "config.yaml").task
+        return task.sentences if isinstance(task, FactsTask) else ()
+
+    def _made(self, name: str) -> dict[str, Any]:
+        run = self._opened
+        if name == "inspect":
+            from paramlens.analysis.components import inspect_prompt
+
+            return {"step": run.step, "prompts": [inspect_prompt(run, sentence).to_json() for sentence in self._sentences]}
+        from paramlens.analysis.catalogue import catalogue
         from paramlens.analysis.circuit import circuit
-        from paramlens.rundir import open_run
+        from paramlens.analysis.edges import edges
 
-        opened = open_run(run) if isinstance(run, str | Path) else run
-        opened.save_analysis("circuit", circuit(opened).to_json())
-    return read_json(file)
-
-
-def _inspections(run: "Run | str | Path", path: Path, config: Config) -> list[dict[str, Any]]:
-    """What is active in each of a facts run's sentences; computed where it is missing or older than the run."""
-    if not isinstance(config.task, FactsTask):
-        return []
-    file = path / "analysis" / "inspect.json"
-    document = _current(file, path)
-    if document is None or {each["prompt"] for each in document["prompts"]} != set(config.task.sentences):
-        from paramlens.analysis.components import inspect_prompt
-        from paramlens.rundir import open_run
-
-        opened = open_run(run) if isinstance(run, str | Path) else run
-        prompts = [inspect_prompt(opened, sentence).to_json() for sentence in config.task.sentences]
-        opened.save_analysis("inspect", {"step": opened.step, "prompts": prompts})
-    return read_json(file)["prompts"]
+        return dict({"circuit": circuit, "catalogue": catalogue, "edges": edges}[name](run).to_json())
 
 
 def _current(file: Path, path: Path) -> dict[str, Any] | None:
@@ -148,12 +203,30 @@ def _policy(scripts: list[str]) -> str:
     return f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
 
 
-def _embedded(figures: dict[str, go.Figure]) -> Markup:
-    """Figures as JSON that cannot end the script element it stands in, their texts as Plotly shows them letter by letter."""
-    documents: dict[str, Any] = {name: _literal(figure.to_plotly_json()) for name, figure in figures.items()}
-    for document in documents.values():
-        document["layout"].pop("template", None)
-    return Markup(json.dumps(documents).replace("<", "\\u003c").replace("&", "\\u0026"))
+def _drawn(figure: Figure) -> dict[str, Any]:
+    """A figure as Plotly takes it, its texts as it shows them letter by letter, and its data as a table."""
+    plot: dict[str, Any] = _literal(figure.plot.to_plotly_json())
+    plot["layout"].pop("template", None)
+    columns, rows = figure.table()
+    return {"figure": plot, "columns": columns, "rows": rows}
+
+
+def _embedded(document: Any) -> Markup:
+    """JSON that cannot end the script element it stands in."""
+    return Markup(json.dumps(document).replace("<", "\\u003c").replace("&", "\\u0026"))
+
+
+def _shipped(name: str) -> str:
+    return (resources.files("paramlens.page") / name).read_text(encoding="utf-8")
+
+
+def _own_scripts() -> str:
+    return "\n".join(_shipped(f"scripts/{name}.js") for name in SCRIPTS)
+
+
+def _offline(script: str) -> str:
+    """A script whose addresses have lost their scheme, so that the page holds none that could be asked; XML namespaces are names."""
+    return re.sub(r"(?:https?|wss?)://(?!www\.w3\.org/)", "", script)
 
 
 _OWN_TAGS = ("<br>", "<extra>", "</extra>")

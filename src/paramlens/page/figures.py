@@ -1,36 +1,38 @@
-"""The page's figures, from the JSON of a run directory."""
+"""The page's figures, from the JSON of a run directory. `meta` of a trace is its number among the theme's colours."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-_COLOURS = ["#3366aa", "#cc6633", "#339966", "#884499", "#bb3355", "#777733", "#2299bb", "#555555"]
+_LAST = 7
+"""The neutral one of the theme's colours."""
 
 
-def role_figure(circuit: Mapping[str, Any]) -> go.Figure:
-    """Sites × roles, mean Σ_c g."""
-    sites, roles = list(circuit["sites"]), circuit["roles"]
-    z = [[circuit["sites"][site]["importance"][role] for role in roles] for site in sites]
-    return _map(z, x=roles, y=sites, texts=[[f"{value:.2f}" for value in row] for row in z], hover="%{y}, %{x}: %{z:.3f}")
+@dataclass(frozen=True)
+class Figure:
+    """A figure of the page: its name, the section it belongs to, what it shows, and its data as a table."""
 
+    name: str
+    section: str
+    caption: str
+    plot: go.Figure
 
-def example_figure(circuit: Mapping[str, Any]) -> go.Figure:
-    """Sites × positions of one sequence; positions with a role of their own carry its name."""
-    example = circuit["example"]
-    common = max(set(example["roles"]), key=example["roles"].count)
-    ticks = [i for i, role in enumerate(example["roles"]) if role != common or example["roles"].count(common) == 1]
-    tokens = example["tokens"] or [""] * len(example["roles"])
-    labels = [[f"position {i}, token {token}, {role}" for i, (token, role) in enumerate(zip(tokens, example["roles"], strict=True))]]
-    sites = list(example["importance"])
-    figure = _map(
-        [example["importance"][site] for site in sites], x=list(range(len(tokens))), y=sites, hover="%{y}, %{customdata}: %{z:.3f}"
-    )
-    figure.data[0].customdata = labels * len(sites)
-    named = [f"{'<br>' * (rank % 2)}{example['roles'][i]} ({i})" for rank, i in enumerate(ticks)]  # neighbours a line apart
-    figure.update_xaxes(tickvals=ticks, ticktext=named, tickangle=0, title="position")
-    return figure
+    def table(self) -> tuple[list[str], list[list[Any]]]:
+        """Columns and rows, one for each point or cell."""
+        traces: list[dict[str, Any]] = self.plot.to_plotly_json()["data"]
+        if all(trace["type"] == "heatmap" for trace in traces):
+            titles = [each.text for each in self.plot.layout.annotations] or [""] * len(traces)
+            rows = [
+                [title, x, y, value]
+                for title, trace in zip(titles, traces, strict=True)
+                for y, row in zip(trace["y"], trace["z"], strict=True)
+                for x, value in zip(trace["x"], row, strict=True)
+            ]
+            return ["panel", "across", "down", "value"], rows
+        return ["series", "x", "y"], [[trace["name"], x, y] for trace in traces for x, y in zip(trace["x"], trace["y"], strict=True)]
 
 
 def losses_figure(metrics: Sequence[Mapping[str, Any]]) -> go.Figure:
@@ -38,20 +40,35 @@ def losses_figure(metrics: Sequence[Mapping[str, Any]]) -> go.Figure:
     figure = go.Figure()
     trained = [line for line in metrics if "losses" in line]
     held_out = [line for line in metrics if "evaluation" in line]
-    for colour, name in zip(_COLOURS, trained[-1]["losses"] if trained else [], strict=False):
+    for colour, name in enumerate(trained[-1]["losses"] if trained else []):
         _line(figure, name, [line["step"] for line in trained], [line["losses"][name] for line in trained], colour)
     if held_out:
-        _line(
-            figure,
-            "recon, held out",
-            [line["step"] for line in held_out],
-            [line["evaluation"]["recon"] for line in held_out],
-            "#000000",
-            dash="dot",
-        )
+        recon = [line["evaluation"]["recon"] for line in held_out]
+        _line(figure, "recon, held out", [line["step"] for line in held_out], recon, _LAST, dash="dot")
     figure.update_yaxes(type="log", exponentformat="power")
     figure.update_xaxes(title="step")
     return _styled(figure, height=380)
+
+
+def active_figure(metrics: Sequence[Mapping[str, Any]]) -> go.Figure:
+    """Active subcomponents per position over steps, a line a site."""
+    figure = go.Figure()
+    trained = [line for line in metrics if "active" in line]
+    for colour, site in enumerate(trained[-1]["active"] if trained else []):
+        _line(figure, site, [line["step"] for line in trained], [line["active"][site] for line in trained], colour)
+    figure.update_yaxes(type="log", exponentformat="power", title="active per position")
+    figure.update_xaxes(title="step")
+    return _styled(figure, height=380)
+
+
+def agreement_figure(agreement: Mapping[str, Any]) -> go.Figure:
+    """By site how far runs of other seeds agree, in [0, 1]: together, by direction and by pattern, and by chance."""
+    sites, figure = agreement["sites"], go.Figure()
+    names = {"agreement": "agreement", "direction": "direction", "pattern": "pattern", "chance": "by chance"}
+    for colour, (key, name) in enumerate(names.items()):
+        figure.add_bar(x=list(sites), y=[site[key] for site in sites.values()], name=name, meta=colour)
+    figure.update_yaxes(range=[0, 1])
+    return _styled(figure, height=340)
 
 
 def attention_figure(circuit: Mapping[str, Any]) -> go.Figure:
@@ -60,21 +77,6 @@ def attention_figure(circuit: Mapping[str, Any]) -> go.Figure:
     roles = [*circuit["roles"], "all"] if "all" not in circuit["roles"] else circuit["roles"]
     z = [[circuit["attention_kl"][pattern][role] for role in roles] for pattern in patterns]
     return _map(z, x=roles, y=patterns, texts=[[f"{value:.3f}" for value in row] for row in z], hover="%{y}, query %{x}: %{z:.4f} nats")
-
-
-def maps_figure(circuit: Mapping[str, Any]) -> go.Figure:
-    """One panel for each role that stands alone: sites × positions around it, mean Σ_c g."""
-    maps, sites = circuit["maps"], list(circuit["sites"])
-    highest = max(max(row) for each in maps.values() for row in each["importance"].values())
-    figure = make_subplots(1, len(maps), shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=[f"around {role}" for role in maps])
-    for column, (role, each) in enumerate(maps.items(), 1):
-        z = [each["importance"][site] for site in sites]
-        labels = [role if offset == 0 else f"{offset:+d}" for offset in each["offsets"]]
-        heatmap = _heatmap(z, x=labels, y=sites, hover="%{y}, %{x}: %{z:.3f}", highest=highest, scale=column == len(maps))
-        figure.add_trace(heatmap, row=1, col=column)
-    figure.update_xaxes(type="category")  # "+1" would be read as a number, and the role's own name as none
-    figure.update_yaxes(autorange="reversed")
-    return _styled(figure, height=120 + 34 * len(sites), top=30)
 
 
 def patterns_figure(circuit: Mapping[str, Any]) -> go.Figure:
@@ -96,14 +98,14 @@ def svd_figure(svd: Mapping[str, Any]) -> go.Figure:
     curve, ours = svd["curve"], svd["decomposition"]
     counts = {name: [sum(point[name].values()) for point in ours] for name in ("active", "unique")}
     for name, x, y, colour in (
-        ("SVD, rank left", [point["total"] for point in curve], [point["kl"] for point in curve], _COLOURS[1]),
-        ("active at their role", counts["active"], [point["kl"] for point in ours], _COLOURS[0]),
-        ("unique, the active ones on", counts["unique"], [point["kl"] for point in ours], _COLOURS[2]),
-        ("unique, all on everywhere", counts["unique"], [point["kl_static"] for point in ours], _COLOURS[7]),
+        ("SVD, rank left", [point["total"] for point in curve], [point["kl"] for point in curve], 1),
+        ("active at their role", counts["active"], [point["kl"] for point in ours], 0),
+        ("unique, the active ones on", counts["unique"], [point["kl"] for point in ours], 2),
+        ("unique, all on everywhere", counts["unique"], [point["kl_static"] for point in ours], _LAST),
     ):
         points = {"size": 4 if name.startswith("SVD") else 7}
         y = [max(value, 1e-9) for value in y]
-        figure.add_scatter(x=x, y=y, name=name, mode="lines+markers", line={"color": colour, "width": 1.5}, marker=points)
+        figure.add_scatter(x=x, y=y, name=name, mode="lines+markers", line={"width": 1.5}, marker=points, meta=colour)
     figure.add_hline(y=svd["tolerance"], line={"color": "#9aa3af", "dash": "dot", "width": 1})
     figure.update_yaxes(type="log", exponentformat="power", title="KL, nats")
     figure.update_xaxes(title="rank-1 parts, all sites")
@@ -114,10 +116,10 @@ def suppression_figure(edit: Mapping[str, Any]) -> go.Figure:
     """Figures 3 and 4 as bars: by kind of fact the share of its probability that an answer keeps, for the edit and its controls."""
     figure = go.Figure()
     effects = {f"{len(edit['selected'])} subcomponents": edit["effect"], **edit["controls"]}
-    for colour, (name, effect) in zip(_COLOURS, effects.items(), strict=False):
+    for colour, (name, effect) in enumerate(effects.items()):
         kept = effect["kept"]
         hover = "%{x}, " + name + ": %{y:.3f}<extra></extra>"
-        figure.add_bar(x=list(kept), y=list(kept.values()), name=name, marker={"color": colour}, hovertemplate=hover)
+        figure.add_bar(x=list(kept), y=list(kept.values()), name=name, meta=colour, hovertemplate=hover)
     figure.add_hline(y=1, line={"color": "#9aa3af", "dash": "dot", "width": 1})
     figure.update_yaxes(title="share kept, median", rangemode="tozero")
     return _styled(figure, height=340)
@@ -143,10 +145,12 @@ def trace_figure(trace: Mapping[str, Any]) -> go.Figure:
 def zero_figure(traces: Sequence[Mapping[str, Any]]) -> go.Figure:
     """Figure 9: the answer's probability with one whole MLP put to zero; dashed: with all of them."""
     figure = go.Figure()
-    for colour, trace in zip(_COLOURS, traces, strict=False):
-        blocks = list(range(len(trace["zero_mlp"])))
-        figure.add_bar(x=blocks, y=trace["zero_mlp"], name=f"{trace['prompt']} {trace['answer']}", marker={"color": colour})
-        figure.add_hline(y=trace["clean"], line={"color": colour, "dash": "dash", "width": 1})
+    for colour, trace in enumerate(traces):
+        blocks, name = list(range(len(trace["zero_mlp"]))), f"{trace['prompt']} {trace['answer']}"
+        figure.add_bar(x=blocks, y=trace["zero_mlp"], name=name, meta=colour)
+        figure.add_scatter(
+            x=blocks, y=[trace["clean"]] * len(blocks), name=f"{name}, whole", mode="lines", line={"dash": "dash", "width": 1}, meta=colour
+        )
     figure.update_xaxes(title="block whose MLP is zero", dtick=1)
     figure.update_yaxes(title="probability of the answer", rangemode="tozero")
     return _styled(figure, height=320)
@@ -157,14 +161,14 @@ def target_figure(target: Mapping[str, Any]) -> go.Figure:
     checks = target["checks"]
     steps = [check["step"] for check in checks]
     figure = go.Figure()
-    _line(figure, "loss, nats", steps, [check["loss"] for check in checks], _COLOURS[0])
+    _line(figure, "loss, nats", steps, [check["loss"] for check in checks], 0)
     names = {
         "accuracy": "accuracy",
         "probability": "probability of the answer",
         "attention_m_s1": "attention m→s1",
         "attention_s2_m": "attention s2→m",
     }
-    for colour, (key, name) in zip(_COLOURS[1:], ((key, name) for key, name in names.items() if key in checks[0]), strict=False):
+    for colour, (key, name) in enumerate(((key, name) for key, name in names.items() if key in checks[0]), 1):
         _line(figure, name, steps, [check[key] for check in checks], colour, axis="y2")
     figure.update_layout(
         xaxis={"title": "step"},
@@ -210,7 +214,6 @@ def _heatmap(
         text=texts,
         texttemplate="%{text}" if texts else None,
         hovertemplate=hover + "<extra></extra>",
-        colorscale=[[0, "#f4f6fa"], [0.15, "#b9cde8"], [0.5, "#4d80bf"], [1, "#12305c"]],
         zmin=0,
         zmax=highest,
         showscale=scale,
@@ -218,8 +221,8 @@ def _heatmap(
     )
 
 
-def _line(figure: go.Figure, name: str, x: list[int], y: list[float], colour: str, *, axis: str = "y", dash: str = "solid") -> None:
-    figure.add_scatter(x=x, y=y, name=name, mode="lines", line={"color": colour, "width": 1.5, "dash": dash}, yaxis=axis)
+def _line(figure: go.Figure, name: str, x: list[int], y: list[float], colour: int, *, axis: str = "y", dash: str = "solid") -> None:
+    figure.add_scatter(x=x, y=y, name=name, mode="lines", line={"width": 1.5, "dash": dash}, yaxis=axis, meta=colour)
 
 
 def _styled(figure: go.Figure, *, height: int, top: int = 10) -> go.Figure:

@@ -77,6 +77,8 @@ class Task:
     """Step → other text, which is not decomposed, and on which what is a sentence's own must not matter."""
     tokenizer: Any = None
     """Of a language model; none for any other."""
+    token_names: tuple[str, ...] = ()
+    """Of a model on tokens without a tokenizer: their names by number, where numbers would say less."""
     held_out: int | None = None
     """Batches that a held-out stream has before it repeats; none: without end."""
     last_token: Callable[[Inputs], Inputs] | None = None

@@ -137,6 +137,7 @@ def induction_task(task: InductionTask, model: InductionTransformer, *, seed: in
             "no position in the query at m": partial(_without_position, model, "q", M),
             "no position in the key at s1": partial(_without_position, model, "k", S1),
         },
+        token_names=(*map(str, range(task.vocabulary)), "s"),
         last_token=lambda tokens: {"tokens": tokens, "last_token_only": True},
     )
 
