@@ -53,7 +53,7 @@ const quoted = (word) => (/^[\w./:-]+$/.test(word) ? word : `'${word.replaceAll(
 
 function byRole(part) {
   if (DATA.roles.length < 2) return [];
-  return [html("h3", {}, DATA.tokenRoles && DATA.roles.length > 8 ? "Importance by token" : "Importance by role"), table(DATA.roles, [part.roles])];
+  return [html("h3", {}, `Importance ${DATA.views[0].label}`), table(DATA.roles, [part.roles])];
 }
 
 function strips(part) {
