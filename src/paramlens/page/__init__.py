@@ -74,35 +74,30 @@ def report(run: "Run | str | Path", *, budget: float = BUDGET) -> Path:
     circuit, config = analyses["circuit"], load_config(path / "config.yaml")
     target = read_json(path / "target.json") if (path / "target.json").is_file() else None
     found = list(_figures(circuit, read_metrics(path), target, analyses.kept))
-    figures, scripts = _embedded({figure.name: _drawn(figure) for figure in found}), [_offline(get_plotlyjs()), _own_scripts()]
-    fixed = sum(len(each.encode()) for each in (*scripts, figures))
-    room = max(0, int(budget * 1e6) - fixed)
-    packed = pack(str(path), circuit, analyses["catalogue"], analyses["edges"], budget=room)
-    edits = (analyses.kept["suppress"] or {"edits": []})["edits"]
+    scripts = [_offline(get_plotlyjs()), _own_scripts()]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    html = environment.from_string(_shipped("report.html.j2")).render(
-        circuit=circuit,
-        info=read_json(path / "run.json"),
-        config=config,
-        inspections=analyses["inspect"]["prompts"] if isinstance(config.task, FactsTask) else [],
-        edits=edits,
-        target=target,
-        verdicts=list(verdicts(circuit, target)),
-        sections=list(_sections(found)),
-        left_out=packed.left_out,
-        parts=packed.parts,
-        budget=budget * 1e6,
-        larger=-(-int(2 * budget) // 1),
-        run_word=shlex.quote(str(path)),
-        data=_embedded(packed.document),
-        packed=packed.sites,
-        figures=figures,
-        style=Markup(_shipped("style.css")),
-        scripts=[Markup(script) for script in scripts],
-        policy=_policy(scripts),
-    )
+    template = environment.from_string(_shipped("report.html.j2"))
+    shown = {
+        "circuit": circuit,
+        "info": read_json(path / "run.json"),
+        "config": config,
+        "inspections": analyses["inspect"]["prompts"] if isinstance(config.task, FactsTask) else [],
+        "edits": (analyses.kept["suppress"] or {"edits": []})["edits"],
+        "target": target,
+        "verdicts": list(verdicts(circuit, target)),
+        "sections": list(_sections(found)),
+        "figures": _embedded({figure.name: _drawn(figure) for figure in found}),
+        "style": Markup(_shipped("style.css")),
+        "scripts": [Markup(script) for script in scripts],
+        "policy": _policy(scripts),
+        "budget": budget,
+        "run_word": shlex.quote(str(path)),
+    }
+    around = len(template.render(shown, data="", packed=[""] * len(circuit["sites"]), left_out=1, parts=1).encode())
+    packed = pack(str(path), circuit, analyses["catalogue"], analyses["edges"], room=int(budget * 1e6) - around)
     page = path / "report.html"
-    write_text(page, html)
+    sites, left_out = packed.sites, packed.left_out
+    write_text(page, template.render(shown, data=_embedded(packed.document), packed=sites, left_out=left_out, parts=packed.parts))
     return page
 
 

@@ -27,8 +27,8 @@ class Packed:
         return len(json.dumps(self.document)) + sum(map(len, self.sites))
 
 
-def pack(run: str, circuit: Mapping[str, Any], catalogue: Mapping[str, Any], edges: Mapping[str, Any], *, budget: int) -> Packed:
-    """All of it, or, where that is above `budget` bytes, without the token strips of the least important parts: as few as it takes."""
+def pack(run: str, circuit: Mapping[str, Any], catalogue: Mapping[str, Any], edges: Mapping[str, Any], *, room: int) -> Packed:
+    """All of it, or, where that is above `room` bytes, without the token strips of the least important parts: as few as it takes."""
     parts = [(part["mean"], site, i) for site, each in catalogue["sites"].items() for i, part in enumerate(each["parts"])]
     parts.sort(reverse=True)
     document = _document(run, circuit, catalogue, edges)
@@ -38,9 +38,9 @@ def pack(run: str, circuit: Mapping[str, Any], catalogue: Mapping[str, Any], edg
         packed = Packed(
             document, [_packed(_site(name, circuit, catalogue, with_strips)) for name in circuit["sites"]], len(parts) - kept, len(parts)
         )
-        if packed.size <= budget or not kept:
+        if packed.size <= room or not kept:
             return packed
-        kept = min(kept - 1, int(kept * budget / packed.size))
+        kept = min(kept - 1, int(kept * max(0, room) / packed.size))
 
 
 def _document(run: str, circuit: Mapping[str, Any], catalogue: Mapping[str, Any], edges: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,11 @@
 /** What a click opens: the parts of a site, and one part with all that is known of it. */
 const LISTED = 40;
+let asked = 0;
 
 async function showSite(site, view = null, column = null, chosen = null) {
+  const mine = ++asked;
   const parts = await partsOf(site);
+  if (mine !== asked) return; // another place was chosen meanwhile
   const about = DATA.sites[site];
   const ranked = parts.map((part) => ({ part, value: importanceIn(part, view, column) })).sort((a, b) => (b.value ?? -1) - (a.value ?? -1));
   const where = !view ? "mean over held-out positions" : view.kind === "sequence" ? `at “${view.columns[column].trim() || "space"}”, position ${column} of ${view.label}` : view.kind === "role" ? `at ${view.columns[column]}` : `at ${view.columns[column]} ${view.label}, mean of the shown sequences`;
