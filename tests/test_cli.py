@@ -158,11 +158,11 @@ def test_the_whole_way(config, tmp_path):
 
 
 def test_lists_and_switches_on_the_command_line(config, tmp_path):
-    from paramlens.cli import _configuration
+    from paramlens.arguments import configuration
 
-    made = _configuration(config, ["--sites=a", "b", "--optim.betas", "0.9", "0.95", "--last-token-only", "--steps=7"])
+    made = configuration(config, ["--sites=a", "b", "--optim.betas", "0.9", "0.95", "--last-token-only", "--steps=7"])
     assert (made.sites, made.optim.betas, made.last_token_only, made.steps) == (("a", "b"), (0.9, 0.95), True, 7)
-    made = _configuration(config, ["--sites", "[a, b]", "--optim.betas=[0.8, 0.9]", "--last_token_only", "false"])
+    made = configuration(config, ["--sites", "[a, b]", "--optim.betas=[0.8, 0.9]", "--last_token_only", "false"])
     assert (made.sites, made.optim.betas, made.last_token_only) == (("a", "b"), (0.8, 0.9), False)
 
 
