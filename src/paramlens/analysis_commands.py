@@ -1,7 +1,6 @@
 """The commands that look at finished runs and models: circuit, svd, agreement, inspect, suppress, trace."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,16 +9,7 @@ from rich.console import Console
 from paramlens.errors import ConfigError
 from paramlens.layout import is_run, require_run
 from paramlens.options import Agree, Inspect, ShowCircuit, Suppress, Svd, Trace
-from paramlens.terminal import (
-    print_agreement,
-    print_circuit,
-    print_inspection,
-    print_selected,
-    print_subcomponent,
-    print_suppression,
-    print_svd,
-    print_trace,
-)
+from paramlens.terminal import emit
 
 if TYPE_CHECKING:
     from paramlens.analysis.circuit import Circuit
@@ -28,10 +18,7 @@ if TYPE_CHECKING:
 def show_circuit(options: ShowCircuit, _: list[str]) -> int:
     require_run(options.run)
     result = saved_circuit(options.run, threshold=options.threshold, batches=options.batches, adversary=options.adversary)
-    if options.json:
-        print(json.dumps(result.to_json()))
-    else:
-        print_circuit(result, Console())
+    emit(result.to_json(), result.tables(), as_json=options.json)
     return 0
 
 
@@ -54,10 +41,7 @@ def show_svd(options: Svd, _: list[str]) -> int:
     run = open_run(options.run)
     result = svd_baseline(run, tolerance=options.tolerance, batches=options.batches, at_once=options.at_once)
     run.save_analysis("svd", result.to_json())
-    if options.json:
-        print(json.dumps(result.to_json()))
-    else:
-        print_svd(result, Console())
+    emit(result.to_json(), result.tables(), as_json=options.json)
     return 0
 
 
@@ -68,10 +52,7 @@ def show_agreement(options: Agree, _: list[str]) -> int:
     from paramlens.rundir import open_run
 
     result = agreement([open_run(path) for path in options.runs], threshold=options.threshold, batches=options.batches)
-    if options.json:
-        print(json.dumps(result.to_json()))
-    else:
-        print_agreement(result, Console())
+    emit(result.to_json(), result.tables(), as_json=options.json)
     return 0
 
 
@@ -86,10 +67,10 @@ def show_inspect(options: Inspect, _: list[str]) -> int:
     if options.site is not None and options.subcomponent is not None:
         texts = [options.prompt] if options.prompt else _lines(options.text)
         part = inspect_subcomponent(run, options.site, options.subcomponent, texts=texts or ())
-        print(json.dumps(part.to_json())) if options.json else print_subcomponent(part, Console())
+        emit(part.to_json(), part.tables(), as_json=options.json)
     else:
         found = inspect_prompt(run, options.prompt, threshold=options.threshold)
-        print(json.dumps(found.to_json())) if options.json else print_inspection(found, Console())
+        emit(found.to_json(), found.tables(), as_json=options.json)
     return 0
 
 
@@ -128,7 +109,7 @@ def show_suppress(options: Suppress, _: list[str]) -> int:
         threshold=options.threshold,
         facts=facts,
     )
-    document: dict[str, Any] = {"selected": [dataclasses.asdict(each) for each in edit.selected]}
+    document, tables = {"selected": [dataclasses.asdict(each) for each in edit.selected]}, edit.tables()
     target = options.unique_to or options.fact or next(iter(own_sentences(run)), None)
     if options.evaluate != "none":
         if target is None:
@@ -136,17 +117,12 @@ def show_suppress(options: Suppress, _: list[str]) -> int:
         result = evaluate_edit(
             run, edit, target, facts=facts, texts=_lines(options.text), controls=() if options.skip_controls else CONTROLS
         )
-        document = result.to_json()
+        document, tables = result.to_json(), result.tables()
         run.keep_analysis("suppress", "edits", document, same=("target", "method", "selected"))
-        if not options.json:
-            print_suppression(result, Console())
-    elif not options.json:
-        print_selected(edit.selected, Console())
     if options.save is not None:
         document["saved"] = str(edit.save(options.save))
         Console(stderr=True).print(f"saved: {options.save}", highlight=False, markup=False, soft_wrap=True)
-    if options.json:
-        print(json.dumps(document))
+    emit(document, tables, as_json=options.json)
     return 0
 
 
@@ -167,8 +143,5 @@ def show_trace(options: Trace, _: list[str]) -> int:
     result = trace(model, tokenizer, options.prompt, options.subject, name=options.model, **how)
     if run is not None:
         run.keep_analysis("trace", "traces", result.to_json(), same=("prompt", "subject", "answer"))
-    if options.json:
-        print(json.dumps(result.to_json()))
-    else:
-        print_trace(result, Console(), zero_mlp=options.zero_mlp)
+    emit(result.to_json(), result.tables(zero_mlp=options.zero_mlp), as_json=options.json)
     return 0

@@ -22,13 +22,7 @@ from paramlens.errors import ConfigError, ParamLensError, RunInterrupted, Termin
 from paramlens.layout import default_out, holds_toy, is_begun, is_run, read_json, require_free, require_run
 from paramlens.options import Agree, Bench, Decompose, Demo, Doctor, Inspect, Report, ShowCircuit, Suppress, Svd, Trace, TrainTarget, Verify
 from paramlens.signals import termination
-from paramlens.terminal import (
-    bench_table,
-    print_agreement,
-    print_circuit,
-    print_diagnosis,
-    print_verification,
-)
+from paramlens.terminal import emit, print_tables
 
 if TYPE_CHECKING:
     from paramlens.rundir import Run
@@ -104,6 +98,7 @@ def _demo(options: Demo, _: list[str]) -> int:
     if not options.overwrite and _is_finished(path, config):
         stderr.print(f"{path} is finished already; --overwrite makes it anew", highlight=False, markup=False)
     else:
+        stderr.print(f"{path}: the induction circuit from nothing, seed {options.seed}", highlight=False, markup=False, soft_wrap=True)
         from paramlens.runs import decompose_config
         from paramlens.tracking import Terminal
 
@@ -115,10 +110,14 @@ def _demo(options: Demo, _: list[str]) -> int:
             place = ["--out", str(options.out)] if options.out else []
             return _interrupted(["paramlens", "demo", *(["--seed", str(options.seed)] if options.seed else []), *place], stopped)
     from paramlens.page import report
+    from paramlens.rundir import open_run
 
-    print_circuit(saved_circuit(path), Console())
+    found = saved_circuit(path)
+    if not options.json:
+        print_tables(found.tables())
     page = report(path)
-    Console().print(f"page: {page}", highlight=False, markup=False, soft_wrap=True)
+    document = {**_run_document(open_run(path)), "page": str(page), "circuit": found.to_json()} if options.json else {}
+    _emit(document, as_json=options.json, text=f"page: {page}")
     return 0
 
 
@@ -206,7 +205,7 @@ def _decompose_seeds(options: Decompose, config: Config, rest: list[str]) -> int
     for path in paths:
         Console().print(f"run: {path}", highlight=False, markup=False, soft_wrap=True)
     if found:
-        print_agreement(found, Console())
+        print_tables(found.tables())
     return 0
 
 
@@ -226,7 +225,7 @@ def _report_command(options: Report, _: list[str]) -> int:
     from paramlens.page import report
 
     page = report(options.run)
-    Console().print(f"page: {page}", highlight=False, markup=False, soft_wrap=True)
+    _emit({"page": str(page)}, as_json=options.json, text=f"page: {page}")
     return 0
 
 
@@ -235,10 +234,7 @@ def _verify(options: Verify, _: list[str]) -> int:
     from paramlens.verification import verify
 
     found = verify(options.run)
-    if options.json:
-        print(json.dumps(found.to_json()))
-    else:
-        print_verification(found, Console())
+    emit(found.to_json(), found.tables(), as_json=options.json)
     return 0 if found.whole else 1
 
 
@@ -250,10 +246,7 @@ def _doctor(options: Doctor, rest: list[str]) -> int:
 
     model, length, vocabulary = skeleton(config)
     diagnosis = diagnose(config, find_sites(model, config.sites), length=length, vocabulary=vocabulary)
-    if options.json:
-        print(json.dumps(diagnosis.to_json()))
-    else:
-        print_diagnosis(diagnosis, Console())
+    emit(diagnosis.to_json(), diagnosis.tables(), as_json=options.json)
     return 0
 
 
@@ -275,10 +268,7 @@ def _bench(options: Bench, _: list[str]) -> int:
         done = f"{each.importance} length {each.length} batch {each.batch} C {each.C} sites {each.sites}: {each.steps_per_s:.2f} steps/s"
         Console(stderr=True).print(done, highlight=False, markup=False)
     document = bench.document(measured)
-    if options.json:
-        print(json.dumps(document))
-    else:
-        Console().print(bench_table(document))
+    emit(document, [bench.bench_table(document)], as_json=options.json)
     return 0
 
 

@@ -17,6 +17,8 @@ class Demo:
     """Run directory (runs/demo-s<seed>)."""
     overwrite: bool = False
     """Replace an existing run."""
+    json: bool = False
+    """One JSON document on stdout."""
 
 
 @dataclass
@@ -211,6 +213,8 @@ class Report:
 
     run: Positional[Path]
     """Run directory."""
+    json: bool = False
+    """One JSON document on stdout."""
 
 
 @dataclass
