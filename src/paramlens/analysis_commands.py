@@ -109,7 +109,8 @@ def show_suppress(options: Suppress, _: list[str]) -> int:
         threshold=options.threshold,
         facts=facts,
     )
-    document, tables = {"selected": [dataclasses.asdict(each) for each in edit.selected]}, edit.tables()
+    document: dict[str, Any] = {"selected": [dataclasses.asdict(each) for each in edit.selected]}
+    tables = edit.tables()
     target = options.unique_to or options.fact or next(iter(own_sentences(run)), None)
     if options.evaluate != "none":
         if target is None:
