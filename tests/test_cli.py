@@ -27,13 +27,21 @@ def config(tmp_path):
     return str(file)
 
 
-def test_alone_it_explains_itself(capsys: pytest.CaptureFixture[str]):
+def test_alone_it_explains_itself_in_ten_lines(capsys: pytest.CaptureFixture[str]):
     assert main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 10
+    assert max(map(len, lines)) <= 80
+    for word in ("demo", "decompose CONFIG", "circuit RUN", "report RUN", "paramlens --help"):
+        assert word in "\n".join(lines)
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]):
+    from paramlens.cli import _COMMANDS
+
+    assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert len(text.splitlines()) <= 18
-    assert all(len(line) <= 130 for line in text.splitlines())
-    for command in ("demo", "train-target", "decompose", "circuit", "svd", "agreement", "inspect", "suppress", "trace", "report", "doctor"):
-        assert command in text
+    assert {line.split()[1] for line in text.splitlines() if line.startswith("  paramlens ")} == set(_COMMANDS)
 
 
 @pytest.mark.parametrize(
@@ -272,6 +280,7 @@ def test_trace_reads_a_run_or_a_folder(facts, capsys: pytest.CaptureFixture[str]
         (["suppress", "RUN", "--unique-to", KOBE, "--evaluate", "nowhere.yaml"], "facts nowhere.yaml: cannot be read"),
         (["trace", "nobody/nothing", "--prompt", "a b", "--subject", "a"], "model nobody/nothing: no such folder"),
         (["trace", "RUN", "--prompt", "Kobe Bryant is", "--subject", "Tiger"], "'Tiger': not in"),
+        (["completion"], "completion: give a shell, bash, zsh or fish, first"),
         (["trace"], "trace: give a run directory or a model first"),
         (["train-target", "gpt2-facts"], "gpt2-facts: its target is no toy"),
         (["decompose", "facts-small", "--task.sentences", "Kobe", "--target", "RUN", "--out", "OUT"], "sentence 'Kobe': 1 token"),

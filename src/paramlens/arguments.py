@@ -49,7 +49,13 @@ def parse(name: str, kind: type, argv: Sequence[str]) -> tuple[Any, list[str]]:
     return options, rest
 
 
-_FIRST = {"config": "", "run": "a run directory", "runs": "a run directory", "model": "a run directory or a model"}
+_FIRST = {
+    "config": "",
+    "run": "a run directory",
+    "runs": "a run directory",
+    "model": "a run directory or a model",
+    "shell": "a shell, bash, zsh or fish,",
+}
 """What a command's first word is, by the name of the option."""
 
 

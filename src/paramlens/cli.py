@@ -16,16 +16,42 @@ from rich.console import Console
 from paramlens import __version__
 from paramlens.analysis_commands import saved_circuit, show_agreement, show_circuit, show_inspect, show_suppress, show_svd, show_trace
 from paramlens.arguments import DEMO_CONFIG, configuration, parse
+from paramlens.completion import script
 from paramlens.config import Config
 from paramlens.configfile import load_config, parse_value, shipped_configs
 from paramlens.errors import ConfigError, ParamLensError, RunInterrupted, Terminated
 from paramlens.layout import default_out, holds_toy, is_begun, is_run, read_json, require_free, require_run
-from paramlens.options import Agree, Bench, Decompose, Demo, Doctor, Inspect, Report, ShowCircuit, Suppress, Svd, Trace, TrainTarget, Verify
+from paramlens.options import (
+    Agree,
+    Bench,
+    Completion,
+    Decompose,
+    Demo,
+    Doctor,
+    Inspect,
+    Report,
+    ShowCircuit,
+    Suppress,
+    Svd,
+    Trace,
+    TrainTarget,
+    Verify,
+)
 from paramlens.signals import termination
 from paramlens.terminal import emit, print_tables
 
 if TYPE_CHECKING:
     from paramlens.rundir import Run
+
+OVERVIEW = f"""paramlens {__version__} takes a Transformer's weights apart: which parts matter where
+
+  paramlens demo               start here: the induction circuit from nothing
+  paramlens decompose CONFIG   a run directory; CONFIG: shipped, or a YAML file
+  paramlens circuit RUN        what is active where, and how faithful it is
+  paramlens inspect RUN        what is active on which token of a sentence
+  paramlens report RUN         one offline HTML page
+
+paramlens --help lists all commands, paramlens COMMAND --help their options."""
 
 USAGE = f"""paramlens {__version__}: take a Transformer's weights apart, see which parts matter where
 
@@ -42,6 +68,7 @@ USAGE = f"""paramlens {__version__}: take a Transformer's weights apart, see whi
   paramlens verify RUN                whether all of it is as it was written
   paramlens doctor CONFIG             parameters and memory, before anything starts
   paramlens bench                     steps per second beside the same step written the obvious way
+  paramlens completion SHELL          a script by which bash, zsh or fish complete all of this
 
 CONFIG: {", ".join(shipped_configs())}, or a YAML file.
 Any field of it is a flag (--optim.lr 3e-3). COMMAND --help: more."""
@@ -66,7 +93,7 @@ def main(argv: Sequence[str]) -> int:
 def _command(argv: Sequence[str], console: Console) -> int:
     try:
         if not argv or argv[0] in ("-h", "--help", "help"):
-            print(USAGE)
+            print(USAGE if argv else OVERVIEW)
             return 0
         if argv[0] == "--version":
             print(__version__)
@@ -272,6 +299,11 @@ def _bench(options: Bench, _: list[str]) -> int:
     return 0
 
 
+def _completion(options: Completion, _: list[str]) -> int:
+    print(script(options.shell, {name: command.options for name, command in _COMMANDS.items()}), end="")
+    return 0
+
+
 def _emit(document: Mapping[str, Any], *, as_json: bool, text: str) -> None:
     if as_json:
         print(json.dumps(document))
@@ -299,4 +331,5 @@ _COMMANDS = {
     "verify": _Command(Verify, _verify),
     "doctor": _Command(Doctor, _doctor),
     "bench": _Command(Bench, _bench),
+    "completion": _Command(Completion, _completion),
 }

@@ -255,3 +255,11 @@ class Bench:
     """Leave peak memory out."""
     json: bool = False
     """One JSON document on stdout."""
+
+
+@dataclass
+class Completion:
+    """Print a script by which a shell completes commands, options and fields."""
+
+    shell: Positional[Literal["bash", "zsh", "fish"]]
+    """The shell that is to read it."""
