@@ -80,11 +80,13 @@ def _look(cell: Cell) -> str:
 
 
 def _title(title: str) -> str:
-    return f'<div style="font-weight:600;margin:8px 0 2px;white-space:pre-wrap">{_text(title)}</div>' if title else ""
+    return (
+        f'<div style="font-weight:600;margin:8px 0 2px;white-space:pre-wrap;overflow-wrap:anywhere">{_text(title)}</div>' if title else ""
+    )
 
 
 def _notes(notes: Sequence[Cell]) -> str:
-    return "".join(f'<div style="white-space:pre-wrap;{_look(note)}">{_text(note.text)}</div>' for note in notes)
+    return "".join(f'<div style="white-space:pre-wrap;overflow-wrap:anywhere;{_look(note)}">{_text(note.text)}</div>' for note in notes)
 
 
 def _strip(table: Table) -> str:
@@ -95,7 +97,7 @@ def _strip(table: Table) -> str:
         values = ", ".join(f"{name} {cells[i].text}" for name, cells in zip(names, table.rows, strict=True))
         spans += f'<span style="border-radius:2px;{_look(Cell("", level=table.rows[0][i].level))}" title="{_text(values)}">'
         spans += f"{_text(column.name)}</span>"
-    whole = f'<div style="white-space:pre-wrap;line-height:1.7;margin:2px 0">{spans}</div>'
+    whole = f'<div style="white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.7;margin:2px 0">{spans}</div>'
     return f"{_title(table.title)}{whole}{_notes(table.notes)}"
 
 
@@ -130,7 +132,7 @@ def _chart(chart: Chart) -> str:
         (x0 + 6, 18, "start", chart.y),
     ):
         drawn += f'<text x="{x}" y="{y}" text-anchor="{anchor}" fill="currentColor" font-size="11">{_text(text)}</text>'
-    legend = "".join(
+    legend = " ".join(
         f'<span style="margin-right:12px;white-space:nowrap"><span style="color:{_COLOURS[i % len(_COLOURS)]}">&#9632;</span> '
         f"{_text(line.name)}</span>"
         for i, (line, _) in enumerate(lines)
