@@ -105,6 +105,15 @@ def test_what_needs_no_torch_loads_none(words: list[str], tmp_path):
     assert done.returncode == (2 if words else 0), done.stderr
 
 
+def test_the_demo_speaks_before_its_expensive_imports(tmp_path):
+    """Within a second or two of the command, whatever torch takes to load."""
+    code = "import sys\nsys.modules['paramlens.runs'] = None\nfrom paramlens.cli import main\nmain(['demo'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stderr.splitlines()[0] == "runs/demo-s0: the induction circuit from nothing, seed 0"
+    assert "ModuleNotFoundError" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
 def test_import_needs_no_torch():
     code = (
         "import sys, paramlens; assert 'torch' not in sys.modules; assert paramlens.load_config('induction').C == 100; paramlens.decompose"
@@ -311,7 +320,7 @@ def test_ctrl_c_ends_with_130_and_a_run_to_resume(config, tmp_path):
     place = tmp_path / "run"
     command = [sys.executable, "-c", "from paramlens.cli import entry; entry()", "decompose", config, "--out", str(place)]
     process = subprocess.Popen([*command, "--steps", "100000", "--log-every", "10"], stderr=subprocess.PIPE, text=True)
-    while not (place / "checkpoints").is_dir():
+    while not (place / "metrics.jsonl").is_file():  # the loop is under way
         assert process.poll() is None
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGINT)

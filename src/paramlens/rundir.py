@@ -49,7 +49,7 @@ from paramlens.manifest import file_sha256, problems, write_manifest
 from paramlens.metrics import MetricsFile
 from paramlens.shown import Shown
 from paramlens.sites import find_sites
-from paramlens.tables import Chart, Line, Table, columns, row
+from paramlens.tables import Chart, Column, Line, Table, columns, metric, row
 from paramlens.tasks import Batches, TargetHistory, Task, batch_function
 from paramlens.tensorfile import copy_into, require_fit
 
@@ -189,11 +189,13 @@ class Run(Shown):
             "step": f"{self.step:,} of {info.get('steps', self.step):,}",
             "status": f"{info['status']}, {info.get('seconds', 0):,.0f} s",
         }
-        facts = Table(str(self.path), columns("", ""), tuple(row(*each) for each in about.items()), headed=False)
+        facts = Table(
+            str(self.path), (Column("", right=False), Column("", right=False)), tuple(row(*each) for each in about.items()), headed=False
+        )
         last = dict(trained[-1]["losses"]) if trained else {}
         measured = next((line["evaluation"] for line in reversed(self.metrics) if "evaluation" in line), {})
         return facts, *(
-            Table(title, columns("", "value"), tuple(row(name, f"{value:.2e}") for name, value in values.items()))
+            Table(title, columns("", "value"), tuple(row(name, metric(name, value)) for name, value in values.items()))
             for title, values in (
                 (f"Losses at step {trained[-1]['step'] if trained else 0:,}", last),
                 ("Held out: nats, accuracies", measured),
@@ -206,7 +208,7 @@ class Run(Shown):
         trained = [line for line in self.metrics if "losses" in line]
         names = list(trained[-1]["losses"]) if trained else []
         lines = (Line(name, tuple((line["step"], line["losses"][name]) for line in trained if name in line["losses"])) for name in names)
-        return (Chart("Losses", "step", "", tuple(lines)),)
+        return (Chart("Losses over the steps", "step", "loss", tuple(lines)),)
 
     def keep_analysis(self, name: str, entries: str, document: Mapping[str, Any], *, same: Sequence[str]) -> Path:
         """Add `document` to the list `entries` of `analysis/<name>.json`, in place of one that agrees in the fields `same`.

@@ -111,12 +111,12 @@ def _chart(chart: Chart) -> str:
     left, right = min(x for x, _ in points), max(x for x, _ in points)
     low, high = (bound(math.log10(y) for y in [*(y for _, y in points), *marks]) for bound in (min, max))
     low, high = math.floor(low), max(math.ceil(high), math.floor(low) + 1)
-    width, height, x0, y0 = 520, 190, 46, 160
+    width, height, x0, y0, top = 520, 204, 46, 174, 24
 
     def place(x: float, y: float) -> str:
-        return f"{x0 + (x - left) / (right - left) * (width - x0 - 8):.1f},{y0 - (math.log10(y) - low) / (high - low) * (y0 - 10):.1f}"
+        return f"{x0 + (x - left) / (right - left) * (width - x0 - 8):.1f},{y0 - (math.log10(y) - low) / (high - low) * (y0 - top):.1f}"
 
-    drawn = f'<path d="M{x0},10V{y0}H{width - 8}" fill="none" stroke="#888"/>'
+    drawn = f'<path d="M{x0},{top}V{y0}H{width - 8}" fill="none" stroke="#888"/>'
     for i, (line, kept) in enumerate(lines):
         path = " ".join(place(x, y) for x, y in kept)
         drawn += f'<polyline points="{path}" fill="none" stroke="{_COLOURS[i % len(_COLOURS)]}" stroke-width="1.5">'
@@ -124,12 +124,12 @@ def _chart(chart: Chart) -> str:
     for mark in marks:
         drawn += f'<polyline points="{place(left, mark)} {place(right, mark)}" fill="none" stroke="#888" stroke-dasharray="3 3"/>'
     for x, y, anchor, text in (
-        (x0 - 4, 18, "end", f"1e{high}"),
+        (x0 - 4, top + 8, "end", f"1e{high}"),
         (x0 - 4, y0, "end", f"1e{low}"),
         (x0, y0 + 14, "start", f"{left:g}"),
         (width - 8, y0 + 14, "end", f"{right:g}"),
         ((x0 + width) // 2, y0 + 14, "middle", chart.x),
-        (x0 + 6, 18, "start", chart.y),
+        (x0, 12, "start", chart.y),
     ):
         drawn += f'<text x="{x}" y="{y}" text-anchor="{anchor}" fill="currentColor" font-size="11">{_text(text)}</text>'
     legend = " ".join(

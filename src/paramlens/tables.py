@@ -87,6 +87,11 @@ def figure(value: float | None, places: int) -> str:
     return "-" if value is None else f"{value:,.{places}f}"
 
 
+def metric(name: str, value: float) -> str:
+    """A metric as it is printed: an accuracy to four places, anything else with its exponent."""
+    return f"{value:.4f}" if name.startswith("accuracy") else f"{value:.2e}"
+
+
 def site_cell(site: str) -> Cell:
     """A site's name without what all Hugging Face models begin with."""
     short = site.removeprefix("transformer.").removeprefix("model.").removeprefix("gpt_neox.")

@@ -21,7 +21,7 @@ from paramlens.machine import machine
 from paramlens.rundir import Run
 from paramlens.shown import Shown
 from paramlens.sites import at_rest
-from paramlens.tables import Cell, Table, columns, row, shaded, site_cell
+from paramlens.tables import Cell, Table, columns, metric, row, shaded, site_cell
 from paramlens.tasks import Task, generator
 
 EXAMPLE_LENGTH = 128
@@ -114,7 +114,7 @@ class Circuit(Shown):
             ),
             notes=tuple(Cell(f"{name} is silent: it {site.silent}", "warn") for name, site in self.sites.items() if site.silent),
         )
-        numbers = ((name, f"{value:.4f}" if name.startswith("accuracy") else f"{value:.2e}") for name, value in self.metrics.items())
+        numbers = ((name, metric(name, value)) for name, value in self.metrics.items())
         metrics = Table("Faithfulness, divergences in nats, accuracies", columns("metric", "value"), tuple(row(*each) for each in numbers))
         telling = any(change.attention or change.accuracy is not None for change in self.interventions)
         return (active, metrics, _changes(self.interventions)) if telling else (active, metrics)
