@@ -27,13 +27,21 @@ def config(tmp_path):
     return str(file)
 
 
-def test_alone_it_explains_itself(capsys: pytest.CaptureFixture[str]):
+def test_alone_it_explains_itself_in_ten_lines(capsys: pytest.CaptureFixture[str]):
     assert main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 10
+    assert max(map(len, lines)) <= 80
+    for word in ("demo", "decompose CONFIG", "circuit RUN", "report RUN", "paramlens --help"):
+        assert word in "\n".join(lines)
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]):
+    from paramlens.cli import _COMMANDS
+
+    assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert len(text.splitlines()) <= 18
-    assert all(len(line) <= 130 for line in text.splitlines())
-    for command in ("demo", "train-target", "decompose", "circuit", "svd", "agreement", "inspect", "suppress", "trace", "report", "doctor"):
-        assert command in text
+    assert {line.split()[1] for line in text.splitlines() if line.startswith("  paramlens ")} == set(_COMMANDS)
 
 
 @pytest.mark.parametrize(
@@ -97,6 +105,15 @@ def test_what_needs_no_torch_loads_none(words: list[str], tmp_path):
     assert done.returncode == (2 if words else 0), done.stderr
 
 
+def test_the_demo_speaks_before_its_expensive_imports(tmp_path):
+    """Within a second or two of the command, whatever torch takes to load."""
+    code = "import sys\nsys.modules['paramlens.runs'] = None\nfrom paramlens.cli import main\nmain(['demo'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stderr.splitlines()[0] == "runs/demo-s0: the induction circuit from nothing, seed 0"
+    assert "ModuleNotFoundError" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
 def test_import_needs_no_torch():
     code = (
         "import sys, paramlens; assert 'torch' not in sys.modules; assert paramlens.load_config('induction').C == 100; paramlens.decompose"
@@ -158,11 +175,11 @@ def test_the_whole_way(config, tmp_path):
 
 
 def test_lists_and_switches_on_the_command_line(config, tmp_path):
-    from paramlens.cli import _configuration
+    from paramlens.arguments import configuration
 
-    made = _configuration(config, ["--sites=a", "b", "--optim.betas", "0.9", "0.95", "--last-token-only", "--steps=7"])
+    made = configuration(config, ["--sites=a", "b", "--optim.betas", "0.9", "0.95", "--last-token-only", "--steps=7"])
     assert (made.sites, made.optim.betas, made.last_token_only, made.steps) == (("a", "b"), (0.9, 0.95), True, 7)
-    made = _configuration(config, ["--sites", "[a, b]", "--optim.betas=[0.8, 0.9]", "--last_token_only", "false"])
+    made = configuration(config, ["--sites", "[a, b]", "--optim.betas=[0.8, 0.9]", "--last_token_only", "false"])
     assert (made.sites, made.optim.betas, made.last_token_only) == (("a", "b"), (0.8, 0.9), False)
 
 
@@ -272,6 +289,7 @@ def test_trace_reads_a_run_or_a_folder(facts, capsys: pytest.CaptureFixture[str]
         (["suppress", "RUN", "--unique-to", KOBE, "--evaluate", "nowhere.yaml"], "facts nowhere.yaml: cannot be read"),
         (["trace", "nobody/nothing", "--prompt", "a b", "--subject", "a"], "model nobody/nothing: no such folder"),
         (["trace", "RUN", "--prompt", "Kobe Bryant is", "--subject", "Tiger"], "'Tiger': not in"),
+        (["completion"], "completion: give a shell, bash, zsh or fish, first"),
         (["trace"], "trace: give a run directory or a model first"),
         (["train-target", "gpt2-facts"], "gpt2-facts: its target is no toy"),
         (["decompose", "facts-small", "--task.sentences", "Kobe", "--target", "RUN", "--out", "OUT"], "sentence 'Kobe': 1 token"),
@@ -302,7 +320,7 @@ def test_ctrl_c_ends_with_130_and_a_run_to_resume(config, tmp_path):
     place = tmp_path / "run"
     command = [sys.executable, "-c", "from paramlens.cli import entry; entry()", "decompose", config, "--out", str(place)]
     process = subprocess.Popen([*command, "--steps", "100000", "--log-every", "10"], stderr=subprocess.PIPE, text=True)
-    while not (place / "checkpoints").is_dir():
+    while not (place / "metrics.jsonl").is_file():  # the loop is under way
         assert process.poll() is None
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGINT)

@@ -1,25 +1,36 @@
 import io
+import re
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
-from paramlens.tracking import LoggedStep, Silent, Terminal, Tracker
+from paramlens.tracking import LoggedStep, Silent, TargetTracker, Terminal, Tracker
 
 
 def logged(step: int) -> LoggedStep:
     return LoggedStep(step=step, losses={"recon": 1.5e-3, "minimality": 0.2}, total=0.3, p=0.5, lr=1e-3, active={"a": 1.25, "b": 2.0})
 
 
-def written(terminal: bool, seconds: float = 0.0) -> str:
+MANY = dict.fromkeys(("stochastic_recon", "stochastic_recon_layerwise", "recon", "faithfulness", "minimality"), 0.0015)
+
+
+def written(terminal: bool, seconds: float = 0.0, width: int = 80, label: str = "", losses=None) -> str:
     stream = io.StringIO()
-    tracker = Terminal(Console(file=stream, force_terminal=terminal, width=100), seconds=seconds)
+    tracker = Terminal(Console(file=stream, force_terminal=terminal, width=width), seconds=seconds, label=label)
     tracker.message("before")
     tracker.start("decomposing", steps=30, done=0)
     for step in (10, 20, 30):
-        tracker.update(logged(step))
+        tracker.update(replace(logged(step), losses=losses) if losses else logged(step))
     tracker.message("after [not markup]")
     tracker.close()
     return stream.getvalue()
+
+
+def on_screen(text: str) -> list[str]:
+    """What a terminal shows of it, line by line, control sequences taken out."""
+    return re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text))
 
 
 def test_plain_lines_hold_losses_active_counts_and_time_left():
@@ -35,15 +46,52 @@ def test_plain_lines_are_few_and_the_last_step_is_always_told():
     assert steps == ["10/30", "30/30"]
 
 
-def test_live_line_on_a_terminal():
+def test_live_lines_on_a_terminal_hold_all_of_it():
     text = written(terminal=True)
     assert "decomposing" in text
     assert "30/30" in text
-    assert "recon 1.5e-03" in text
-    assert "active 3.2" in text
+    assert "0:00 left" in text
+    assert "active 3.2  recon 1.5e-03  minimality 2.0e-01" in text
     assert "after [not markup]" in text
+
+
+@pytest.mark.parametrize(("terminal", "label"), [(True, ""), (False, ""), (True, "seed 3: "), (False, "seed 3: ")])
+@pytest.mark.parametrize("width", [80, 60])
+def test_no_line_runs_over_the_width_and_no_loss_is_left_out(terminal, label, width):
+    text = written(terminal=terminal, width=width, label=label, losses=MANY)
+    assert max(map(len, on_screen(text))) <= width
+    for name in MANY:
+        assert f"{name} 1.5e-03" in text
+    if label:
+        assert all(line.startswith(label) for line in text.splitlines())
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_training_of_the_target_shows_steps_and_time_left(terminal, monkeypatch):
+    clock = iter(range(0, 10_000, 10))
+    monkeypatch.setattr("paramlens.tracking.time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    stream = io.StringIO()
+    tracker = Terminal(Console(file=stream, force_terminal=terminal, width=80), seconds=0)
+    tracker.start("training the target", steps=400, done=0)
+    tracker.target(100, "loss 2.00e+00 nats  accuracy 0.1000")
+    tracker.target(200, "loss 1.00e+00 nats  accuracy 0.5000")
+    tracker.target(100, "loss 3.00e+00 nats  accuracy 0.2000")
+    tracker.close()
+    text = stream.getvalue()
+    assert "accuracy 0.2000" in text
+    assert max(map(len, on_screen(text))) <= 80
+    if terminal:
+        assert "training the target" in text
+    else:
+        assert text.splitlines()[0] == "target step 100/400  0:30 left  loss 2.00e+00 nats  accuracy 0.1000"
+        assert [line.split("left")[0] for line in text.splitlines()[1:]] == ["target step 200/400  0:20 ", "target step 100/400  0:30 "]
 
 
 @pytest.mark.parametrize("tracker", [Silent(), Terminal(Console(file=io.StringIO()))])
 def test_both_follow_the_protocol(tracker):
     assert isinstance(tracker, Tracker)
+
+
+def test_who_follows_the_target():
+    assert isinstance(Terminal(Console(file=io.StringIO())), TargetTracker)
+    assert not isinstance(Silent(), TargetTracker)

@@ -11,14 +11,16 @@ from paramlens.config import Config
 from paramlens.errors import ConfigError
 from paramlens.importance import Importance
 from paramlens.losses import stack_size
+from paramlens.shown import Shown
 from paramlens.sites import Site
+from paramlens.tables import Table, columns, row
 
 _ADAM_STATE = 2
 """Moments per parameter."""
 
 
-@dataclass(frozen=True)
-class Diagnosis:
+@dataclass(frozen=True, repr=False)
+class Diagnosis(Shown):
     """parameters, bytes: part → count. bytes holds weights, gradients, optimizer state, and an estimate of one step's activations."""
 
     sites: int
@@ -27,6 +29,22 @@ class Diagnosis:
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
+
+    def summary(self) -> str:
+        return f"{self.sites} sites: {self.parameters['trained']:,} parameters to train, {size_text(self.bytes['total'])}"
+
+    def tables(self) -> tuple[Table, ...]:
+        """Parameters and bytes by part."""
+        counts = {name: f"{count:,}" for name, count in self.parameters.items()}
+        sizes = {name: f"{count / 2**20:,.1f}" for name, count in self.bytes.items()}
+        return tuple(
+            Table(
+                title,
+                columns("part", unit),
+                tuple(row(name, text, tone="strong" if name in ("trained", "total") else "plain") for name, text in parts.items()),
+            )
+            for title, unit, parts in ((f"Parameters ({self.sites} sites)", "count", counts), ("Memory of a step", "MiB", sizes))
+        )
 
 
 def diagnose(config: Config, sites: Sequence[Site], *, length: int, vocabulary: int) -> Diagnosis:

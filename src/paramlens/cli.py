@@ -1,48 +1,57 @@
 """The command line: parse, call, print. Results go to stdout, everything else to stderr."""
 
-import contextlib
 import dataclasses
 import difflib
-import io
-import itertools
 import json
 import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import tyro
 from rich.console import Console
 
 from paramlens import __version__
+from paramlens.analysis_commands import saved_circuit, show_agreement, show_circuit, show_inspect, show_suppress, show_svd, show_trace
+from paramlens.arguments import DEMO_CONFIG, configuration, parse
+from paramlens.completion import script
 from paramlens.config import Config
-from paramlens.configfile import LIST_FIELDS, SWITCHES, field_paths, load_config, parse_value, shipped_configs
+from paramlens.configfile import load_config, parse_value, shipped_configs
 from paramlens.errors import ConfigError, ParamLensError, RunInterrupted, Terminated
 from paramlens.layout import default_out, holds_toy, is_begun, is_run, read_json, require_free, require_run
-from paramlens.options import Agree, Bench, Decompose, Demo, Doctor, Inspect, Report, ShowCircuit, Suppress, Svd, Trace, TrainTarget, Verify
-from paramlens.signals import termination
-from paramlens.terminal import (
-    bench_table,
-    print_agreement,
-    print_circuit,
-    print_diagnosis,
-    print_inspection,
-    print_selected,
-    print_subcomponent,
-    print_suppression,
-    print_svd,
-    print_trace,
-    print_verification,
+from paramlens.options import (
+    Agree,
+    Bench,
+    Completion,
+    Decompose,
+    Demo,
+    Doctor,
+    Inspect,
+    Report,
+    ShowCircuit,
+    Suppress,
+    Svd,
+    Trace,
+    TrainTarget,
+    Verify,
 )
+from paramlens.signals import termination
+from paramlens.terminal import emit, print_tables
 
 if TYPE_CHECKING:
-    from paramlens.analysis.circuit import Circuit
     from paramlens.rundir import Run
 
-DEMO_CONFIG = "induction-quick"
+OVERVIEW = f"""paramlens {__version__} takes a Transformer's weights apart: which parts matter where
+
+  paramlens demo               start here: the induction circuit from nothing
+  paramlens decompose CONFIG   a run directory; CONFIG: shipped, or a YAML file
+  paramlens circuit RUN        what is active where, and how faithful it is
+  paramlens inspect RUN        what is active on which token of a sentence
+  paramlens report RUN         one offline HTML page
+
+paramlens --help lists all commands, paramlens COMMAND --help their options."""
 
 USAGE = f"""paramlens {__version__}: take a Transformer's weights apart, see which parts matter where
 
@@ -59,6 +68,7 @@ USAGE = f"""paramlens {__version__}: take a Transformer's weights apart, see whi
   paramlens verify RUN                whether all of it is as it was written
   paramlens doctor CONFIG             parameters and memory, before anything starts
   paramlens bench                     steps per second beside the same step written the obvious way
+  paramlens completion SHELL          a script by which bash, zsh or fish complete all of this
 
 CONFIG: {", ".join(shipped_configs())}, or a YAML file.
 Any field of it is a flag (--optim.lr 3e-3). COMMAND --help: more."""
@@ -83,7 +93,7 @@ def main(argv: Sequence[str]) -> int:
 def _command(argv: Sequence[str], console: Console) -> int:
     try:
         if not argv or argv[0] in ("-h", "--help", "help"):
-            print(USAGE)
+            print(USAGE if argv else OVERVIEW)
             return 0
         if argv[0] == "--version":
             print(__version__)
@@ -92,7 +102,7 @@ def _command(argv: Sequence[str], console: Console) -> int:
         if command is None:
             close = difflib.get_close_matches(argv[0], _COMMANDS, n=1)
             raise ConfigError(f"no command {argv[0]!r}{f', did you mean {close[0]}?' if close else '.'} There are: {', '.join(_COMMANDS)}")
-        options, rest = _parse(argv[0], command.options, argv[1:])
+        options, rest = parse(argv[0], command.options, argv[1:])
         return command.run(options, rest)
     except ParamLensError as error:
         console.print(f"paramlens: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
@@ -108,79 +118,6 @@ def _command(argv: Sequence[str], console: Console) -> int:
         return stopped.exit_code if isinstance(stopped, Terminated) else 130
 
 
-def _parse(name: str, kind: type, argv: Sequence[str]) -> tuple[Any, list[str]]:
-    """The command's own options, and the words that are not: overrides of configuration fields."""
-    prog = f"paramlens {name}"
-    first = next(iter(dataclasses.fields(kind))).name
-    configured = first == "config"
-    asks_help = bool({"-h", "--help"} & set(argv))
-    if asks_help and configured:
-        tyro.cli(_with_fields(kind, argv), prog=prog, args=["--help"], config=(tyro.conf.AvoidSubcommands,))
-    if first in _FIRST and not asks_help and (not argv or argv[0].startswith("-")):
-        what = f"a configuration, {', '.join(shipped_configs())} or a YAML file" if configured else _FIRST[first]
-        raise ConfigError(f"{name}: give {what} first, then options")
-    if asks_help:
-        tyro.cli(kind, prog=prog, args=["--help"], config=(tyro.conf.FlagCreatePairsOff,))
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(complaint):
-            options, rest = tyro.cli(kind, prog=prog, args=argv, return_unknown_args=True, config=(tyro.conf.FlagCreatePairsOff,))
-    except SystemExit:
-        raise ConfigError(f"{name}: {_first_paragraph(complaint.getvalue())}") from None
-    own = [option.name for option in dataclasses.fields(kind)]
-    for word in rest:
-        flag = word.partition("=")[0].removeprefix("--").replace("-", "_")
-        if word.startswith("--") and not (configured and flag in field_paths()):
-            close = difflib.get_close_matches(flag, own, n=1, cutoff=0.75)
-            if close or not configured:
-                raise ConfigError(f"{name}: unknown option {word}{f'; did you mean --{close[0]}?' if close else ''}")
-    if rest and not configured:
-        raise ConfigError(f"{name}: unexpected argument {rest[0]!r}")
-    return options, rest
-
-
-_FIRST = {"config": "", "run": "a run directory", "runs": "a run directory", "model": "a run directory or a model"}
-"""What a command's first word is, by the name of the option."""
-
-
-def _first_paragraph(boxed: str) -> str:
-    """What a complaint of tyro's says first, without the box drawn around it: a title, a rule or not, then the text up to a rule."""
-    frame = " │╭╮╰╯─-"
-    body = itertools.dropwhile(lambda line: not line.strip(frame), boxed.splitlines()[1:])
-    return " ".join(line.strip(" │") for line in itertools.takewhile(lambda line: line.strip(frame), body))
-
-
-def _with_fields(kind: type, argv: Sequence[str]) -> type:
-    """The command's options and every configuration field as a flag: what --help shows."""
-    names = [word for word in argv if not word.startswith("-")]
-    loaded = load_config(names[0] if names else DEMO_CONFIG)
-    overrides = tyro.conf.FlagConversionOff[Annotated[Config, tyro.conf.arg(name="")]]
-    shown = dataclasses.make_dataclass(kind.__name__, [("overrides", overrides, field(default=loaded))], bases=(kind,), kw_only=True)
-    shown.__doc__ = kind.__doc__
-    return shown
-
-
-def _configuration(name: str, words: list[str]) -> Config:
-    """The configuration `name` with flags on top: `--field value`, `--field=value`, several values for a list, none for true."""
-    overrides: dict[str, Any] = {}
-    while words:
-        flag, has_inline, inline = words[0].partition("=")
-        if not flag.startswith("--"):
-            raise ConfigError(f"unexpected argument {words[0]!r}; fields are flags, such as --optim.lr 3e-3")
-        end = next((i for i, word in enumerate(words[1:], 1) if word.startswith("--")), len(words))
-        values = [inline, *words[1:end]] if has_inline else words[1:end]
-        path = flag.removeprefix("--").replace("-", "_")
-        parsed = [parse_value(value) for value in values]
-        if not parsed and path not in SWITCHES:
-            raise ConfigError(f"{flag}: give a value")
-        if len(parsed) > 1 and path not in LIST_FIELDS:
-            raise ConfigError(f"{flag}: one value is needed, not {' '.join(values)}")
-        listed = path in LIST_FIELDS and not (len(parsed) == 1 and isinstance(parsed[0], list))
-        overrides[path] = parsed if listed else parsed[0] if parsed else True
-        words = words[end:]
-    return load_config(name, overrides=overrides)
-
-
 def _demo(options: Demo, _: list[str]) -> int:
     config = load_config(DEMO_CONFIG, overrides={"seed": options.seed, "name": "demo"})
     path = options.out or default_out(config)
@@ -188,6 +125,7 @@ def _demo(options: Demo, _: list[str]) -> int:
     if not options.overwrite and _is_finished(path, config):
         stderr.print(f"{path} is finished already; --overwrite makes it anew", highlight=False, markup=False)
     else:
+        stderr.print(f"{path}: the induction circuit from nothing, seed {options.seed}", highlight=False, markup=False, soft_wrap=True)
         from paramlens.runs import decompose_config
         from paramlens.tracking import Terminal
 
@@ -199,10 +137,14 @@ def _demo(options: Demo, _: list[str]) -> int:
             place = ["--out", str(options.out)] if options.out else []
             return _interrupted(["paramlens", "demo", *(["--seed", str(options.seed)] if options.seed else []), *place], stopped)
     from paramlens.page import report
+    from paramlens.rundir import open_run
 
-    print_circuit(_circuit(path), Console())
+    found = saved_circuit(path)
+    if not options.json:
+        print_tables(found.tables())
     page = report(path)
-    Console().print(f"page: {page}", highlight=False, markup=False, soft_wrap=True)
+    document = {**_run_document(open_run(path)), "page": str(page), "circuit": found.to_json()} if options.json else {}
+    _emit(document, as_json=options.json, text=f"page: {page}")
     return 0
 
 
@@ -213,7 +155,7 @@ def _is_finished(path: Path, config: Config) -> bool:
 
 
 def _train_target(options: TrainTarget, rest: list[str]) -> int:
-    config = _configuration(options.config, rest)
+    config = configuration(options.config, rest)
     path = options.out or Path("runs") / f"{config.name}-target-s{config.seed}"
     require_free(path, overwrite=options.overwrite)
     from paramlens import targets
@@ -240,7 +182,7 @@ def _train_target(options: TrainTarget, rest: list[str]) -> int:
 
 
 def _decompose(options: Decompose, rest: list[str]) -> int:
-    config = _configuration(options.config, rest)
+    config = configuration(options.config, rest)
     if options.seeds is not None:
         return _decompose_seeds(options, config, rest)
     path = options.out or default_out(config)
@@ -290,7 +232,7 @@ def _decompose_seeds(options: Decompose, config: Config, rest: list[str]) -> int
     for path in paths:
         Console().print(f"run: {path}", highlight=False, markup=False, soft_wrap=True)
     if found:
-        print_agreement(found, Console())
+        print_tables(found.tables())
     return 0
 
 
@@ -305,160 +247,12 @@ def _interrupted(again: list[str], stopped: RunInterrupted) -> int:
     return stopped.exit_code
 
 
-def _circuit_command(options: ShowCircuit, _: list[str]) -> int:
-    require_run(options.run)
-    result = _circuit(options.run, threshold=options.threshold, batches=options.batches, adversary=options.adversary)
-    if options.json:
-        print(json.dumps(result.to_json()))
-    else:
-        print_circuit(result, Console())
-    return 0
-
-
-def _circuit(path: Path, **options: Any) -> "Circuit":
-    from paramlens.analysis.circuit import circuit
-    from paramlens.rundir import open_run
-
-    run = open_run(path)
-    result = circuit(run, **options)
-    run.save_analysis("circuit", result.to_json())
-    return result
-
-
-def _svd(options: Svd, _: list[str]) -> int:
-    require_run(options.run)
-    from paramlens.analysis.svd import svd_baseline
-    from paramlens.rundir import open_run
-
-    run = open_run(options.run)
-    result = svd_baseline(run, tolerance=options.tolerance, batches=options.batches, at_once=options.at_once)
-    run.save_analysis("svd", result.to_json())
-    if options.json:
-        print(json.dumps(result.to_json()))
-    else:
-        print_svd(result, Console())
-    return 0
-
-
-def _agreement(options: Agree, _: list[str]) -> int:
-    for path in options.runs:
-        require_run(path)
-    from paramlens.analysis.agreement import agreement
-    from paramlens.rundir import open_run
-
-    result = agreement([open_run(path) for path in options.runs], threshold=options.threshold, batches=options.batches)
-    if options.json:
-        print(json.dumps(result.to_json()))
-    else:
-        print_agreement(result, Console())
-    return 0
-
-
-def _inspect(options: Inspect, _: list[str]) -> int:
-    require_run(options.run)
-    if (options.site is None) != (options.subcomponent is None):
-        raise ConfigError("inspect: give --site and --subcomponent together, or neither")
-    from paramlens.analysis.components import inspect_prompt, inspect_subcomponent
-    from paramlens.rundir import open_run
-
-    run = open_run(options.run)
-    if options.site is not None and options.subcomponent is not None:
-        texts = [options.prompt] if options.prompt else _lines(options.text)
-        part = inspect_subcomponent(run, options.site, options.subcomponent, texts=texts or ())
-        print(json.dumps(part.to_json())) if options.json else print_subcomponent(part, Console())
-    else:
-        found = inspect_prompt(run, options.prompt, threshold=options.threshold)
-        print(json.dumps(found.to_json())) if options.json else print_inspection(found, Console())
-    return 0
-
-
-def _lines(path: Path | None) -> list[str] | None:
-    """The lines of a text file that hold anything."""
-    if path is None:
-        return None
-    try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"text {path}: cannot be read ({error}); give a text file in UTF-8") from None
-
-
-def _suppress(options: Suppress, _: list[str]) -> int:
-    require_run(options.run)
-    if (options.site is None) != (not options.subcomponent):
-        raise ConfigError("suppress: give --site and --subcomponent together, or neither")
-    by_hand = [(options.site, c) for c in options.subcomponent if options.site is not None]
-    from paramlens.analysis.components import own_sentences
-    from paramlens.analysis.edit import suppress
-    from paramlens.analysis.effect import CONTROLS, evaluate_edit
-    from paramlens.rundir import open_run
-    from paramlens.tasks.facts import read_facts, shipped_facts
-
-    facts = shipped_facts() if options.evaluate in ("shipped", "none") else read_facts(Path(options.evaluate))
-    run = open_run(options.run)
-    edit = suppress(
-        run,
-        unique_to=options.unique_to,
-        top=options.top,
-        tokens=options.tokens,
-        per_token=options.per_token,
-        sites=options.sites,
-        subcomponents=by_hand or None,
-        method=options.method,
-        threshold=options.threshold,
-        facts=facts,
-    )
-    document: dict[str, Any] = {"selected": [dataclasses.asdict(each) for each in edit.selected]}
-    target = options.unique_to or options.fact or next(iter(own_sentences(run)), None)
-    if options.evaluate != "none":
-        if target is None:
-            raise ConfigError("suppress: give --fact, the sentence that the effect is judged by")
-        result = evaluate_edit(
-            run, edit, target, facts=facts, texts=_lines(options.text), controls=() if options.skip_controls else CONTROLS
-        )
-        document = result.to_json()
-        run.keep_analysis("suppress", "edits", document, same=("target", "method", "selected"))
-        if not options.json:
-            print_suppression(result, Console())
-    elif not options.json:
-        print_selected(edit.selected, Console())
-    if options.save is not None:
-        document["saved"] = str(edit.save(options.save))
-        Console(stderr=True).print(f"saved: {options.save}", highlight=False, markup=False, soft_wrap=True)
-    if options.json:
-        print(json.dumps(document))
-    return 0
-
-
-def _trace(options: Trace, _: list[str]) -> int:
-    from paramlens.analysis.components import tokenizer_of
-    from paramlens.analysis.trace import trace
-    from paramlens.rundir import open_run
-    from paramlens.tasks.language import load_language
-
-    path = Path(options.model)
-    run = open_run(path) if is_run(path) else None
-    if run is None:
-        language = load_language(str(path / "target") if (path / "target" / "config.json").is_file() else options.model)
-        model, tokenizer = language.model, language.tokenizer
-    else:
-        model, tokenizer = run.decomposition.model, tokenizer_of(run)
-    how = {name: getattr(options, name) for name in ("answer", "noise", "samples", "window", "seed")}
-    result = trace(model, tokenizer, options.prompt, options.subject, name=options.model, **how)
-    if run is not None:
-        run.keep_analysis("trace", "traces", result.to_json(), same=("prompt", "subject", "answer"))
-    if options.json:
-        print(json.dumps(result.to_json()))
-    else:
-        print_trace(result, Console(), zero_mlp=options.zero_mlp)
-    return 0
-
-
 def _report_command(options: Report, _: list[str]) -> int:
     require_run(options.run)
     from paramlens.page import report
 
     page = report(options.run)
-    Console().print(f"page: {page}", highlight=False, markup=False, soft_wrap=True)
+    _emit({"page": str(page)}, as_json=options.json, text=f"page: {page}")
     return 0
 
 
@@ -467,25 +261,19 @@ def _verify(options: Verify, _: list[str]) -> int:
     from paramlens.verification import verify
 
     found = verify(options.run)
-    if options.json:
-        print(json.dumps(found.to_json()))
-    else:
-        print_verification(found, Console())
+    emit(found.to_json(), found.tables(), as_json=options.json)
     return 0 if found.whole else 1
 
 
 def _doctor(options: Doctor, rest: list[str]) -> int:
-    config = _configuration(options.config, rest)
+    config = configuration(options.config, rest)
     from paramlens.budget import diagnose
     from paramlens.sites import find_sites
     from paramlens.targets import skeleton
 
     model, length, vocabulary = skeleton(config)
     diagnosis = diagnose(config, find_sites(model, config.sites), length=length, vocabulary=vocabulary)
-    if options.json:
-        print(json.dumps(diagnosis.to_json()))
-    else:
-        print_diagnosis(diagnosis, Console())
+    emit(diagnosis.to_json(), diagnosis.tables(), as_json=options.json)
     return 0
 
 
@@ -507,10 +295,12 @@ def _bench(options: Bench, _: list[str]) -> int:
         done = f"{each.importance} length {each.length} batch {each.batch} C {each.C} sites {each.sites}: {each.steps_per_s:.2f} steps/s"
         Console(stderr=True).print(done, highlight=False, markup=False)
     document = bench.document(measured)
-    if options.json:
-        print(json.dumps(document))
-    else:
-        Console().print(bench_table(document))
+    emit(document, [bench.bench_table(document)], as_json=options.json)
+    return 0
+
+
+def _completion(options: Completion, _: list[str]) -> int:
+    print(script(options.shell, {name: command.options for name, command in _COMMANDS.items()}), end="")
     return 0
 
 
@@ -531,14 +321,15 @@ _COMMANDS = {
     "demo": _Command(Demo, _demo),
     "train-target": _Command(TrainTarget, _train_target),
     "decompose": _Command(Decompose, _decompose),
-    "circuit": _Command(ShowCircuit, _circuit_command),
-    "svd": _Command(Svd, _svd),
-    "agreement": _Command(Agree, _agreement),
-    "inspect": _Command(Inspect, _inspect),
-    "suppress": _Command(Suppress, _suppress),
-    "trace": _Command(Trace, _trace),
+    "circuit": _Command(ShowCircuit, show_circuit),
+    "svd": _Command(Svd, show_svd),
+    "agreement": _Command(Agree, show_agreement),
+    "inspect": _Command(Inspect, show_inspect),
+    "suppress": _Command(Suppress, show_suppress),
+    "trace": _Command(Trace, show_trace),
     "report": _Command(Report, _report_command),
     "verify": _Command(Verify, _verify),
     "doctor": _Command(Doctor, _doctor),
     "bench": _Command(Bench, _bench),
+    "completion": _Command(Completion, _completion),
 }

@@ -182,15 +182,23 @@ def _unknown(place: list[str]) -> str:
 
 def field_paths() -> list[str]:
     """Every field of a configuration as a dotted path."""
+    return list(field_types())
 
-    def walk(model: type[BaseModel], prefix: str) -> list[str]:
-        paths: list[str] = []
+
+def field_types() -> dict[str, list[Any]]:
+    """Every field of a configuration as a dotted path, and its type; of a field that several kinds of task have, their types."""
+    found: dict[str, list[Any]] = {}
+
+    def walk(model: type[BaseModel], prefix: str) -> None:
         for name, field in model.model_fields.items():
             inner = _models(field.annotation)
-            paths += [path for kind in inner for path in walk(kind, f"{prefix}{name}.")] or [f"{prefix}{name}"]
-        return paths
+            for kind in inner:
+                walk(kind, f"{prefix}{name}.")
+            if not inner:
+                found.setdefault(f"{prefix}{name}", []).append(field.annotation)
 
-    return list(dict.fromkeys(walk(Config, "")))
+    walk(Config, "")
+    return found
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

@@ -34,7 +34,9 @@ from torch import Tensor, nn
 from paramlens.config import Init
 from paramlens.errors import BatchError, SiteError
 from paramlens.masks import Replacement, mask_noise, masked_linear, stochastic_mask
+from paramlens.shown import Shown
 from paramlens.sites import Site, given_input, swapped_in
+from paramlens.tables import Table, columns, row, site_cell
 from paramlens.tasks import Inputs, map_tensors, tensors_of
 
 Plan = Mapping[str, Replacement]
@@ -61,7 +63,7 @@ class TargetRun:
     blocks: tuple[BlockRun, ...] = ()
 
 
-class Decomposition(nn.Module):
+class Decomposition(Shown, nn.Module):
     """U and V of every site, and masked runs of the target `model`, which is never changed and never a submodule."""
 
     def __init__(self, model: nn.Module, sites: Sequence[Site], *, C: int, dtype: torch.dtype = torch.float32) -> None:
@@ -96,6 +98,17 @@ class Decomposition(nn.Module):
     def V(self) -> dict[str, Float[Tensor, "C d_out"]]:
         """Site name → write directions."""
         return dict(zip(self.names, self._V, strict=True))
+
+    def summary(self) -> str:
+        return f"{len(self.sites)} sites, {self.C} subcomponents each"
+
+    def tables(self) -> tuple[Table, ...]:
+        """Every site with its shapes."""
+        shapes = [
+            (site_cell(site.name), *row(f"{site.d_in} × {site.d_out}", f"{site.d_in} × {self.C}", f"{self.C} × {site.d_out}"))
+            for site in self.sites
+        ]
+        return (Table(self.summary(), columns("site", "W", "U", "V"), tuple(shapes)),)
 
     def target_run(self, inputs: Inputs) -> TargetRun:
         """The target as it is: logits bit-equal to calling it, and what every site was given."""

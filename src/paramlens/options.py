@@ -17,6 +17,8 @@ class Demo:
     """Run directory (runs/demo-s<seed>)."""
     overwrite: bool = False
     """Replace an existing run."""
+    json: bool = False
+    """One JSON document on stdout."""
 
 
 @dataclass
@@ -211,6 +213,8 @@ class Report:
 
     run: Positional[Path]
     """Run directory."""
+    json: bool = False
+    """One JSON document on stdout."""
 
 
 @dataclass
@@ -251,3 +255,11 @@ class Bench:
     """Leave peak memory out."""
     json: bool = False
     """One JSON document on stdout."""
+
+
+@dataclass
+class Completion:
+    """Print a script by which a shell completes commands, options and fields."""
+
+    shell: Positional[Literal["bash", "zsh", "fish"]]
+    """The shell that is to read it."""

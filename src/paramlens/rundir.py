@@ -47,7 +47,9 @@ from paramlens.layout import (
 )
 from paramlens.manifest import file_sha256, problems, write_manifest
 from paramlens.metrics import MetricsFile
+from paramlens.shown import Shown
 from paramlens.sites import find_sites
+from paramlens.tables import Chart, Column, Line, Table, columns, metric, row
 from paramlens.tasks import Batches, TargetHistory, Task, batch_function
 from paramlens.tensorfile import copy_into, require_fit
 
@@ -135,8 +137,8 @@ class RunDirectory:
         return final
 
 
-@dataclass(frozen=True)
-class Run:
+@dataclass(frozen=True, repr=False)
+class Run(Shown):
     """A run directory opened for reading: the decomposition, γ, metrics, and the task where it can be rebuilt."""
 
     path: Path
@@ -170,6 +172,43 @@ class Run:
     def target_history(self) -> TargetHistory | None:
         """How a toy target was trained; none for any other."""
         return targets.history(self.path) if (self.path / "target.json").exists() else None
+
+    def summary(self) -> str:
+        return f"{self.path}, {self.status} at step {self.step}: {self.decomposition.summary()}"
+
+    def tables(self) -> tuple[Table, ...]:
+        """What was decomposed and how, and the last losses and evaluation, from the files of the directory alone."""
+        described, info = read_description(self.path), self.info
+        trained = [line for line in self.metrics if "losses" in line]
+        target = f"{described.target.id} {described.target.revision or ''}".strip()
+        about = {
+            "target": target,
+            "sites": f"{len(described.sites)}",
+            "C": f"{described.C} subcomponents a site",
+            "γ": described.gamma.kind,
+            "step": f"{self.step:,} of {info.get('steps', self.step):,}",
+            "status": f"{info['status']}, {info.get('seconds', 0):,.0f} s",
+        }
+        facts = Table(
+            str(self.path), (Column("", right=False), Column("", right=False)), tuple(row(*each) for each in about.items()), headed=False
+        )
+        last = dict(trained[-1]["losses"]) if trained else {}
+        measured = next((line["evaluation"] for line in reversed(self.metrics) if "evaluation" in line), {})
+        return facts, *(
+            Table(title, columns("", "value"), tuple(row(name, metric(name, value)) for name, value in values.items()))
+            for title, values in (
+                (f"Losses at step {trained[-1]['step'] if trained else 0:,}", last),
+                ("Held out: nats, accuracies", measured),
+            )
+            if values
+        )
+
+    def charts(self) -> tuple[Chart, ...]:
+        """The losses over the steps."""
+        trained = [line for line in self.metrics if "losses" in line]
+        names = list(trained[-1]["losses"]) if trained else []
+        lines = (Line(name, tuple((line["step"], line["losses"][name]) for line in trained if name in line["losses"])) for name in names)
+        return (Chart("Losses over the steps", "step", "loss", tuple(lines)),)
 
     def keep_analysis(self, name: str, entries: str, document: Mapping[str, Any], *, same: Sequence[str]) -> Path:
         """Add `document` to the list `entries` of `analysis/<name>.json`, in place of one that agrees in the fields `same`.

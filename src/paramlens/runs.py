@@ -39,7 +39,7 @@ from paramlens.saving import require_space
 from paramlens.sites import at_rest, find_sites
 from paramlens.targets import Target
 from paramlens.tasks import Batches, Inputs, Task, batch_function, generator
-from paramlens.tracking import Silent, Tracker
+from paramlens.tracking import Silent, TargetTracker, Tracker
 from paramlens.train import make_optimizer, restore, train
 
 
@@ -162,7 +162,13 @@ def with_target(config: Config, target: str | Path | None) -> Config:
 def trained_target(config: Config, *, tracker: Tracker) -> Target:
     """Train the toy target of a configuration, telling its progress and whether it converged."""
     _require_device(config.device)
-    return targets.train(config, on_message=tracker.message)
+    if not isinstance(tracker, TargetTracker):
+        return targets.train(config, on_message=tracker.message, on_check=lambda step, text: tracker.message(f"target step {step}  {text}"))
+    tracker.start("training the target", steps=targets.training_steps(config), done=0)
+    try:
+        return targets.train(config, on_message=tracker.message, on_check=tracker.target)
+    finally:
+        tracker.close()
 
 
 def _require_start(path: Path, *, extend_steps: int | None, overwrite: bool) -> None:

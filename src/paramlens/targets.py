@@ -69,25 +69,28 @@ def _embedding_name(model: Any) -> str:
     return next(name for name, parameter in model.named_parameters() if parameter is embedding)
 
 
-def train(config: Config, *, on_message: Callable[[str], object]) -> Target:
-    """Train the toy target of a configuration, telling its progress and whether it converged."""
+def training_steps(config: Config) -> int:
+    """Steps that the training of a toy target takes at most in one attempt."""
     task = config.task
-    every, seen = (5 if isinstance(task, InductionTask) else 2), 0
+    assert isinstance(task, InductionTask | FactsTask)
+    return task.training.steps if isinstance(task, InductionTask) else task.miniature.steps
 
-    def on_check(check: Any) -> None:
-        nonlocal seen
-        seen += 1
-        if seen % every == 1:
-            on_message(_described(check))
+
+def train(config: Config, *, on_message: Callable[[str], object], on_check: Callable[[int, str], object]) -> Target:
+    """Train the toy target of a configuration, telling what it is, its checks (step, and what was found) and whether it converged."""
+    task = config.task
+
+    def checked(check: Any) -> None:
+        on_check(check.step, _described(check))
 
     if isinstance(task, InductionTask):
         on_message(f"training the target: {task.blocks} attention blocks, up to {task.training.steps} steps an attempt")
-        model, history = train_target(task, seed=config.seed, device=config.device, on_check=on_check)
+        model, history = train_target(task, seed=config.seed, device=config.device, on_check=checked)
         target, remedy = Target(model, history), "task.training.steps"
     else:
         assert isinstance(task, FactsTask)
         on_message(f"training the target: a GPT-2 of {task.miniature.blocks} blocks, {task.miniature.steps} steps")
-        language, history = train_miniature(task.miniature, task.sentences, seed=config.seed, device=config.device, on_check=on_check)
+        language, history = train_miniature(task.miniature, task.sentences, seed=config.seed, device=config.device, on_check=checked)
         target, remedy = Target(language.model, history, language), "task.miniature.steps"
     last = history.checks[-1]
     half = f"has NOT converged: read what follows as the circuit of a half-trained model, or raise {remedy}"
@@ -97,7 +100,7 @@ def train(config: Config, *, on_message: Callable[[str], object]) -> Target:
 
 
 def _described(check: Any) -> str:
-    shared = f"target step {check.step}  loss {check.loss:.2e} nats  accuracy {check.accuracy:.4f}"
+    shared = f"loss {check.loss:.2e} nats  accuracy {check.accuracy:.4f}"
     if isinstance(check, FactsCheck):
         return f"{shared}  probability {check.probability:.3f}"
     return f"{shared}  attention m→s1 {check.attention_m_s1:.3f}  s2→m {check.attention_s2_m:.3f}"

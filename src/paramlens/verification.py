@@ -11,6 +11,8 @@ from paramlens.errors import ParamLensError
 from paramlens.layout import checkpoint_step, checkpoints, read_json, read_metrics, require_run
 from paramlens.metrics import recorded_part
 from paramlens.rundir import require_own, require_whole_run
+from paramlens.shown import Shown
+from paramlens.tables import Cell, Column, Table
 from paramlens.tensorfile import require_fit
 
 T = TypeVar("T")
@@ -29,8 +31,8 @@ class CheckpointReport:
         return not self.problems
 
 
-@dataclass(frozen=True)
-class Verification:
+@dataclass(frozen=True, repr=False)
+class Verification(Shown):
     """What `verify` found. Problems name the file, what was expected and what was found."""
 
     run: Path
@@ -49,6 +51,23 @@ class Verification:
     def last_good(self) -> int | None:
         """Step of the newest checkpoint that is whole; none if there is none."""
         return next((each.step for each in reversed(self.checkpoints) if each.whole), None)
+
+    def summary(self) -> str:
+        problems = sum(len(each) for each in (self.problems, *(report.problems for report in self.checkpoints)))
+        found = f"damaged, {problems} problems" if problems else "whole"
+        return f"{self.run}, {self.status or 'status unknown'}: {found}, {len(self.checkpoints)} checkpoints"
+
+    def tables(self) -> tuple[Table, ...]:
+        """A row for the run, one for each checkpoint, each with what is wrong."""
+        parts = {"the run": self.problems} | {f"checkpoint of step {each.step}": each.problems for each in self.checkpoints}
+        rows = tuple(
+            (Cell(name), Cell("damaged", "bad") if problems else Cell("whole", "good"), Cell("\n".join(problems)))
+            for name, problems in parts.items()
+        )
+        heads = (Column("part", right=False), Column("state", right=False), Column("what is wrong", right=False, wraps=True))
+        notes = () if self.checkpoints else (Cell("no checkpoint yet", "warn"),)
+        shown = heads if any(parts.values()) else heads[:2]
+        return (Table(f"{self.run}, {self.status or 'status unknown'}", shown, tuple(each[: len(shown)] for each in rows), notes=notes),)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as `verify --json` prints them."""

@@ -16,7 +16,9 @@ from paramlens.errors import ConfigError, RunDirError
 from paramlens.evaluation import ACTIVE
 from paramlens.machine import machine
 from paramlens.rundir import Run
+from paramlens.shown import Shown
 from paramlens.sites import at_rest
+from paramlens.tables import Cell, Table, columns, row, shaded, site_cell
 from paramlens.tasks import generator
 
 
@@ -42,8 +44,8 @@ class SiteAgreement:
     """Subcomponent of the one, of the other, and their similarity, as `agreement` matches them; none for a mean over pairs."""
 
 
-@dataclass(frozen=True)
-class Agreement:
+@dataclass(frozen=True, repr=False)
+class Agreement(Shown):
     """Agreement between runs that decompose the same target, at every site."""
 
     runs: list[str]
@@ -58,6 +60,33 @@ class Agreement:
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
+
+    def summary(self) -> str:
+        mean = sum(site.agreement for site in self.sites.values()) / len(self.sites)
+        return f"{len(self.runs)} runs, {len(self.sites)} sites: {mean:.3f} on average, in [0, 1]"
+
+    def tables(self) -> tuple[Table, ...]:
+        """One row a site: agreement, and by direction and pattern alone, mean over the pairs of runs."""
+        pairs = f"{len(self.pairs)} pair{'s' if len(self.pairs) > 1 else ''}"
+        flattered = "every seed started from the same singular vectors, which flatters the agreement; --init.kind svd_rotated does not"
+        rows = tuple(
+            (
+                site_cell(name),
+                shaded(f"{site.agreement:.3f}", site.agreement, 1.0),
+                *row(
+                    *(f"{value:.3f}" for value in (site.direction, site.chance, site.pattern)), f"{site.parts[0]:.1f}, {site.parts[1]:.1f}"
+                ),
+            )
+            for name, site in self.sites.items()
+        )
+        return (
+            Table(
+                f"Agreement of {len(self.runs)} runs, mean over {pairs}, in [0, 1]",
+                columns("site", "agreement", "direction", "by chance", "pattern", "parts"),
+                rows,
+                notes=(Cell(flattered, "warn"),) if self.init == "svd" else (),
+            ),
+        )
 
 
 @torch.no_grad()

@@ -15,7 +15,9 @@ from paramlens.losses import LossAt, stack_size
 from paramlens.machine import machine
 from paramlens.masks import Replacement
 from paramlens.rundir import Run
+from paramlens.shown import Shown
 from paramlens.sites import at_rest
+from paramlens.tables import Table, columns, row
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,8 @@ class SiteParts:
     parts: list[Part]
 
 
-@dataclass(frozen=True)
-class Catalogue:
+@dataclass(frozen=True, repr=False)
+class Catalogue(Shown):
     """All parts of a run that are active (g > threshold) at one held-out or shown position at least; the others are active nowhere.
 
     tokens, roles: of every shown sequence, the same ones for all parts; roles is none where positions have none.
@@ -68,6 +70,27 @@ class Catalogue:
                 what = part.pop("what")
                 part |= {name: value for name, value in what.items() if name not in ("run", "site", "tokens")}
         return document
+
+    def summary(self) -> str:
+        active = sum(len(site.parts) for site in self.sites.values())
+        return f"{self.run}, step {self.step}: {active} of {self.C * len(self.sites)} subcomponents active somewhere"
+
+    def tables(self) -> tuple[Table, ...]:
+        """Every part with what is lost without it, site by site."""
+        names = columns("site", "subcomponent", "highest g", "mean g", "removed, nats", "from the masked model, nats")
+        rows = (
+            row(
+                site,
+                str(part.what.subcomponent),
+                f"{part.highest:.3f}",
+                f"{part.mean:.4f}",
+                f"{part.removed:.2e}",
+                f"{part.removed_masked:.2e}",
+            )
+            for site, each in self.sites.items()
+            for part in each.parts
+        )
+        return (Table(f"Active subcomponents (importance > {self.threshold:g})", names, tuple(rows)),)
 
 
 @torch.no_grad()

@@ -20,7 +20,9 @@ from paramlens.evaluation import ACTIVE, evaluate
 from paramlens.losses import LossAt
 from paramlens.machine import machine
 from paramlens.rundir import Run
+from paramlens.shown import Shown
 from paramlens.sites import at_rest
+from paramlens.tables import Cell, Table, columns, metric, row, shaded, site_cell
 from paramlens.tasks import Task, generator
 
 EXAMPLE_LENGTH = 128
@@ -63,8 +65,8 @@ class ExampleSequence:
     """Attention pattern → [query][key], mean over heads; empty for more than `EXAMPLE_LENGTH` positions."""
 
 
-@dataclass(frozen=True)
-class Circuit:
+@dataclass(frozen=True, repr=False)
+class Circuit(Shown):
     """Table 1 of a run, and what its parts do (§6.1).
 
     metrics: faithfulness (eq. 1; relative: over the mean squared weight), reconstructions and attention_kl in nats, accuracies in
@@ -92,6 +94,60 @@ class Circuit:
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
+
+    def summary(self) -> str:
+        active = sum(site.unique for site in self.sites.values())
+        return (
+            f"{self.run}, step {self.step}: {len(self.sites)} sites, {active} subcomponents in use, recon {self.metrics['recon']:.2e} nats"
+        )
+
+    def tables(self) -> tuple[Table, ...]:
+        """Tables 1a and 1b as one, with a word on silent sites; 1c; and interventions, where they say more than the divergence."""
+        highest = max(count for site in self.sites.values() for count in site.active.values())
+        places = 1 if len(self.roles) > _WIDE else 3
+        active = Table(
+            f"Active subcomponents (importance > {self.threshold:g}), {self.sequences} sequences",
+            columns("site", *self.roles, "unique"),
+            tuple(
+                (
+                    site_cell(name),
+                    *(shaded(f"{site.active[role]:.{places}f}", site.active[role], highest) for role in self.roles),
+                    Cell(str(site.unique)),
+                )
+                for name, site in self.sites.items()
+            ),
+            notes=tuple(Cell(f"{name} is silent: it {site.silent}", "warn") for name, site in self.sites.items() if site.silent),
+        )
+        numbers = self.metrics | ({} if self.off_data is None else {"recon_off_data": self.off_data.recon})
+        metrics = Table(
+            "Faithfulness, divergences in nats, accuracies",
+            columns("metric", "value"),
+            tuple(row(name, metric(name, value)) for name, value in numbers.items()),
+            notes=() if self.off_data is None else (Cell(f"off data: {self.off_data.what}", "faint"),),
+        )
+        telling = any(change.attention or change.accuracy is not None for change in self.interventions)
+        return (active, metrics, _changes(self.interventions)) if telling else (active, metrics)
+
+
+_WIDE = 6
+"""Roles that are given three places each; more are given one."""
+
+
+def _changes(changes: Sequence[Intervention]) -> Table:
+    links = list(changes[0].attention)
+    return Table(
+        "Without and with a site's active subcomponents alone, and other changes (§6.1)",
+        columns("change", "KL, nats", "accuracy", *(link.replace("_", " ") for link in links)),
+        tuple(
+            row(
+                change.name,
+                f"{change.kl:.2e}",
+                "-" if change.accuracy is None else f"{change.accuracy:.4f}",
+                *(f"{change.attention[link]:.3f}" for link in links),
+            )
+            for change in changes
+        ),
+    )
 
 
 def circuit(run: Run, *, threshold: float = ACTIVE, batches: int = 16, adversary: int = STEPS) -> Circuit:

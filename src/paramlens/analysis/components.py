@@ -15,7 +15,9 @@ from paramlens.errors import ConfigError, SiteError
 from paramlens.evaluation import ACTIVE, importances
 from paramlens.machine import machine
 from paramlens.rundir import Run
+from paramlens.shown import Shown
 from paramlens.sites import at_rest
+from paramlens.tables import Cell, Column, Table, columns, row, shaded, site_cell
 from paramlens.tasks import Batch
 from paramlens.tasks.language import encode_sentence, padded
 
@@ -42,8 +44,8 @@ class Active:
     """Length of what it writes there, |x · u| ‖v‖."""
 
 
-@dataclass(frozen=True)
-class Inspection:
+@dataclass(frozen=True, repr=False)
+class Inspection(Shown):
     """Which subcomponents are active on which token of a sentence. unique: active in none of the other sentences of the run."""
 
     run: str
@@ -61,9 +63,29 @@ class Inspection:
     def to_json(self) -> dict[str, object]:
         return asdict(self)
 
+    def summary(self) -> str:
+        return f"{self.run}, step {self.step}: {self._different} of {self.total} active in {self.prompt!r}, {len(self.unique)} its own"
 
-@dataclass(frozen=True)
-class Subcomponent:
+    def tables(self) -> tuple[Table, ...]:
+        """One row a site, one column a token: how many subcomponents are active; and how many are the sentence's own."""
+        own = [site for site, _ in self.unique]
+        highest = max((max(counts) for counts in self.by_site.values()), default=0)
+        sites = [
+            (site_cell(site), *(shaded(str(count), count, highest) for count in counts), Cell(str(own.count(site))))
+            for site, counts in self.by_site.items()
+        ]
+        sums = row("sum", *(str(sum(column)) for column in zip(*self.by_site.values(), strict=True)), str(len(own)), tone="strong")
+        note = f"{self._different} of {self.total} are active in it, {len(own)} of them in no other sentence of the run"
+        title = f"Active subcomponents (importance > {self.threshold:g}): {self.prompt}"
+        return (Table(title, columns("site", *self.tokens, "own"), (*sites, sums), notes=(Cell(note),)),)
+
+    @property
+    def _different(self) -> int:
+        return len({(each.site, each.subcomponent) for each in self.active})
+
+
+@dataclass(frozen=True, repr=False)
+class Subcomponent(Shown):
     """One rank-1 part outer(u, v) of a site's weight.
 
     reads: tokens whose embedding, through the norm before the site, has the largest inner activation; positions: likewise; both empty for
@@ -89,6 +111,34 @@ class Subcomponent:
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
+
+    def summary(self) -> str:
+        return f"{self.site}, subcomponent {self.subcomponent} of {self.run}: |u| {self.norm_u:.3g}, |v| {self.norm_v:.3g}"
+
+    def tables(self) -> tuple[Table, ...]:
+        """What it reads and writes, and its importance and inner activation at the tokens of every sentence."""
+        listed = {"reads tokens": self.reads, "reads positions": self.positions, "raises": self.writes, "lowers": self.suppresses}
+        about = Table(
+            f"{self.site}, subcomponent {self.subcomponent}: |u| {self.norm_u:.3g}, |v| {self.norm_v:.3g}",
+            (Column("", right=False), Column("", right=False, wraps=True)),
+            tuple((Cell(name), _listed(entries)) for name, entries in listed.items()),
+            headed=False,
+        )
+        sentences = zip(self.tokens, self.importance, self.inner, strict=True)
+        return (about, *(_token_strip(*each) for each in sentences))
+
+
+def _listed(entries: Sequence[Read]) -> Cell:
+    text = "  ".join(f"{each.what!r} {each.value:+.2f}" for each in entries)
+    return Cell(text) if text else Cell("not of the residual stream", "faint")
+
+
+def _token_strip(tokens: Sequence[str], importance: Sequence[float], inner: Sequence[float]) -> Table:
+    rows = (
+        (Cell("importance"), *(shaded(f"{value:.2f}", value, 1.0) for value in importance)),
+        (Cell("inner"), *(Cell(f"{value:+.2f}") for value in inner)),
+    )
+    return Table("", columns("", *tokens), rows, strip=True)
 
 
 @dataclass(frozen=True)

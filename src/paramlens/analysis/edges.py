@@ -14,7 +14,9 @@ from paramlens.importance import lower
 from paramlens.machine import machine
 from paramlens.masks import Replacement, rounded_mask
 from paramlens.rundir import Run
+from paramlens.shown import Shown
 from paramlens.sites import at_rest
+from paramlens.tables import Cell, Table, columns, shaded
 
 SMALLEST = 1e-6
 """Relative changes below it are the rounding of two runs, and no edge."""
@@ -34,8 +36,8 @@ class Edge:
     importance: float
 
 
-@dataclass(frozen=True)
-class Edges:
+@dataclass(frozen=True, repr=False)
+class Edges(Shown):
     """Effects between sites on held-out data; pairs without any effect are left out."""
 
     run: str
@@ -46,6 +48,16 @@ class Edges:
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
+
+    def summary(self) -> str:
+        return f"{self.run}, step {self.step}: {len(self.edges)} edges"
+
+    def tables(self) -> tuple[Table, ...]:
+        """Every edge, the strongest first."""
+        ordered = sorted(self.edges, key=lambda edge: -edge.inner)
+        rows = ((Cell(e.source), Cell(e.target), shaded(f"{e.inner:.3f}", e.inner, 1.0), Cell(f"{e.importance:+.3f}")) for e in ordered)
+        title = f"Lost by later sites without a site's active subcomponents, {self.sequences} sequences"
+        return (Table(title, columns("site", "later site", "inner activation", "importance"), tuple(rows)),)
 
 
 @torch.no_grad()

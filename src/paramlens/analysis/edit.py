@@ -28,7 +28,9 @@ from paramlens.errors import ConfigError
 from paramlens.evaluation import ACTIVE
 from paramlens.machine import machine
 from paramlens.rundir import Run
+from paramlens.shown import Shown
 from paramlens.sites import at_rest, find_sites
+from paramlens.tables import Cell, Column, Table, figure, row, site_cell, token_text
 from paramlens.tasks.facts import Fact, fact_of, shipped_facts
 from paramlens.tasks.language import encode_fact, save_language, token_texts
 
@@ -49,8 +51,8 @@ class Selected:
     """What it adds there to the log-probability of the answer, in nats, to first order: (x · u) v · ∂ log p / ∂y."""
 
 
-@dataclass(frozen=True)
-class Edit:
+@dataclass(frozen=True, repr=False)
+class Edit(Shown):
     """New weights for some sites of a model. Nothing is changed until it is applied."""
 
     model: nn.Module
@@ -58,6 +60,13 @@ class Edit:
     selected: tuple[Selected, ...]
     method: Method
     weights: Mapping[str, Float[Tensor, "d_in d_out"]]
+
+    def summary(self) -> str:
+        return f"{self.method} of {len(self.selected)} subcomponents at {len(self.weights)} sites"
+
+    def tables(self) -> tuple[Table, ...]:
+        """The subcomponents that it takes out."""
+        return (selected_table(self.selected),)
 
     @contextmanager
     def applied(self) -> Iterator[nn.Module]:
@@ -80,6 +89,24 @@ class Edit:
         with self.applied():
             save_language(self.model, self.tokenizer, path)
         return path
+
+
+LISTED = 12
+"""Subcomponents that a table lists one by one."""
+
+
+def selected_table(selected: Sequence[Selected]) -> Table:
+    """The subcomponents an edit takes out, the first `LISTED` of them each in a row."""
+    heads = (Column("site", right=False), Column("subcomponent"), Column("token", right=False), Column("importance"), Column("adds, nats"))
+    rows = tuple(
+        (
+            site_cell(each.site),
+            *row(str(each.subcomponent), token_text(each.token or "-"), figure(each.importance, 3), figure(each.contribution, 3)),
+        )
+        for each in selected[:LISTED]
+    )
+    more = (Cell(f"and {len(selected) - LISTED} more"),) if len(selected) > LISTED else ()
+    return Table(f"{len(selected)} subcomponents taken out", heads, rows, notes=more)
 
 
 @contextmanager

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from paramlens.analysis.components import own_sentences, run_sentences, tokenizer_of
-from paramlens.analysis.edit import Edit, Selected, changed, find_fact, project_out, taken_out
+from paramlens.analysis.edit import Edit, Selected, changed, find_fact, project_out, selected_table, taken_out
 from paramlens.analysis.held_out import data_of
 from paramlens.errors import ConfigError
 from paramlens.machine import machine
 from paramlens.rundir import Run
+from paramlens.shown import Shown
 from paramlens.sites import at_rest
+from paramlens.tables import Cell, Table, columns, figure, row, shaded
 from paramlens.tasks import generator
 from paramlens.tasks.facts import Fact, kinds, recall, shipped_facts
 from paramlens.tasks.language import encode, padded
@@ -52,8 +54,8 @@ class Effect:
     """exp of the mean cross-entropy in nats per token of unrelated text; none where there is none."""
 
 
-@dataclass(frozen=True)
-class Suppression:
+@dataclass(frozen=True, repr=False)
+class Suppression(Shown):
     """An edit, its effect on a fact set, and controls of equal rank at the same sites.
 
     controls: random directions; the weight's top singular directions; as many of the run's other subcomponents, drawn at random;
@@ -72,6 +74,26 @@ class Suppression:
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
+
+    def summary(self) -> str:
+        kept = ", ".join(f"{kind} {value:.3f}" for kind, value in list(self.effect.kept.items())[:2])
+        return f"{self.method} of {len(self.selected)} subcomponents from {self.run}, probability kept: {kept}"
+
+    def tables(self) -> tuple[Table, ...]:
+        """What was taken out, and by kind of fact the share of its probability that an answer keeps, beside the controls."""
+        effects = {"these parts": self.effect} | {name.replace("subcomponents", "parts"): each for name, each in self.controls.items()}
+        kept = [
+            (Cell(kind), *(shaded(f"{effect.kept[kind]:.3f}", effect.kept[kind], 1.0) for effect in effects.values()))
+            for kind in self.effect.kept
+        ]
+        perplexities = row("perplexity", *(figure(effect.perplexity, 2) for effect in effects.values()))
+        table = Table(
+            f"Probability kept, median by kind ({self.method}): {self.target}",
+            columns("kind of fact", *effects),
+            (*kept, perplexities),
+            notes=(Cell(f"perplexity before: {figure(self.perplexity_before, 2)}"),),
+        )
+        return selected_table(self.selected), table
 
 
 @torch.no_grad()

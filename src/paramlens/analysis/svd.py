@@ -15,7 +15,9 @@ from paramlens.losses import LossAt, stack_size
 from paramlens.machine import machine
 from paramlens.masks import Replacement, rounded_mask
 from paramlens.rundir import Run
+from paramlens.shown import Shown
 from paramlens.sites import at_rest
+from paramlens.tables import Cell, Chart, Column, Line, Table, columns, row, site_cell
 from paramlens.tasks import generator
 
 THRESHOLDS = (0.5, 0.3, 0.2, ACTIVE, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
@@ -47,8 +49,8 @@ class Kept:
     """KL in nats with the unique ones fully on at every token alike, which is how the pruned SVD runs."""
 
 
-@dataclass(frozen=True)
-class SvdBaseline:
+@dataclass(frozen=True, repr=False)
+class SvdBaseline(Shown):
     """Algorithm 2 on a run's target, at the tolerance and along its whole path, and the decomposition on the same sequences."""
 
     run: str
@@ -82,6 +84,48 @@ class SvdBaseline:
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
+
+    def summary(self) -> str:
+        ranks, unique = sum(self.ranks.values()), sum(self.counted.unique.values())
+        return f"{self.run}, step {self.step}: rank {ranks} at KL {self.kl:.2e} nats, {unique} subcomponents at {self.recon:.2e}"
+
+    def tables(self) -> tuple[Table, ...]:
+        """Ranks at the tolerance beside the decomposition's counts, and both curves at a few points."""
+        ours = self.counted
+        sums = row("sum", str(sum(self.ranks.values())), f"{sum(ours.active.values()):.3f}", str(sum(ours.unique.values())), tone="strong")
+        factors = [(name, factor) for name, factor in (("active", self.factor_active), ("unique", self.factor_unique)) if factor]
+        more = "SVD keeps " + ", ".join(f"{factor:.1f} times as many as are {name}" for name, factor in factors)
+        ranks = Table(
+            f"SVD pruned to KL {self.kl:.2e} (tolerance {self.tolerance:.2e}) nats beside the decomposition's {self.recon:.2e}",
+            columns("site", "SVD rank", "active at its role", "unique"),
+            (
+                *(
+                    (site_cell(site), *row(str(rank), f"{ours.active[site]:.3f}", str(ours.unique[site])))
+                    for site, rank in self.ranks.items()
+                ),
+                sums,
+            ),
+            notes=(Cell(more),) if factors else (),
+        )
+        heads = tuple(Column(name) for name in ("KL up to, nats", "SVD", "active", "unique"))
+        points = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+        curve = Table("Rank 1 parts in all, and what is lost with them alone", heads, tuple(self._at(point) for point in points))
+        return ranks, curve
+
+    def _at(self, tolerance: float) -> tuple[Cell, ...]:
+        held = [point for point in self.decomposition if point.kl <= tolerance]
+        fewest = min(held, key=lambda point: sum(point.active.values()), default=None)
+        ours = (f"{sum(fewest.active.values()):.1f}", str(sum(fewest.unique.values()))) if fewest else ("-", "-")
+        return row(f"{tolerance:.0e}", str(self.rank_at(tolerance)), *ours)
+
+    def charts(self) -> tuple[Chart, ...]:
+        """Figure 2: what is lost with so many parts alone."""
+        lines = (
+            Line("SVD, rank left", tuple((float(point.total), point.kl) for point in self.curve)),
+            Line("active at their role", tuple((sum(point.active.values()), point.kl) for point in self.decomposition)),
+            Line("unique, the active ones on", tuple((float(sum(point.unique.values())), point.kl) for point in self.decomposition)),
+        )
+        return (Chart("What is lost with so many parts alone; dashed: the tolerance", "rank 1 parts", "KL, nats", lines, self.tolerance),)
 
 
 def pruned_to(curve: Sequence[Pruned], tolerance: float) -> Pruned:

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from paramlens.analysis.edit import positions_of
 from paramlens.decomposition import block_chains
 from paramlens.errors import BatchError, ConfigError
+from paramlens.shown import Shown
 from paramlens.sites import at_rest
+from paramlens.tables import Cell, Column, Table, columns, shaded, token_text
 from paramlens.tasks import generator
 from paramlens.tasks.language import encode, encode_fact, model_inputs, token_texts
 
@@ -33,8 +35,8 @@ _PARTS = {
 Kind = Literal["hidden", "mlp", "attention"]
 
 
-@dataclass(frozen=True)
-class Trace:
+@dataclass(frozen=True, repr=False)
+class Trace(Shown):
     """The answer's probability, in [0, 1], mean over the draws of noise.
 
     hidden, mlp, attention: [block][position], with that block's state, or the outputs of the MLPs or attentions of `window` blocks around
@@ -63,6 +65,32 @@ class Trace:
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
+
+    def summary(self) -> str:
+        return f"{self.prompt!r}: p({self.answer}) {self.clean:.3f}, with {self.subject!r} corrupted {self.corrupted:.3f}"
+
+    def tables(self, *, zero_mlp: bool = True) -> tuple[Table, ...]:
+        """The three maps, one row a block, one column a token, * at the subject's; and, with `zero_mlp`, the sweep without one MLP."""
+        heads = tuple(Column(token_text(token) + ("*" if i in self.subject_positions else "")) for i, token in enumerate(self.positions))
+        maps = {"hidden state": self.hidden, "MLP": self.mlp, "attention": self.attention}
+        highest = max(self.clean, *(value for rows in maps.values() for values in rows for value in values))
+        together = f", {self.window} blocks together"
+        shown = [
+            Table(
+                f"{name} restored at one place{together if name != 'hidden state' else ''}: probability of the answer",
+                (Column("block"), *heads),
+                tuple((Cell(str(i)), *(shaded(f"{value:.3f}", value, highest) for value in values)) for i, values in enumerate(rows)),
+            )
+            for name, rows in maps.items()
+        ]
+        draws = f"({self.samples} draws, noise {self.noise:g}, seed {self.seed})"
+        told = f"p({self.answer}) {self.clean:.3f}, with the subject corrupted {self.corrupted:.3f} {draws}"
+        zeroed = Table(
+            f"One MLP put to zero: probability of the answer ({self.clean:.3f} with all)",
+            columns("block", *map(str, range(len(self.zero_mlp)))),
+            ((Cell("p"), *(shaded(f"{value:.3f}", value, highest) for value in self.zero_mlp)),),
+        )
+        return (Table("", (), (), notes=(Cell(told),)), *shown, *((zeroed,) if zero_mlp else ()))
 
 
 @torch.no_grad()

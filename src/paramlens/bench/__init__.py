@@ -6,7 +6,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -22,6 +22,7 @@ from paramlens.importance import Importance
 from paramlens.machine import machine
 from paramlens.sites import find_sites
 from paramlens.step import Steps
+from paramlens.tables import Column, Table, figure, row
 from paramlens.tasks import Batch, generator
 from paramlens.tasks.induction import InductionTransformer, induction_task
 from paramlens.train import make_optimizer
@@ -137,6 +138,19 @@ def _processor() -> str:
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
     return f"{name}, {os.cpu_count()} cores"
+
+
+def bench_table(document: Mapping[str, Any]) -> Table:
+    """One row a case: sizes, steps per second of both steps, their ratio, and peak memory of both in MiB."""
+    heads = ("γ", "length", "batch", "C", "sites", "alone", "threads", "naive", "ours", "ratio", "MiB", "MiB")
+    rows = []
+    for case in document["cases"]:
+        sizes = [str(case[name]) for name in ("importance", "length", "batch", "C", "sites", "layerwise_sites", "threads")]
+        rates = [figure(case["naive_steps_per_s"], 3), figure(case["steps_per_s"], 3), figure(case["ratio"], 2)]
+        peaks = [figure(None if case[name] is None else case[name] / 2**20, 0) for name in ("naive_peak_bytes", "peak_bytes")]
+        rows.append(row(*sizes, *rates, *peaks))
+    title = f"{document['machine']}, torch {document['torch']}: steps/s of the naive step and ours, peak MiB of both"
+    return Table(title, tuple(Column(name, right=name != "γ") for name in heads), tuple(rows), keys=7)
 
 
 def _alternate(case: Case, *, naive: bool, repeats: int, seconds: float) -> Measured:
