@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from paramlens.analysis.agreement import agreement
     from paramlens.analysis.circuit import circuit
+    from paramlens.analysis.components import inspect_prompt, inspect_subcomponent
     from paramlens.analysis.edit import suppress
     from paramlens.analysis.effect import evaluate_edit
     from paramlens.analysis.svd import svd_baseline
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from paramlens.page import report
     from paramlens.rundir import Run, open_run
     from paramlens.runs import decompose, decompose_config
+    from paramlens.shipped import example
     from paramlens.verification import verify
 
 _HOME = {
@@ -30,7 +32,10 @@ _HOME = {
     "suppress": "paramlens.analysis.edit",
     "evaluate_edit": "paramlens.analysis.effect",
     "trace": "paramlens.analysis.trace",
+    "inspect_prompt": "paramlens.analysis.components",
+    "inspect_subcomponent": "paramlens.analysis.components",
     "report": "paramlens.page",
+    "example": "paramlens.shipped",
     "verify": "paramlens.verification",
     "Decomposition": "paramlens.decomposition",
     "Run": "paramlens.rundir",
@@ -45,6 +50,9 @@ __all__ = [
     "decompose",
     "decompose_config",
     "evaluate_edit",
+    "example",
+    "inspect_prompt",
+    "inspect_subcomponent",
     "load_config",
     "open_run",
     "report",

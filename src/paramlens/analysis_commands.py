@@ -1,6 +1,7 @@
 """The commands that look at finished runs and models: circuit, svd, agreement, inspect, suppress, trace."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,9 @@ from paramlens.options import Agree, Inspect, ShowCircuit, Suppress, Svd, Trace
 from paramlens.terminal import emit
 
 if TYPE_CHECKING:
+    from paramlens.analysis.agreement import Agreement
     from paramlens.analysis.circuit import Circuit
+    from paramlens.rundir import Run
 
 
 def show_circuit(options: ShowCircuit, _: list[str]) -> int:
@@ -48,12 +51,22 @@ def show_svd(options: Svd, _: list[str]) -> int:
 def show_agreement(options: Agree, _: list[str]) -> int:
     for path in options.runs:
         require_run(path)
-    from paramlens.analysis.agreement import agreement
     from paramlens.rundir import open_run
 
-    result = agreement([open_run(path) for path in options.runs], threshold=options.threshold, batches=options.batches)
+    runs = [open_run(path) for path in options.runs]
+    result = saved_agreement(runs, threshold=options.threshold, batches=options.batches)
     emit(result.to_json(), result.tables(), as_json=options.json)
     return 0
+
+
+def saved_agreement(runs: "Sequence[Run]", **options: Any) -> "Agreement":
+    """How far runs agree, kept in the `analysis/agreement.json` of each."""
+    from paramlens.analysis.agreement import agreement
+
+    result = agreement(runs, **options)
+    for run in runs:
+        run.save_analysis("agreement", {"step": run.step, **result.to_json()})
+    return result
 
 
 def show_inspect(options: Inspect, _: list[str]) -> int:

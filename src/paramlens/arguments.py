@@ -21,12 +21,13 @@ DEMO_CONFIG = "induction-quick"
 def parse(name: str, kind: type, argv: Sequence[str]) -> tuple[Any, list[str]]:
     """The command's own options, and the words that are not: overrides of configuration fields. Raises `ConfigError` for any other."""
     prog = f"paramlens {name}"
-    first = next(iter(dataclasses.fields(kind))).name
+    leading = next(iter(dataclasses.fields(kind)))
+    first, needed = leading.name, leading.default is dataclasses.MISSING
     configured = first == "config"
     asks_help = bool({"-h", "--help"} & set(argv))
     if asks_help and configured:
         tyro.cli(_with_fields(kind, argv), prog=prog, args=["--help"], config=(tyro.conf.AvoidSubcommands,))
-    if first in _FIRST and not asks_help and (not argv or argv[0].startswith("-")):
+    if first in _FIRST and needed and not asks_help and (not argv or argv[0].startswith("-")):
         what = f"a configuration, {', '.join(shipped_configs())} or a YAML file" if configured else _FIRST[first]
         raise ConfigError(f"{name}: give {what} first, then options")
     if asks_help:

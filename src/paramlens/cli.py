@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from paramlens import __version__
-from paramlens.analysis_commands import saved_circuit, show_agreement, show_circuit, show_inspect, show_suppress, show_svd, show_trace
+from paramlens.analysis_commands import (
+    saved_agreement,
+    saved_circuit,
+    show_agreement,
+    show_circuit,
+    show_inspect,
+    show_suppress,
+    show_svd,
+    show_trace,
+)
 from paramlens.arguments import DEMO_CONFIG, configuration, parse
 from paramlens.completion import script
 from paramlens.config import Config
@@ -212,7 +221,6 @@ def _decompose(options: Decompose, rest: list[str]) -> int:
 
 def _decompose_seeds(options: Decompose, config: Config, rest: list[str]) -> int:
     assert options.seeds is not None
-    from paramlens.analysis.agreement import agreement
     from paramlens.rundir import open_run
     from paramlens.seeds import decompose_seeds
 
@@ -224,7 +232,7 @@ def _decompose_seeds(options: Decompose, config: Config, rest: list[str]) -> int
         own = [f"--{name}={value}" for name in ("target", "seeds", "out") if (value := getattr(options, name)) is not None]
         return _interrupted(["paramlens", "decompose", options.config, "--resume", *rest, *own], stopped)
     alike = options.target is not None and "{seed}" not in str(options.target) and len(paths) > 1
-    found = agreement([open_run(path) for path in paths]) if alike else None
+    found = saved_agreement([open_run(path) for path in paths]) if alike else None
     if options.json:
         runs = [_run_document(open_run(path)) for path in paths]
         print(json.dumps({"runs": runs, "agreement": found.to_json() if found else None}))
@@ -248,11 +256,22 @@ def _interrupted(again: list[str], stopped: RunInterrupted) -> int:
 
 
 def _report_command(options: Report, _: list[str]) -> int:
-    require_run(options.run)
+    if options.example:
+        from paramlens.shipped import example
+
+        path = example() if options.run is None else example(options.run)
+    elif options.run is None:
+        raise ConfigError("report: give a run directory first, then options; or --example")
+    else:
+        require_run(path := options.run)
     from paramlens.page import report
 
-    page = report(options.run)
+    page = report(path, budget=options.budget)
     _emit({"page": str(page)}, as_json=options.json, text=f"page: {page}")
+    if options.open:
+        import webbrowser
+
+        webbrowser.open(page.absolute().as_uri())
     return 0
 
 

@@ -211,8 +211,14 @@ class Trace:
 class Report:
     """Write report.html into the run directory."""
 
-    run: Positional[Path]
-    """Run directory."""
+    run: Positional[Path | None] = None
+    """Run directory; with --example, where the shipped run goes (runs/example)."""
+    example: bool = False
+    """Of a finished run that comes with the library: nothing needs to be trained."""
+    budget: float = 8.0
+    """Size in MB; above it the token strips of the least important subcomponents are left out, and the page says so."""
+    open: bool = False
+    """Show it in the browser."""
     json: bool = False
     """One JSON document on stdout."""
 

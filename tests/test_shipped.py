@@ -1,0 +1,58 @@
+"""The run that comes with the library."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import paramlens
+from paramlens.analysis.circuit import circuit
+from paramlens.errors import RunDirError
+from paramlens.verification import verify
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory):
+    return paramlens.example(tmp_path_factory.mktemp("shipped") / "runs" / "example")
+
+
+def test_the_example_is_whole_and_says_what_it_said(shipped):
+    assert verify(shipped).whole
+    run = paramlens.open_run(shipped)
+    assert run.status == "finished"
+    kept = json.loads((shipped / "analysis/circuit.json").read_text())
+    now = circuit(run, adversary=0)
+    assert now.metrics["recon"] == pytest.approx(kept["metrics"]["recon"], rel=1e-3)
+    for name, site in now.sites.items():
+        assert site.unique == kept["sites"][name]["unique"]
+        assert site.active == pytest.approx(kept["sites"][name]["active"], abs=0.01)
+    assert kept["sites"]["blocks.0.attn.v"]["active"]["s1"] == pytest.approx(1, abs=0.05)
+
+
+def test_an_example_is_not_copied_over_anything(shipped, tmp_path):
+    (shipped / "note.txt").write_text("mine")
+    assert paramlens.example(shipped) == shipped
+    assert (shipped / "note.txt").read_text() == "mine"
+    (tmp_path / "thing").write_text("mine")
+    with pytest.raises(RunDirError, match=str(tmp_path)):
+        paramlens.example(tmp_path)
+
+
+def test_its_page_needs_no_torch(tmp_path):
+    code = """if True:
+        import sys
+        from paramlens.cli import main
+        assert main(["report", "--example", "--json"]) == 0
+        assert "torch" not in sys.modules
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == {"page": "runs/example/report.html"}
+    assert (tmp_path / "runs/example/report.html").stat().st_size < 8e6
+
+
+def test_report_wants_a_run_or_the_example(capsys):
+    from paramlens.cli import main
+
+    assert main(["report"]) == 2
+    assert "give a run directory first, then options; or --example" in capsys.readouterr().err
