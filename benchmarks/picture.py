@@ -1,8 +1,9 @@
-"""Picture of one figure of a run's page, by headless Chromium.
+"""Picture of a place on a run's page, by headless Chromium.
 
-    python benchmarks/picture.py RUN FIGURE OUT.png
+    python benchmarks/picture.py RUN PLACE OUT.png [ROW COLUMN]
 
-FIGURE: roles, maps, example, patterns, roleattention, attention, svd, losses or target; svd needs `paramlens svd RUN` before.
+PLACE: the whole first screen (page), a section (trust, map, circuit), what a click on a cell of the map opens (panel), or a figure by its name
+(losses, patterns, svd, suppress-0, ...: the ids `plot-...` of the page). ROW, COLUMN: the cell that is clicked before, in the page's first view.
 """
 
 import sys
@@ -15,16 +16,25 @@ from paramlens import report
 CHROMIUM = "/usr/bin/chromium"
 
 
-def main(run: str, figure: str, out: str) -> None:
+def main(run: str, place: str, out: str, *cell: str) -> None:
     page_file = report(run)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(viewport={"width": 900, "height": 700}, device_scale_factor=2)
+        page = browser.new_page(viewport={"width": 1000, "height": 1250}, device_scale_factor=1.5)
         page.goto(page_file.absolute().as_uri())
         page.wait_for_selector("body[data-ready=true]")
-        page.wait_for_timeout(500)
+        if cell:
+            page.locator(f"#map-svg [data-row='{cell[0]}'][data-column='{cell[1]}']").click()
+            page.wait_for_selector("#part")
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        page.locator(f"#plot-{figure}").screenshot(path=out)
+        if place == "page":
+            page.screenshot(path=out)
+        else:
+            figure = page.locator(f"#plot-{place}")
+            wanted = figure if figure.count() else page.locator(f"#{place}")
+            wanted.scroll_into_view_if_needed()
+            page.wait_for_timeout(500)
+            wanted.screenshot(path=out)
         browser.close()
 
 
