@@ -1,9 +1,13 @@
 import io
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from paramlens.tracking import LoggedStep, Silent, Terminal, Tracker
+from conftest import TINY
+from paramlens.configfile import make_config
+from paramlens.trackers import Beside
+from paramlens.tracking import Fanout, LoggedStep, Silent, Terminal, Tracker
 
 
 def logged(step: int) -> LoggedStep:
@@ -14,7 +18,7 @@ def written(terminal: bool, seconds: float = 0.0) -> str:
     stream = io.StringIO()
     tracker = Terminal(Console(file=stream, force_terminal=terminal, width=100), seconds=seconds)
     tracker.message("before")
-    tracker.start("decomposing", steps=30, done=0)
+    tracker.start("decomposing", steps=30, done=0, path=Path("run"), config=make_config(TINY))
     for step in (10, 20, 30):
         tracker.update(logged(step))
     tracker.message("after [not markup]")
@@ -44,6 +48,6 @@ def test_live_line_on_a_terminal():
     assert "after [not markup]" in text
 
 
-@pytest.mark.parametrize("tracker", [Silent(), Terminal(Console(file=io.StringIO()))])
-def test_both_follow_the_protocol(tracker):
+@pytest.mark.parametrize("tracker", [Silent(), Terminal(Console(file=io.StringIO())), Fanout(Silent()), Beside("wandb")])
+def test_all_follow_the_protocol(tracker):
     assert isinstance(tracker, Tracker)

@@ -247,6 +247,7 @@ def _decompose(options: Decompose, rest: list[str]) -> int:
     if not options.resume:
         require_free(path, overwrite=options.overwrite)
     from paramlens.runs import decompose_config
+    from paramlens.trackers import chosen
     from paramlens.tracking import Terminal
 
     try:
@@ -257,13 +258,14 @@ def _decompose(options: Decompose, rest: list[str]) -> int:
             resume=options.resume,
             extend_steps=options.extend_steps,
             overwrite=options.overwrite,
-            tracker=Terminal(),
+            tracker=chosen(options.track, first=Terminal()),
         )
     except RunInterrupted as stopped:
         place = ["--out", str(options.out)] if options.out else []
         model = ["--target", str(options.target)] if options.target and not holds_toy(options.target) else []
         extended = ["--extend-steps", str(options.extend_steps)] if options.extend_steps is not None else []
-        return _interrupted(["paramlens", "decompose", options.config, "--resume", *rest, *place, *model, *extended], stopped)
+        track = ["--track", *options.track] if options.track else []
+        return _interrupted(["paramlens", "decompose", options.config, "--resume", *rest, *place, *model, *extended, *track], stopped)
     _emit(_run_document(run), as_json=options.json, text=f"run: {path}")
     return 0
 
@@ -275,12 +277,12 @@ def _decompose_seeds(options: Decompose, config: Config, rest: list[str]) -> int
     from paramlens.seeds import decompose_seeds
 
     try:
-        paths = decompose_seeds(
-            config, options.seeds, out=options.out, target=options.target, resume=options.resume, overwrite=options.overwrite
-        )
+        how = {name: getattr(options, name) for name in ("out", "target", "resume", "overwrite", "track")}
+        paths = decompose_seeds(config, options.seeds, **how)
     except RunInterrupted as stopped:
         own = [f"--{name}={value}" for name in ("target", "seeds", "out") if (value := getattr(options, name)) is not None]
-        return _interrupted(["paramlens", "decompose", options.config, "--resume", *rest, *own], stopped)
+        track = ["--track", *options.track] if options.track else []
+        return _interrupted(["paramlens", "decompose", options.config, "--resume", *rest, *own, *track], stopped)
     alike = options.target is not None and "{seed}" not in str(options.target) and len(paths) > 1
     found = agreement([open_run(path) for path in paths]) if alike else None
     if options.json:

@@ -20,12 +20,15 @@ MANIFEST = "MANIFEST.json"
 LOCK, OWNER = ".lock", ".lock.json"
 """The file that is locked while a process writes to a run directory, and what that process says of itself."""
 
+TRACKING = "tracking"
+"""What TensorBoard, W&B and Trackio keep of a run: no part of what is promised of it, and in no manifest."""
+
 PART = ".part"
 """Ending of what is not finished, or on its way out: never read, and removed by the next process that writes there."""
 
 _CONTENTS = (
     *("checkpoints", "analysis", "report.html", "metrics.jsonl", "model.json", "target.safetensors", "target.json", "target"),
-    *(MANIFEST, "config.yaml", "run.json"),
+    *(MANIFEST, "config.yaml", "run.json", TRACKING),
 )
 
 _STEP = re.compile(r"step-(\d{8})")

@@ -51,6 +51,8 @@ class Decompose:
     """With --resume: train to this many steps, where nothing the run did so far depended on their number."""
     overwrite: bool = False
     """Replace an existing run."""
+    track: tuple[str, ...] = ()
+    """Trackers that follow the run beside the terminal: tensorboard, wandb, trackio."""
     json: bool = False
     """One JSON document on stdout."""
 

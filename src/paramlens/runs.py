@@ -39,7 +39,8 @@ from paramlens.saving import require_space
 from paramlens.sites import at_rest, find_sites
 from paramlens.targets import Target
 from paramlens.tasks import Batches, Inputs, Task, batch_function, generator
-from paramlens.tracking import Silent, Tracker
+from paramlens.trackers import as_tracker
+from paramlens.tracking import Tracker
 from paramlens.train import make_optimizer, restore, train
 
 
@@ -54,7 +55,7 @@ def decompose(
     resume: bool = False,
     extend_steps: int | None = None,
     overwrite: bool = False,
-    tracker: Tracker | None = None,
+    tracker: Tracker | str | Sequence[str] | None = None,
     **fields: Any,
 ) -> Run:
     """Decompose any `nn.Module` that maps a batch to logits (a tensor, or an output with `.logits`).
@@ -64,6 +65,7 @@ def decompose(
     out: the run directory; none: a new temporary one. fields: any field of `Config`, nested ones as mappings (`optim={"lr": 3e-3}`).
     resume: take the run in `out` up at its newest checkpoint, to end in the same bytes as if it had never stopped; extend_steps: to this
     many steps instead of those it was started with, where nothing it did so far depended on their number.
+    tracker: what follows the run; names of `trackers.LIBRARIES` stand for those beside the terminal.
     The model comes back exactly as it was. Raises `ConfigError`, `SiteError`, `BatchError`, `RunDirError`, `DivergedError`, `SaveError`.
     """
     if not isinstance(model, nn.Module):
@@ -78,13 +80,14 @@ def decompose(
     task = Task(model=model, batch=batch_function(batches), last_token=_last_logits(model))
     if resume and not (callable(batches) or isinstance(batches, Sequence)):
         raise ConfigError("resume: batches from an iterable cannot be taken up at a step; give a function of the step or a sequence")
+    follower = as_tracker(tracker)
     path = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="paramlens-"))
     if resume:
         config = _resumable(config, path, extend_steps=extend_steps, overwrite=overwrite)
     else:
         _require_start(path, extend_steps=extend_steps, overwrite=overwrite)
     with locked(path):
-        return _run(config, task, path, resume=resume, overwrite=overwrite, tracker=tracker or Silent())
+        return _run(config, task, path, resume=resume, overwrite=overwrite, tracker=follower)
 
 
 def _last_logits(model: nn.Module) -> Callable[[Inputs], Inputs] | None:
@@ -110,14 +113,14 @@ def decompose_config(
     resume: bool = False,
     extend_steps: int | None = None,
     overwrite: bool = False,
-    tracker: Tracker | None = None,
+    tracker: Tracker | str | Sequence[str] | None = None,
 ) -> Run:
     """The run that a configuration describes, its toy target trained first unless `target` names a directory that holds one.
 
     target: for language models also any model, an id on the Hugging Face Hub or a local folder.
-    out: the run directory; none: runs/<name>-s<seed>. resume, extend_steps: as for `decompose`, and it raises as that does.
+    out: the run directory; none: runs/<name>-s<seed>. resume, extend_steps, tracker: as for `decompose`, and it raises as that does.
     """
-    tracker, named = tracker or Silent(), with_target(config, target)
+    follower, named = as_tracker(tracker), with_target(config, target)
     if named is not config:
         config, target = named, None
     if isinstance(config.task, CustomTask):
@@ -134,9 +137,9 @@ def decompose_config(
         find_sites(targets.skeleton(config)[0], config.sites)
     with locked(path):
         source = path if resume and targets.is_trained_here(config) else None if target is None else Path(target)
-        found = _target(config, source, tracker=tracker).to(config)
+        found = _target(config, source, tracker=follower).to(config)
         task = targets.make_task(config, found)
-        return _run(config, task, path, resume=resume, overwrite=overwrite, tracker=tracker, target=found)
+        return _run(config, task, path, resume=resume, overwrite=overwrite, tracker=follower, target=found)
 
 
 def _target(config: Config, source: Path | None, *, tracker: Tracker) -> Target:

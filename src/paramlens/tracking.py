@@ -1,15 +1,18 @@
-"""What a user sees of a run while it trains: one small protocol, and the terminal's side of it.
+"""What a user sees of a run while it trains: one small protocol, the terminal's side of it, and several trackers as one.
 
 A live line with a bar on a terminal, plain lines elsewhere; always on stderr, so that stdout stays free for results.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from paramlens.config import Config
 
 
 @dataclass(frozen=True)
@@ -23,14 +26,26 @@ class LoggedStep:
     lr: float
     active: Mapping[str, float]
 
+    def scalars(self) -> dict[str, float]:
+        """All of it as one flat table, `losses/<name>` and `active/<site>` beside single values; active: the sum over sites."""
+        losses = {f"losses/{name}": value for name, value in self.losses.items()}
+        active = {f"active/{name}": value for name, value in self.active.items()}
+        return {**losses, "total": self.total, "p": self.p, "lr": self.lr, **active, "active": sum(self.active.values())}
+
 
 @runtime_checkable
 class Tracker(Protocol):
-    """Follows a run. `start` once per phase, `update` at logged steps, `message` for what a person should read, `close` at the end."""
+    """Follows a run: `start` once per phase, `update` at logged steps, `evaluated` with held-out metrics, `close` at the end.
 
-    def start(self, phase: str, *, steps: int, done: int) -> None: ...
+    `start` is told the run directory, the configuration and the steps done before; what was told of later steps is told again.
+    `message` is for what a person should read, and comes before `start` too.
+    """
+
+    def start(self, phase: str, *, steps: int, done: int, path: Path, config: Config) -> None: ...
 
     def update(self, logged: LoggedStep) -> None: ...
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
     def message(self, text: str) -> None: ...
 
@@ -40,9 +55,11 @@ class Tracker(Protocol):
 class Silent:
     """Follows nothing."""
 
-    def start(self, phase: str, *, steps: int, done: int) -> None: ...
+    def start(self, phase: str, *, steps: int, done: int, path: Path, config: Config) -> None: ...
 
     def update(self, logged: LoggedStep) -> None: ...
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
     def message(self, text: str) -> None: ...
 
@@ -59,7 +76,7 @@ class Terminal:
         self._task: TaskID | None = None
         self._steps, self._done, self._started, self._printed = 0, 0, 0.0, -float("inf")
 
-    def start(self, phase: str, *, steps: int, done: int) -> None:
+    def start(self, phase: str, *, steps: int, done: int, path: Path, config: Config) -> None:  # noqa: ARG002  # the protocol's
         self.close()
         self._steps, self._done, self._started, self._printed = steps, done, time.monotonic(), -float("inf")
         if self.console.is_terminal and not self.label:
@@ -86,6 +103,9 @@ class Terminal:
             left = round(rate * (self._steps - logged.step))
             self._line(f"step {logged.step}/{self._steps}  {left // 60}:{left % 60:02d} left  {active}  {losses}")
 
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Held-out metrics are for metrics.jsonl; a person sees the losses."""
+
     def message(self, text: str) -> None:
         if self._progress is not None:
             self._progress.console.print(text, highlight=False, markup=False)
@@ -99,3 +119,34 @@ class Terminal:
 
     def _line(self, text: str) -> None:
         self.console.print(f"{self.label}{text}", highlight=False, markup=False, soft_wrap=True)
+
+
+class Fanout:
+    """Several trackers as one. Where one of `others` fails, `first` tells it once, and the run goes on without it."""
+
+    def __init__(self, first: Tracker, *others: Tracker) -> None:
+        self.first, self._others = first, list(others)
+
+    def start(self, phase: str, *, steps: int, done: int, path: Path, config: Config) -> None:
+        self._each(lambda tracker: tracker.start(phase, steps=steps, done=done, path=path, config=config))
+
+    def update(self, logged: LoggedStep) -> None:
+        self._each(lambda tracker: tracker.update(logged))
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._each(lambda tracker: tracker.evaluated(step, metrics))
+
+    def message(self, text: str) -> None:
+        self._each(lambda tracker: tracker.message(text))
+
+    def close(self) -> None:
+        self._each(lambda tracker: tracker.close())
+
+    def _each(self, call: Callable[[Tracker], None]) -> None:
+        call(self.first)
+        for tracker in tuple(self._others):
+            try:
+                call(tracker)
+            except Exception as error:  # whatever a tracker of anybody's raises
+                self._others.remove(tracker)
+                self.first.message(f"{type(tracker).__name__}: {error or type(error).__name__}; the run goes on without it")
