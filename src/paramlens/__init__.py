@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from paramlens.page import report
     from paramlens.rundir import Run, open_run
     from paramlens.runs import decompose, decompose_config
+    from paramlens.sharing import push_to_hub
     from paramlens.verification import verify
 
 _HOME = {
@@ -32,6 +33,7 @@ _HOME = {
     "trace": "paramlens.analysis.trace",
     "report": "paramlens.page",
     "verify": "paramlens.verification",
+    "push_to_hub": "paramlens.sharing",
     "Decomposition": "paramlens.decomposition",
     "Run": "paramlens.rundir",
 }
@@ -47,6 +49,7 @@ __all__ = [
     "evaluate_edit",
     "load_config",
     "open_run",
+    "push_to_hub",
     "report",
     "suppress",
     "svd_baseline",

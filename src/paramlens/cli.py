@@ -21,8 +21,23 @@ from paramlens import __version__
 from paramlens.config import Config
 from paramlens.configfile import LIST_FIELDS, SWITCHES, field_paths, load_config, parse_value, shipped_configs
 from paramlens.errors import ConfigError, ParamLensError, RunInterrupted, Terminated
-from paramlens.layout import default_out, holds_toy, is_begun, is_run, read_json, require_free, require_run
-from paramlens.options import Agree, Bench, Decompose, Demo, Doctor, Inspect, Report, ShowCircuit, Suppress, Svd, Trace, TrainTarget, Verify
+from paramlens.layout import default_out, holds_toy, is_begun, is_hub_id, is_run, read_json, require_free, require_run
+from paramlens.options import (
+    Agree,
+    Bench,
+    Decompose,
+    Demo,
+    Doctor,
+    Inspect,
+    Push,
+    Report,
+    ShowCircuit,
+    Suppress,
+    Svd,
+    Trace,
+    TrainTarget,
+    Verify,
+)
 from paramlens.signals import termination
 from paramlens.terminal import (
     bench_table,
@@ -57,10 +72,12 @@ USAGE = f"""paramlens {__version__}: take a Transformer's weights apart, see whi
   paramlens agreement RUN RUN...      do seeds find the same subcomponents
   paramlens report RUN                one offline HTML page
   paramlens verify RUN                whether all of it is as it was written
+  paramlens push RUN USER/NAME        the run on the Hugging Face Hub, with a card
   paramlens doctor CONFIG             parameters and memory, before anything starts
   paramlens bench                     steps per second beside the same step written the obvious way
 
 CONFIG: {", ".join(shipped_configs())}, or a YAML file.
+RUN: a run directory, or USER/NAME[@REVISION] on the Hugging Face Hub.
 Any field of it is a flag (--optim.lr 3e-3). COMMAND --help: more."""
 
 
@@ -93,6 +110,8 @@ def _command(argv: Sequence[str], console: Console) -> int:
             close = difflib.get_close_matches(argv[0], _COMMANDS, n=1)
             raise ConfigError(f"no command {argv[0]!r}{f', did you mean {close[0]}?' if close else '.'} There are: {', '.join(_COMMANDS)}")
         options, rest = _parse(argv[0], command.options, argv[1:])
+        if command.reads:
+            options.run = _located(options.run)
         return command.run(options, rest)
     except ParamLensError as error:
         console.print(f"paramlens: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
@@ -476,6 +495,26 @@ def _verify(options: Verify, _: list[str]) -> int:
     return 0 if found.whole else 1
 
 
+def _push(options: Push, _: list[str]) -> int:
+    require_run(options.run)
+    from paramlens.sharing import push_to_hub
+
+    how = {name: getattr(options, name) for name in ("revision", "message", "resumable")}
+    commit = push_to_hub(options.run, options.repo, private=options.private or None, **how)
+    _emit({"run": str(options.run), "repo": options.repo, "commit": commit}, as_json=options.json, text=f"pushed: {commit}")
+    return 0
+
+
+def _located(run: Path) -> Path:
+    """The run's directory, fetched from the Hub if the word is user/name or user/name@revision and no path here."""
+    name, _, revision = str(run).partition("@")
+    if run.exists() or not is_hub_id(name):
+        return run
+    from paramlens.hub import fetch
+
+    return fetch(name, revision=revision or None)
+
+
 def _doctor(options: Doctor, rest: list[str]) -> int:
     config = _configuration(options.config, rest)
     from paramlens.budget import diagnose
@@ -527,20 +566,23 @@ def _emit(document: Mapping[str, Any], *, as_json: bool, text: str) -> None:
 class _Command:
     options: type
     run: Callable[[Any, list[str]], int]
+    reads: bool = False
+    """Whether its option `run` may also be on the Hub."""
 
 
 _COMMANDS = {
     "demo": _Command(Demo, _demo),
     "train-target": _Command(TrainTarget, _train_target),
     "decompose": _Command(Decompose, _decompose),
-    "circuit": _Command(ShowCircuit, _circuit_command),
-    "svd": _Command(Svd, _svd),
+    "circuit": _Command(ShowCircuit, _circuit_command, reads=True),
+    "svd": _Command(Svd, _svd, reads=True),
     "agreement": _Command(Agree, _agreement),
-    "inspect": _Command(Inspect, _inspect),
-    "suppress": _Command(Suppress, _suppress),
+    "inspect": _Command(Inspect, _inspect, reads=True),
+    "suppress": _Command(Suppress, _suppress, reads=True),
     "trace": _Command(Trace, _trace),
-    "report": _Command(Report, _report_command),
-    "verify": _Command(Verify, _verify),
+    "report": _Command(Report, _report_command, reads=True),
+    "verify": _Command(Verify, _verify, reads=True),
+    "push": _Command(Push, _push),
     "doctor": _Command(Doctor, _doctor),
     "bench": _Command(Bench, _bench),
 }

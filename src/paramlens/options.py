@@ -68,6 +68,26 @@ class Verify:
 
 
 @dataclass
+class Push:
+    """Upload a run directory to the Hugging Face Hub, with a card."""
+
+    run: Positional[Path]
+    """Run directory."""
+    repo: Positional[str]
+    """Repository, user/name; made if it is missing."""
+    private: bool = False
+    """Make a new repository private."""
+    revision: str | None = None
+    """Branch, made if it is missing; none: main."""
+    message: str | None = None
+    """The commit's message; none: the run's name and step."""
+    resumable: bool = False
+    """With optimizer and generators, so that the run can go on elsewhere: three times the bytes."""
+    json: bool = False
+    """One JSON document on stdout."""
+
+
+@dataclass
 class Doctor:
     """Count parameters and memory by part."""
 

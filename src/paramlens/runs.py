@@ -18,7 +18,7 @@ from paramlens.configfile import load_config, make_config
 from paramlens.decomposition import Decomposition, Plan, TargetRun, initialise
 from paramlens.errors import BatchError, ConfigError, DivergedError, RunDirError, SiteError
 from paramlens.importance import Importance
-from paramlens.layout import FORMAT, checkpoint_path, default_out, holds_toy, is_begun, read_json, require_free
+from paramlens.layout import FORMAT, checkpoint_path, default_out, holds_toy, is_begun, is_resumable, read_json, require_free
 from paramlens.lock import locked
 from paramlens.losses import faithfulness
 from paramlens.machine import machine
@@ -185,6 +185,8 @@ def _resumable(config: Config, path: Path, *, extend_steps: int | None, overwrit
         raise RunDirError(f"{path}: nothing to resume there; leave --resume out to start anew")
     if not is_begun(path):
         raise RunDirError(f"{path}: was stopped before its first step; --overwrite starts anew")
+    if not is_resumable(path):
+        raise RunDirError(f"{path}: a copy for reading, pushed without optimizer and generators; push --resumable makes one that goes on")
     require_whole_run(path)
     saved = load_config(path / "config.yaml")
     if extend_steps is not None:

@@ -251,3 +251,5 @@ def print_verification(found: "Verification", console: Console) -> None:
         line(f"checkpoint of step {each.step}", each.problems)
     if not found.checkpoints:
         console.print("no checkpoint yet", style="yellow")
+    if not found.resumable:
+        console.print("a copy for reading: it has no optimizer and generators, and cannot be resumed", highlight=False)
