@@ -38,6 +38,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     made = Hub()
     for name, value in {"ENDPOINT": made.endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_CACHE": str(tmp_path / "hf/hub")}.items():
         monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", made.endpoint + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "hf/token"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
@@ -125,7 +126,10 @@ def test_damage_to_a_copy_for_reading_is_found(hub, run):
 
 def test_with_resumable_the_run_goes_on_elsewhere(hub, tmp_path):
     """To the bytes of a run that never stopped; a fetched file that resuming writes to is no link to the cache."""
-    constant = TINY | {"optim": {"schedule": "constant", "warmup": 0}, "losses": {"minimality": 0.0}}
+    constant = TINY | {
+        "optim": {"schedule": "constant", "warmup": 0},
+        "losses": {"recon": 1.0, "minimality": 0.1, "p_start": 1.0, "p_final": 1.0},
+    }
     whole = decompose_config(make_config(constant | {"steps": 16}), out=tmp_path / "whole")
     short = decompose_config(make_config(constant), out=tmp_path / "short")
     short.push_to_hub(REPO, resumable=True)
@@ -142,11 +146,11 @@ def test_analyses_of_a_fetched_run_stay_in_its_own_folder(hub, run):
     cache = Path(constants.HF_HUB_CACHE)
     opened = open_run(REPO)
     before = {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()}
-    opened.save_analysis("circuit", {"mine": True})
+    opened.save_analysis("mine", {"mine": True})
     page = paramlens.report(opened.path)
     assert page == Path(constants.HF_HOME) / "paramlens/ada--tiny-run" / commit / "report.html"
     assert before == {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()}
-    assert read_json(open_run(REPO).path / "analysis/circuit.json") == {"mine": True}
+    assert read_json(open_run(REPO).path / "analysis/mine.json") == {"mine": True}
 
 
 def test_the_card(hub, run, facts_run):

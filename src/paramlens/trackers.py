@@ -54,6 +54,9 @@ class Beside:
         self._lines: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._step, self._log = 0, Path()
 
+    def __str__(self) -> str:
+        return LIBRARIES[self.name]
+
     def start(self, phase: str, *, steps: int, done: int, path: Path, config: Config) -> None:  # noqa: ARG002  # the protocol's
         self.close()
         self._step = done
@@ -95,7 +98,7 @@ class Beside:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            raise TrackerError(f"{LIBRARIES[self.name]} had not finished {PATIENCE:g} s after the run; see {self._log}") from None
+            raise TrackerError(f"had not finished {PATIENCE:g} s after the run; see {self._log}") from None
         self._require(process.returncode == 0, process)
 
     def _tell(self, **line: Any) -> None:
@@ -108,7 +111,7 @@ class Beside:
             said = self._log.read_text(encoding="utf-8", errors="replace").splitlines() if self._log.is_file() else []
             last = f"{said[-1][:200]}; " if said and process.returncode == 1 else ""
             self._lines.put(None)
-            raise TrackerError(f"{LIBRARIES[self.name]} ended with exit code {process.returncode} ({last}see {self._log})")
+            raise TrackerError(f"ended with exit code {process.returncode} ({last}see {self._log})")
 
 
 def _feed(process: subprocess.Popen[str], settings: dict[str, Any], lines: "queue.SimpleQueue[dict[str, Any] | None]") -> None:

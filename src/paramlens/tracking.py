@@ -149,4 +149,5 @@ class Fanout:
                 call(tracker)
             except Exception as error:  # whatever a tracker of anybody's raises
                 self._others.remove(tracker)
-                self.first.message(f"{type(tracker).__name__}: {error or type(error).__name__}; the run goes on without it")
+                name = type(tracker).__name__ if type(tracker).__str__ is object.__str__ else str(tracker)
+                self.first.message(f"{name}: {str(error) or type(error).__name__}; the run goes on without it")
