@@ -72,12 +72,11 @@ USAGE = f"""paramlens {__version__}: take a Transformer's weights apart, see whi
   paramlens agreement RUN RUN...      do seeds find the same subcomponents
   paramlens report RUN                one offline HTML page
   paramlens verify RUN                whether all of it is as it was written
-  paramlens push RUN USER/NAME        the run on the Hugging Face Hub, with a card
+  paramlens push RUN USER/NAME        to the Hugging Face Hub; then RUN is USER/NAME[@REVISION] too
   paramlens doctor CONFIG             parameters and memory, before anything starts
   paramlens bench                     steps per second beside the same step written the obvious way
 
 CONFIG: {", ".join(shipped_configs())}, or a YAML file.
-RUN: a run directory, or USER/NAME[@REVISION] on the Hugging Face Hub.
 Any field of it is a flag (--optim.lr 3e-3). COMMAND --help: more."""
 
 
