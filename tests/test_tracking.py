@@ -1,12 +1,16 @@
 import io
 import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
-from paramlens.tracking import LoggedStep, Silent, TargetTracker, Terminal, Tracker
+from conftest import TINY
+from paramlens.configfile import make_config
+from paramlens.trackers import Beside
+from paramlens.tracking import Fanout, LoggedStep, Silent, TargetTracker, Terminal, Tracker
 
 
 def logged(step: int) -> LoggedStep:
@@ -20,7 +24,7 @@ def written(terminal: bool, seconds: float = 0.0, width: int = 80, label: str = 
     stream = io.StringIO()
     tracker = Terminal(Console(file=stream, force_terminal=terminal, width=width), seconds=seconds, label=label)
     tracker.message("before")
-    tracker.start("decomposing", steps=30, done=0)
+    tracker.start("decomposing", steps=30, done=0, path=Path("run"), config=make_config(TINY))
     for step in (10, 20, 30):
         tracker.update(replace(logged(step), losses=losses) if losses else logged(step))
     tracker.message("after [not markup]")
@@ -72,7 +76,7 @@ def test_training_of_the_target_shows_steps_and_time_left(terminal, monkeypatch)
     monkeypatch.setattr("paramlens.tracking.time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     stream = io.StringIO()
     tracker = Terminal(Console(file=stream, force_terminal=terminal, width=80), seconds=0)
-    tracker.start("training the target", steps=400, done=0)
+    tracker.start_target(steps=400)
     tracker.target(100, "loss 2.00e+00 nats  accuracy 0.1000")
     tracker.target(200, "loss 1.00e+00 nats  accuracy 0.5000")
     tracker.target(100, "loss 3.00e+00 nats  accuracy 0.2000")
@@ -87,11 +91,12 @@ def test_training_of_the_target_shows_steps_and_time_left(terminal, monkeypatch)
         assert [line.split("left")[0] for line in text.splitlines()[1:]] == ["target step 200/400  0:20 ", "target step 100/400  0:30 "]
 
 
-@pytest.mark.parametrize("tracker", [Silent(), Terminal(Console(file=io.StringIO()))])
-def test_both_follow_the_protocol(tracker):
+@pytest.mark.parametrize("tracker", [Silent(), Terminal(Console(file=io.StringIO())), Fanout(Silent()), Beside("wandb")])
+def test_all_follow_the_protocol(tracker):
     assert isinstance(tracker, Tracker)
 
 
 def test_who_follows_the_target():
+    assert isinstance(Fanout(Silent()), TargetTracker)
     assert isinstance(Terminal(Console(file=io.StringIO())), TargetTracker)
     assert not isinstance(Silent(), TargetTracker)

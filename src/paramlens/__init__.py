@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from paramlens.page import report
     from paramlens.rundir import Run, open_run
     from paramlens.runs import decompose, decompose_config
+    from paramlens.sharing import push_to_hub
     from paramlens.shipped import example
     from paramlens.verification import verify
 
@@ -37,6 +38,7 @@ _HOME = {
     "report": "paramlens.page",
     "example": "paramlens.shipped",
     "verify": "paramlens.verification",
+    "push_to_hub": "paramlens.sharing",
     "Decomposition": "paramlens.decomposition",
     "Run": "paramlens.rundir",
 }
@@ -55,6 +57,7 @@ __all__ = [
     "inspect_subcomponent",
     "load_config",
     "open_run",
+    "push_to_hub",
     "report",
     "suppress",
     "svd_baseline",

@@ -14,15 +14,18 @@ from typing import Any
 from torch import Tensor
 
 from paramlens.errors import RunDirError
-from paramlens.layout import PART, checkpoint_path, checkpoint_step, checkpoints, discard, read_json, sync, write_json
+from paramlens.layout import PART, checkpoint_path, checkpoint_step, checkpoints, discard, is_resumable, read_json, sync, write_json
 from paramlens.manifest import Problem, problems, write_manifest
 from paramlens.tensorfile import load_tensors, save_tensors
 
 LOADED = ("components.safetensors", "importance.safetensors")
 """What reading a run needs."""
 
-FILES = (*LOADED, "optimizer.safetensors", "rng.safetensors", "state.json")
-"""What resuming needs."""
+RESUMED = ("optimizer.safetensors", "rng.safetensors")
+"""What resuming alone needs; a copy for reading lacks them, in its manifests too."""
+
+FILES = (*LOADED, *RESUMED, "state.json")
+"""All of a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,9 @@ def require_whole(folder: Path, files: Sequence[str] = FILES) -> None:
 
 def damage(folder: Path, files: Sequence[str] | None = None) -> list[str]:
     """What is wrong with a checkpoint, in `files` or in all it has."""
+    required = FILES if is_resumable(folder.parent.parent) else [name for name in FILES if name not in RESUMED]
     try:
-        found: list[Problem] = problems(folder, files, required=FILES)
+        found: list[Problem] = problems(folder, files, required=required)
     except RunDirError as error:
         return [str(error).removesuffix("; restore the file from a copy")]
     return [str(each) for each in found]

@@ -29,7 +29,7 @@ from paramlens.completion import script
 from paramlens.config import Config
 from paramlens.configfile import load_config, parse_value, shipped_configs
 from paramlens.errors import ConfigError, ParamLensError, RunInterrupted, Terminated
-from paramlens.layout import default_out, holds_toy, is_begun, is_run, read_json, require_free, require_run
+from paramlens.layout import default_out, holds_toy, is_begun, is_hub_id, is_run, read_json, require_free, require_run
 from paramlens.options import (
     Agree,
     Bench,
@@ -38,6 +38,7 @@ from paramlens.options import (
     Demo,
     Doctor,
     Inspect,
+    Push,
     Report,
     ShowCircuit,
     Suppress,
@@ -75,6 +76,7 @@ USAGE = f"""paramlens {__version__}: take a Transformer's weights apart, see whi
   paramlens agreement RUN RUN...      do seeds find the same subcomponents
   paramlens report RUN                one offline HTML page
   paramlens verify RUN                whether all of it is as it was written
+  paramlens push RUN USER/NAME        to the Hugging Face Hub; then RUN is USER/NAME[@REVISION] too
   paramlens doctor CONFIG             parameters and memory, before anything starts
   paramlens bench                     steps per second beside the same step written the obvious way
   paramlens completion SHELL          a script by which bash, zsh or fish complete all of this
@@ -112,6 +114,8 @@ def _command(argv: Sequence[str], console: Console) -> int:
             close = difflib.get_close_matches(argv[0], _COMMANDS, n=1)
             raise ConfigError(f"no command {argv[0]!r}{f', did you mean {close[0]}?' if close else '.'} There are: {', '.join(_COMMANDS)}")
         options, rest = parse(argv[0], command.options, argv[1:])
+        if command.reads and options.run is not None:
+            options.run = _located(options.run)
         return command.run(options, rest)
     except ParamLensError as error:
         console.print(f"paramlens: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
@@ -198,6 +202,7 @@ def _decompose(options: Decompose, rest: list[str]) -> int:
     if not options.resume:
         require_free(path, overwrite=options.overwrite)
     from paramlens.runs import decompose_config
+    from paramlens.trackers import chosen
     from paramlens.tracking import Terminal
 
     try:
@@ -208,13 +213,14 @@ def _decompose(options: Decompose, rest: list[str]) -> int:
             resume=options.resume,
             extend_steps=options.extend_steps,
             overwrite=options.overwrite,
-            tracker=Terminal(),
+            tracker=chosen(options.track, first=Terminal()),
         )
     except RunInterrupted as stopped:
         place = ["--out", str(options.out)] if options.out else []
         model = ["--target", str(options.target)] if options.target and not holds_toy(options.target) else []
         extended = ["--extend-steps", str(options.extend_steps)] if options.extend_steps is not None else []
-        return _interrupted(["paramlens", "decompose", options.config, "--resume", *rest, *place, *model, *extended], stopped)
+        track = ["--track", *options.track] if options.track else []
+        return _interrupted(["paramlens", "decompose", options.config, "--resume", *rest, *place, *model, *extended, *track], stopped)
     _emit(_run_document(run), as_json=options.json, text=f"run: {path}")
     return 0
 
@@ -225,12 +231,12 @@ def _decompose_seeds(options: Decompose, config: Config, rest: list[str]) -> int
     from paramlens.seeds import decompose_seeds
 
     try:
-        paths = decompose_seeds(
-            config, options.seeds, out=options.out, target=options.target, resume=options.resume, overwrite=options.overwrite
-        )
+        how = {name: getattr(options, name) for name in ("out", "target", "resume", "overwrite", "track")}
+        paths = decompose_seeds(config, options.seeds, **how)
     except RunInterrupted as stopped:
         own = [f"--{name}={value}" for name in ("target", "seeds", "out") if (value := getattr(options, name)) is not None]
-        return _interrupted(["paramlens", "decompose", options.config, "--resume", *rest, *own], stopped)
+        track = ["--track", *options.track] if options.track else []
+        return _interrupted(["paramlens", "decompose", options.config, "--resume", *rest, *own, *track], stopped)
     alike = options.target is not None and "{seed}" not in str(options.target) and len(paths) > 1
     found = saved_agreement([open_run(path) for path in paths]) if alike else None
     if options.json:
@@ -284,6 +290,26 @@ def _verify(options: Verify, _: list[str]) -> int:
     return 0 if found.whole else 1
 
 
+def _push(options: Push, _: list[str]) -> int:
+    require_run(options.run)
+    from paramlens.sharing import push_to_hub
+
+    how = {name: getattr(options, name) for name in ("revision", "message", "resumable")}
+    commit = push_to_hub(options.run, options.repo, private=options.private or None, **how)
+    _emit({"run": str(options.run), "repo": options.repo, "commit": commit}, as_json=options.json, text=f"pushed: {commit}")
+    return 0
+
+
+def _located(run: Path) -> Path:
+    """The run's directory, fetched from the Hub if the word is user/name or user/name@revision and no path here."""
+    name, _, revision = str(run).partition("@")
+    if run.exists() or not is_hub_id(name):
+        return run
+    from paramlens.hub import fetch
+
+    return fetch(name, revision=revision or None)
+
+
 def _doctor(options: Doctor, rest: list[str]) -> int:
     config = configuration(options.config, rest)
     from paramlens.budget import diagnose
@@ -334,20 +360,23 @@ def _emit(document: Mapping[str, Any], *, as_json: bool, text: str) -> None:
 class _Command:
     options: type
     run: Callable[[Any, list[str]], int]
+    reads: bool = False
+    """Whether its option `run` may also be on the Hub."""
 
 
 _COMMANDS = {
     "demo": _Command(Demo, _demo),
     "train-target": _Command(TrainTarget, _train_target),
     "decompose": _Command(Decompose, _decompose),
-    "circuit": _Command(ShowCircuit, show_circuit),
-    "svd": _Command(Svd, show_svd),
+    "circuit": _Command(ShowCircuit, show_circuit, reads=True),
+    "svd": _Command(Svd, show_svd, reads=True),
     "agreement": _Command(Agree, show_agreement),
-    "inspect": _Command(Inspect, show_inspect),
-    "suppress": _Command(Suppress, show_suppress),
+    "inspect": _Command(Inspect, show_inspect, reads=True),
+    "suppress": _Command(Suppress, show_suppress, reads=True),
     "trace": _Command(Trace, show_trace),
-    "report": _Command(Report, _report_command),
-    "verify": _Command(Verify, _verify),
+    "report": _Command(Report, _report_command, reads=True),
+    "verify": _Command(Verify, _verify, reads=True),
+    "push": _Command(Push, _push),
     "doctor": _Command(Doctor, _doctor),
     "bench": _Command(Bench, _bench),
     "completion": _Command(Completion, _completion),

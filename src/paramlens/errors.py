@@ -37,6 +37,10 @@ class SaveError(ParamLensError):
     """A checkpoint could not be written, again and again; those written before are whole."""
 
 
+class TrackerError(ParamLensError):
+    """A tracker beside a run has failed; the run goes on without it."""
+
+
 class DivergedError(ParamLensError):
     """Training produced a value that is not finite; raised before the optimizer step."""
 

@@ -20,13 +20,20 @@ MANIFEST = "MANIFEST.json"
 LOCK, OWNER = ".lock", ".lock.json"
 """The file that is locked while a process writes to a run directory, and what that process says of itself."""
 
+TRACKING = "tracking"
+"""What TensorBoard, W&B and Trackio keep of a run: no part of what is promised of it, and in no manifest."""
+
 PART = ".part"
 """Ending of what is not finished, or on its way out: never read, and removed by the next process that writes there."""
 
-_CONTENTS = (
+CONTENTS = (
     *("checkpoints", "analysis", "report.html", "metrics.jsonl", "model.json", "target.safetensors", "target.json", "target"),
-    *(MANIFEST, "config.yaml", "run.json"),
+    *(MANIFEST, "config.yaml", "run.json", TRACKING),
 )
+"""What a run directory holds; anything else there is somebody else's."""
+
+HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+"""user/name on the Hugging Face Hub."""
 
 _STEP = re.compile(r"step-(\d{8})")
 
@@ -48,9 +55,21 @@ def is_begun(path: Path) -> bool:
     return bool(checkpoints(path)) or (path / MANIFEST).is_file()
 
 
+def is_resumable(path: Path) -> bool:
+    """False for a copy for reading, pushed to the Hub without optimizer and generators, which its run.json says."""
+    with contextlib.suppress(RunDirError):
+        return read_json(path / "run.json").get("resumable") is not False
+    return True
+
+
 def holds_toy(path: Path) -> bool:
     """Whether a directory holds a target that was trained here."""
     return (path / "target.json").is_file()
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` is no path here and has the form user/name; not if `user` is a folder here: a mistyped path stays on this machine."""
+    return bool(HUB_ID.fullmatch(name)) and not Path(name).exists() and not Path(name).parent.is_dir()
 
 
 def require_run(path: Path) -> None:
@@ -77,7 +96,7 @@ def require_free(path: Path, *, overwrite: bool) -> None:
 
 def clear(path: Path) -> None:
     """Remove what a run directory holds, and nothing else that lies there."""
-    for name in _CONTENTS:
+    for name in CONTENTS:
         entry = path / name
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
@@ -157,7 +176,12 @@ def read_text(path: Path, *, most: int | None = None) -> str:
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Replace a file whole by indented JSON."""
-    write_text(path, json.dumps(document, indent=2) + "\n")
+    write_text(path, json_text(document))
+
+
+def json_text(document: Mapping[str, Any]) -> str:
+    """JSON as every file of a run directory has it."""
+    return json.dumps(document, indent=2) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:

@@ -53,6 +53,8 @@ class Decompose:
     """With --resume: train to this many steps, where nothing the run did so far depended on their number."""
     overwrite: bool = False
     """Replace an existing run."""
+    track: tuple[str, ...] = ()
+    """Trackers that follow the run beside the terminal: tensorboard, wandb, trackio."""
     json: bool = False
     """One JSON document on stdout."""
 
@@ -63,6 +65,26 @@ class Verify:
 
     run: Positional[Path]
     """Run directory."""
+    json: bool = False
+    """One JSON document on stdout."""
+
+
+@dataclass
+class Push:
+    """Upload a run directory to the Hugging Face Hub, with a card."""
+
+    run: Positional[Path]
+    """Run directory."""
+    repo: Positional[str]
+    """Repository, user/name; made if it is missing."""
+    private: bool = False
+    """Make a new repository private."""
+    revision: str | None = None
+    """Branch, made if it is missing; none: main."""
+    message: str | None = None
+    """The commit's message; none: the run's name and step."""
+    resumable: bool = False
+    """With optimizer and generators, so that the run can go on elsewhere: three times the bytes."""
     json: bool = False
     """One JSON document on stdout."""
 

@@ -29,6 +29,7 @@ from paramlens.configfile import dump_config, load_config
 from paramlens.decomposition import Decomposition
 from paramlens.described import Described, describe, named_parameters, read_description, require_known_format
 from paramlens.errors import RunDirError
+from paramlens.hub import located
 from paramlens.importance import Importance
 from paramlens.layout import (
     FORMAT,
@@ -222,6 +223,10 @@ class Run(Shown):
         kept = [each for each in kept if any(each[key] != plain[key] for key in same)]
         return self.save_analysis(name, {"step": self.step, entries: [*kept, plain]})
 
+    def push_to_hub(self, repo: str, **how: Any) -> str:
+        """Upload the run directory; `how` and what it raises as for `paramlens.push_to_hub`. Returns the commit's address."""
+        return paramlens.push_to_hub(self, repo, **how)
+
     def save_analysis(self, name: str, document: Mapping[str, Any]) -> Path:
         """Write `analysis/<name>.json`."""
         path = self.path / "analysis" / f"{name}.json"
@@ -230,14 +235,22 @@ class Run(Shown):
         return path
 
 
-def open_run(path: str | Path, *, model: nn.Module | None = None, batches: Batches | None = None, checkpoint: int | None = None) -> Run:
+def open_run(
+    path: str | Path,
+    *,
+    model: nn.Module | None = None,
+    batches: Batches | None = None,
+    checkpoint: int | None = None,
+    revision: str | None = None,
+) -> Run:
     """Open a run directory at its newest checkpoint, or at step `checkpoint`.
 
+    A string user/name that is no path here is a repository on the Hugging Face Hub, fetched at the branch, tag or commit `revision`.
     `model` is the target of a run on your own model, `batches` (as for `decompose`) what its analyses look at; toy targets and their
     data are in the directory, and open on the CPU where the run's device is missing. Raises `RunDirError` if the path is no run,
     holds no checkpoint, needs a model that is not given, or was made from another model.
     """
-    path = Path(path)
+    path = located(path, revision=revision)
     require_run(path)
     described = require_whole_run(path)
     folder = find_checkpoint(path, checkpoint)

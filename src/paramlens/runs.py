@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from paramlens.configfile import load_config, make_config
 from paramlens.decomposition import Decomposition, Plan, TargetRun, initialise
 from paramlens.errors import BatchError, ConfigError, DivergedError, RunDirError, SiteError
 from paramlens.importance import Importance
-from paramlens.layout import FORMAT, checkpoint_path, default_out, holds_toy, is_begun, read_json, require_free
+from paramlens.layout import FORMAT, checkpoint_path, default_out, holds_toy, is_begun, is_resumable, read_json, require_free
 from paramlens.lock import locked
 from paramlens.losses import faithfulness
 from paramlens.machine import machine
@@ -39,7 +40,8 @@ from paramlens.saving import require_space
 from paramlens.sites import at_rest, find_sites
 from paramlens.targets import Target
 from paramlens.tasks import Batches, Inputs, Task, batch_function, generator
-from paramlens.tracking import Silent, TargetTracker, Tracker
+from paramlens.trackers import as_tracker
+from paramlens.tracking import TargetTracker, Tracker, tell_target
 from paramlens.train import make_optimizer, restore, train
 
 
@@ -54,7 +56,7 @@ def decompose(
     resume: bool = False,
     extend_steps: int | None = None,
     overwrite: bool = False,
-    tracker: Tracker | None = None,
+    tracker: Tracker | str | Sequence[str] | None = None,
     **fields: Any,
 ) -> Run:
     """Decompose any `nn.Module` that maps a batch to logits (a tensor, or an output with `.logits`).
@@ -64,6 +66,7 @@ def decompose(
     out: the run directory; none: a new temporary one. fields: any field of `Config`, nested ones as mappings (`optim={"lr": 3e-3}`).
     resume: take the run in `out` up at its newest checkpoint, to end in the same bytes as if it had never stopped; extend_steps: to this
     many steps instead of those it was started with, where nothing it did so far depended on their number.
+    tracker: what follows the run; names of `trackers.LIBRARIES` stand for those beside the terminal.
     The model comes back exactly as it was. Raises `ConfigError`, `SiteError`, `BatchError`, `RunDirError`, `DivergedError`, `SaveError`.
     """
     if not isinstance(model, nn.Module):
@@ -78,13 +81,14 @@ def decompose(
     task = Task(model=model, batch=batch_function(batches), last_token=_last_logits(model))
     if resume and not (callable(batches) or isinstance(batches, Sequence)):
         raise ConfigError("resume: batches from an iterable cannot be taken up at a step; give a function of the step or a sequence")
+    follower = as_tracker(tracker)
     path = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="paramlens-"))
     if resume:
         config = _resumable(config, path, extend_steps=extend_steps, overwrite=overwrite)
     else:
         _require_start(path, extend_steps=extend_steps, overwrite=overwrite)
     with locked(path):
-        return _run(config, task, path, resume=resume, overwrite=overwrite, tracker=tracker or Silent())
+        return _run(config, task, path, resume=resume, overwrite=overwrite, tracker=follower)
 
 
 def _last_logits(model: nn.Module) -> Callable[[Inputs], Inputs] | None:
@@ -110,14 +114,14 @@ def decompose_config(
     resume: bool = False,
     extend_steps: int | None = None,
     overwrite: bool = False,
-    tracker: Tracker | None = None,
+    tracker: Tracker | str | Sequence[str] | None = None,
 ) -> Run:
     """The run that a configuration describes, its toy target trained first unless `target` names a directory that holds one.
 
     target: for language models also any model, an id on the Hugging Face Hub or a local folder.
-    out: the run directory; none: runs/<name>-s<seed>. resume, extend_steps: as for `decompose`, and it raises as that does.
+    out: the run directory; none: runs/<name>-s<seed>. resume, extend_steps, tracker: as for `decompose`, and it raises as that does.
     """
-    tracker, named = tracker or Silent(), with_target(config, target)
+    follower, named = as_tracker(tracker), with_target(config, target)
     if named is not config:
         config, target = named, None
     if isinstance(config.task, CustomTask):
@@ -134,9 +138,9 @@ def decompose_config(
         find_sites(targets.skeleton(config)[0], config.sites)
     with locked(path):
         source = path if resume and targets.is_trained_here(config) else None if target is None else Path(target)
-        found = _target(config, source, tracker=tracker).to(config)
+        found = _target(config, source, tracker=follower).to(config)
         task = targets.make_task(config, found)
-        return _run(config, task, path, resume=resume, overwrite=overwrite, tracker=tracker, target=found)
+        return _run(config, task, path, resume=resume, overwrite=overwrite, tracker=follower, target=found)
 
 
 def _target(config: Config, source: Path | None, *, tracker: Tracker) -> Target:
@@ -162,11 +166,10 @@ def with_target(config: Config, target: str | Path | None) -> Config:
 def trained_target(config: Config, *, tracker: Tracker) -> Target:
     """Train the toy target of a configuration, telling its progress and whether it converged."""
     _require_device(config.device)
-    if not isinstance(tracker, TargetTracker):
-        return targets.train(config, on_message=tracker.message, on_check=lambda step, text: tracker.message(f"target step {step}  {text}"))
-    tracker.start("training the target", steps=targets.training_steps(config), done=0)
+    if isinstance(tracker, TargetTracker):
+        tracker.start_target(steps=targets.training_steps(config))
     try:
-        return targets.train(config, on_message=tracker.message, on_check=tracker.target)
+        return targets.train(config, on_message=tracker.message, on_check=partial(tell_target, tracker))
     finally:
         tracker.close()
 
@@ -188,6 +191,8 @@ def _resumable(config: Config, path: Path, *, extend_steps: int | None, overwrit
         raise RunDirError(f"{path}: nothing to resume there; leave --resume out to start anew")
     if not is_begun(path):
         raise RunDirError(f"{path}: was stopped before its first step; --overwrite starts anew")
+    if not is_resumable(path):
+        raise RunDirError(f"{path}: a copy for reading, pushed without optimizer and generators; push --resumable makes one that goes on")
     require_whole_run(path)
     saved = load_config(path / "config.yaml")
     if extend_steps is not None:

@@ -21,7 +21,8 @@ from paramlens.layout import default_out, holds_toy, is_begun, is_run, read_json
 from paramlens.machine import free_cores
 from paramlens.runs import decompose_config
 from paramlens.signals import interrupts, termination
-from paramlens.tracking import Terminal
+from paramlens.trackers import chosen
+from paramlens.tracking import Silent, Terminal
 
 PROGRESS = 30.0
 """Seconds between lines of progress of one seed."""
@@ -35,17 +36,20 @@ def decompose_seeds(
     target: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    track: Sequence[str] = (),
 ) -> list[Path]:
     """Runs with seeds `config.seed` to `config.seed` + `count` - 1, as many at a time as cores are free; returns their directories.
 
     Each trains a target of its own, as it would alone, unless `target` names one for all, or with {seed} in it one for each. out: the
     folder of the run directories `s<seed>`; none: runs/<name>-s<seed> each. threads: as configured, or one where several run at a time,
     since threads that must wait for each other's cores lose more than they gain. resume: those that have begun go on, the others start.
+    track: names of trackers, as `trackers.chosen` takes them, that follow every seed beside the terminal.
     A seed that fails does not stop the others; its error is raised when all are done. A Ctrl-C or SIGTERM ends all, those under way with
     a checkpoint, a second one at once; so does this process's own end. Raises as `decompose_config` does.
     """
     if count < 1:
         raise ConfigError(f"seeds {count}: give 1 or more")
+    chosen(track, first=Silent())
     workers = min(count, max(1, free_cores() // (config.threads or 1)))
     shared = {"threads": 1} if config.threads is None and workers > 1 else {}
     jobs: list[_Job] = []
@@ -59,7 +63,7 @@ def decompose_seeds(
         given = None if target is None else str(target).replace("{seed}", str(seed))
         if given is not None and resumable and holds_toy(Path(given)):
             given = None  # the run has it
-        jobs.append(_Job(each, path, given, resumable, anew and not resumable))
+        jobs.append(_Job(each, path, given, resumable, anew and not resumable, tuple(track)))
     if failed := [failure for failure in _run_all(jobs, workers) if failure is not None]:
         raise failed[0]
     return [job.path for job in jobs]
@@ -72,6 +76,7 @@ class _Job:
     target: str | None
     resume: bool
     overwrite: bool
+    track: tuple[str, ...]
 
 
 def _run_all(jobs: Sequence[_Job], workers: int) -> list[ParamLensError | None]:
@@ -105,7 +110,7 @@ def _run_all(jobs: Sequence[_Job], workers: int) -> list[ParamLensError | None]:
 
 def _start(job: _Job, file: Path) -> subprocess.Popen[str]:
     """A job in a process and a session of its own, so that a terminal's Ctrl-C reaches it through this process alone."""
-    settings = {"path": str(job.path), "target": job.target, "resume": job.resume, "overwrite": job.overwrite}
+    settings = {"path": str(job.path), "target": job.target, "resume": job.resume, "overwrite": job.overwrite, "track": job.track}
     write_json(file, {"config": job.config.model_dump(mode="json"), **settings})
     quietly = "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL)"  # a Ctrl-C while torch is imported ends in no traceback
     command = [sys.executable, "-c", f"{quietly}; from paramlens.seeds import run_job; run_job()", str(file)]
@@ -129,8 +134,9 @@ def run_job() -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     job: dict[str, Any] = read_json(Path(sys.argv[1]))
     config = make_config(job.pop("config"))
-    tracker = Terminal(seconds=PROGRESS, label=f"seed {config.seed}: ")
+    terminal = Terminal(seconds=PROGRESS, label=f"seed {config.seed}: ")
     try:
+        tracker = chosen(job.pop("track"), first=terminal)
         with termination():
             decompose_config(config, out=job.pop("path"), tracker=tracker, **job)
     except ParamLensError as error:

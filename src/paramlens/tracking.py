@@ -1,17 +1,19 @@
-"""What a user sees of a run while it trains: one small protocol, and the terminal's side of it.
+"""What a user sees of a run while it trains: one small protocol, the terminal's side of it, and several trackers as one.
 
 A live line with a bar on a terminal, plain lines elsewhere; always on stderr, so that stdout stays free for results.
 """
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
+from paramlens.config import Config
 from paramlens.tables import packed
 
 
@@ -26,14 +28,26 @@ class LoggedStep:
     lr: float
     active: Mapping[str, float]
 
+    def scalars(self) -> dict[str, float]:
+        """All of it as one flat table, `losses/<name>` and `active/<site>` beside single values; active: the sum over sites."""
+        losses = {f"losses/{name}": value for name, value in self.losses.items()}
+        active = {f"active/{name}": value for name, value in self.active.items()}
+        return {**losses, "total": self.total, "p": self.p, "lr": self.lr, **active, "active": sum(self.active.values())}
+
 
 @runtime_checkable
 class Tracker(Protocol):
-    """Follows a run. `start` once per phase, `update` at logged steps, `message` for what a person should read, `close` at the end."""
+    """Follows a run: `start` once per phase, `update` at logged steps, `evaluated` with held-out metrics, `close` at the end.
 
-    def start(self, phase: str, *, steps: int, done: int) -> None: ...
+    `start` is told the run directory, the configuration and the steps done before; what was told of later steps is told again.
+    `message` is for what a person should read, and comes before `start` too.
+    """
+
+    def start(self, phase: str, *, steps: int, done: int, path: Path, config: Config) -> None: ...
 
     def update(self, logged: LoggedStep) -> None: ...
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
     def message(self, text: str) -> None: ...
 
@@ -42,20 +56,32 @@ class Tracker(Protocol):
 
 @runtime_checkable
 class TargetTracker(Tracker, Protocol):
-    """A tracker that follows the training of a toy target as well: `target` at its checks, between `start` and `close`.
+    """A tracker that follows the training of a toy target as well: `target` at its checks, between `start_target` and `close`.
 
     A step that is not above the one before begins another attempt. Trackers without it are given each check as a message.
     """
 
+    def start_target(self, *, steps: int) -> None: ...
+
     def target(self, step: int, text: str) -> None: ...
+
+
+def tell_target(tracker: Tracker, step: int, text: str) -> None:
+    """A check of the target's training, as the tracker takes it."""
+    if isinstance(tracker, TargetTracker):
+        tracker.target(step, text)
+    else:
+        tracker.message(f"target step {step}  {text}")
 
 
 class Silent:
     """Follows nothing."""
 
-    def start(self, phase: str, *, steps: int, done: int) -> None: ...
+    def start(self, phase: str, *, steps: int, done: int, path: Path, config: Config) -> None: ...
 
     def update(self, logged: LoggedStep) -> None: ...
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
     def message(self, text: str) -> None: ...
 
@@ -76,7 +102,13 @@ class Terminal:
         self._steps, self._done, self._started, self._printed = 0, 0, 0.0, -float("inf")
         self._last, self._shown = 0, 0.0
 
-    def start(self, phase: str, *, steps: int, done: int) -> None:
+    def start(self, phase: str, *, steps: int, done: int, path: Path, config: Config) -> None:  # noqa: ARG002  # the protocol's
+        self._begin(phase, steps=steps, done=done)
+
+    def start_target(self, *, steps: int) -> None:
+        self._begin("training the target", steps=steps, done=0)
+
+    def _begin(self, phase: str, *, steps: int, done: int) -> None:
         self.close()
         self._steps, self._done, self._printed, self._last = steps, done, -float("inf"), done
         self._started = self._shown = time.monotonic()
@@ -99,6 +131,9 @@ class Terminal:
         if step <= self._last:  # another attempt
             self._done, self._started = 0, self._shown
         self._show(step, text.split("  "), name="target step")
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Held-out metrics are for metrics.jsonl; a person sees the losses."""
 
     def message(self, text: str) -> None:
         if self._progress is not None:
@@ -138,3 +173,41 @@ class _Live(Progress):
     def get_renderables(self) -> Iterable[RenderableType]:
         yield self.make_tasks_table(self.tasks)
         yield from (Text(line, style="dim", no_wrap=True) for line in self.state)
+
+
+class Fanout:
+    """Several trackers as one. Where one of `others` fails, `first` tells it once, and the run goes on without it."""
+
+    def __init__(self, first: Tracker, *others: Tracker) -> None:
+        self.first, self._others = first, list(others)
+
+    def start(self, phase: str, *, steps: int, done: int, path: Path, config: Config) -> None:
+        self._each(lambda tracker: tracker.start(phase, steps=steps, done=done, path=path, config=config))
+
+    def start_target(self, *, steps: int) -> None:
+        self._each(lambda tracker: tracker.start_target(steps=steps) if isinstance(tracker, TargetTracker) else None)
+
+    def target(self, step: int, text: str) -> None:
+        self._each(lambda tracker: tell_target(tracker, step, text))
+
+    def update(self, logged: LoggedStep) -> None:
+        self._each(lambda tracker: tracker.update(logged))
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._each(lambda tracker: tracker.evaluated(step, metrics))
+
+    def message(self, text: str) -> None:
+        self._each(lambda tracker: tracker.message(text))
+
+    def close(self) -> None:
+        self._each(lambda tracker: tracker.close())
+
+    def _each(self, call: Callable[[Tracker], None]) -> None:
+        call(self.first)
+        for tracker in tuple(self._others):
+            try:
+                call(tracker)
+            except Exception as error:  # whatever a tracker of anybody's raises
+                self._others.remove(tracker)
+                name = type(tracker).__name__ if type(tracker).__str__ is object.__str__ else str(tracker)
+                self.first.message(f"{name}: {str(error) or type(error).__name__}; the run goes on without it")

@@ -72,7 +72,7 @@ def train(
     """
     began = time.monotonic()
     before = directory.info["seconds"]
-    tracker.start("decomposing", steps=config.steps, done=start)
+    tracker.start("decomposing", steps=config.steps, done=start, path=directory.path, config=config)
     steps = Steps(config, task, decomposition, importance, optimizer)
     saver = Saver(directory, every=config.checkpoint.every, message=tracker.message)
     status, done = "failed", start
@@ -91,7 +91,9 @@ def train(
                 if log:
                     saver.append(_logged(config, result, done, share, batch, tracker))
                 if measure:
-                    saver.append({"step": done, "evaluation": held_out(config, task, decomposition, importance)})
+                    metrics = held_out(config, task, decomposition, importance)
+                    saver.append({"step": done, "evaluation": metrics})
+                    tracker.evaluated(done, metrics)
                 stop = interrupted()
                 if saver.due(done) or last or stop:
                     steps.require_finite(result, step)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from paramlens.checkpoint import damage
 from paramlens.described import Described
 from paramlens.errors import ParamLensError
-from paramlens.layout import checkpoint_step, checkpoints, read_json, read_metrics, require_run
+from paramlens.layout import checkpoint_step, checkpoints, is_resumable, read_json, read_metrics, require_run
 from paramlens.metrics import recorded_part
 from paramlens.rundir import require_own, require_whole_run
 from paramlens.shown import Shown
@@ -27,7 +27,7 @@ class CheckpointReport:
 
     @property
     def whole(self) -> bool:
-        """Whether it can be read and resumed from."""
+        """Whether all of it can be read."""
         return not self.problems
 
 
@@ -41,6 +41,8 @@ class Verification(Shown):
     problems: tuple[str, ...]
     """Of the run's own files, its metrics and its analyses."""
     checkpoints: tuple[CheckpointReport, ...]
+    resumable: bool
+    """False for a copy for reading, which a push without optimizer and generators makes."""
 
     @property
     def whole(self) -> bool:
@@ -66,6 +68,8 @@ class Verification(Shown):
         )
         heads = (Column("part", right=False), Column("state", right=False), Column("what is wrong", right=False, wraps=True))
         notes = () if self.checkpoints else (Cell("no checkpoint yet", "warn"),)
+        if not self.resumable:
+            notes = (*notes, Cell("a copy for reading: it has no optimizer and generators, and cannot be resumed"))
         shown = heads if any(parts.values()) else heads[:2]
         return (Table(f"{self.run}, {self.status or 'status unknown'}", shown, tuple(each[: len(shown)] for each in rows), notes=notes),)
 
@@ -93,7 +97,7 @@ def verify(path: str | Path) -> Verification:
     _attempt(found, lambda: read_metrics(path))
     for file in sorted((path / "analysis").glob("*.json")):
         _attempt(found, lambda file=file: read_json(file))
-    return Verification(path, info.get("status"), tuple(found), tuple(reports))
+    return Verification(path, info.get("status"), tuple(found), tuple(reports), is_resumable(path))
 
 
 def _report(folder: Path, path: Path, described: Described | None) -> CheckpointReport:
