@@ -20,6 +20,7 @@ DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
 PLACEHOLDERS = {"CONFIG": "induction-quick", "N": "1"}
 """Words of a printed command that stand for a value which is read while it is parsed."""
+CHROMIUM = Path("/usr/bin/chromium")
 EXTERNAL = re.compile(r"(https?:)?//", re.IGNORECASE)
 
 
@@ -46,7 +47,7 @@ class Page(HTMLParser):
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built by a process of its own, where mkdocs' warnings are errors by --strict and those of its libraries are left to them."""
     out = tmp_path_factory.mktemp("site")
-    words = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(out)]
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(out)]
     done = subprocess.run(words, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return out
@@ -62,6 +63,29 @@ def test_no_page_asks_another_host_for_anything(site: Path, pages: dict[str, Pag
     assert {name: outside for name, page in pages.items() if (outside := [url for url in page.loaded if EXTERNAL.match(url)])} == {}
     for sheet in site.rglob("*.css"):
         assert not re.findall(r"(?:url\(|@import)\s*[\"']?(?:https?:)?//[^)\s]+", sheet.read_text(encoding="utf-8")), sheet
+
+
+@pytest.mark.skipif(not CHROMIUM.exists(), reason="Debian's chromium is not installed, so no browser searches the site")
+def test_the_search_works_from_disk_and_asks_nobody(site: Path):
+    from playwright.sync_api import sync_playwright
+
+    complaints: list[str] = []
+    asked: list[str] = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page()
+        page.on("console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto((site / "quickstart.html").as_uri())
+        page.click("input.md-search__input")
+        page.keyboard.type("faithfulness")
+        first = page.wait_for_selector(".md-search-result__link")
+        assert first is not None
+        assert "html" in (first.get_attribute("href") or "")
+        browser.close()
+    assert complaints == []
+    assert [url for url in asked if not url.startswith(("file:", "data:", "about:"))] == []
 
 
 def test_every_public_name_has_an_entry(pages: dict[str, Page]):
