@@ -52,7 +52,7 @@ def test_circuit_json(tiny_run):
     assert set(site["active"]) == {"s1", "m", "s2", "random"}
     assert 0 <= site["unique"] <= 5
     assert set(document["metrics"]) == {
-        *("faithfulness", "recon", "recon_layerwise", "stochastic_recon", "recon_rounded"),
+        *("faithfulness", "faithfulness_relative", "recon", "recon_layerwise", "stochastic_recon", "recon_rounded"),
         *("accuracy_target", "accuracy_masked", "attention_kl", "attention_kl_all", "recon_adversarial"),
     }
     assert len(document["example"]["attention"]["blocks.0.attn.pattern"]["masked"]) == 8

@@ -14,6 +14,7 @@ import pytest
 
 import paramlens
 from paramlens import cli
+from paramlens.arguments import configuration
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
@@ -132,11 +133,12 @@ def parsed(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
     def only_read(options: object, rest: list[str]) -> int:
         if hasattr(options, "config"):
-            cli._configuration(options.config, rest)
+            configuration(options.config, rest)
         return 0
 
     reading = {name: dataclasses.replace(each, run=only_read) for name, each in cli._COMMANDS.items()}
     monkeypatch.setattr(cli, "_COMMANDS", reading)
+    monkeypatch.setattr(cli, "_located", lambda run: run)
     words = [PLACEHOLDERS.get(word, word) for word in shlex.split(command, comments=True)[1:]]
     try:
         return None if cli.main(words) == 0 else capsys.readouterr().err

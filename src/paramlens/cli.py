@@ -29,7 +29,7 @@ from paramlens.completion import script
 from paramlens.config import Config
 from paramlens.configfile import load_config, parse_value, shipped_configs
 from paramlens.errors import ConfigError, ParamLensError, RunInterrupted, Terminated
-from paramlens.layout import default_out, holds_toy, is_begun, is_hub_id, is_run, read_json, require_free, require_run
+from paramlens.layout import RUNS, default_out, holds_toy, is_begun, is_hub_id, is_run, read_json, require_free, require_run
 from paramlens.options import (
     Agree,
     Bench,
@@ -169,7 +169,7 @@ def _is_finished(path: Path, config: Config) -> bool:
 
 def _train_target(options: TrainTarget, rest: list[str]) -> int:
     config = configuration(options.config, rest)
-    path = options.out or Path("runs") / f"{config.name}-target-s{config.seed}"
+    path = options.out or Path(RUNS) / f"{config.name}-target-s{config.seed}"
     require_free(path, overwrite=options.overwrite)
     from paramlens import targets
     from paramlens.lock import locked

@@ -32,6 +32,9 @@ CONTENTS = (
 )
 """What a run directory holds; anything else there is somebody else's."""
 
+RUNS = "runs"
+"""Folder that runs go to unless told otherwise."""
+
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 """user/name on the Hugging Face Hub."""
 
@@ -43,7 +46,7 @@ MOST_JSON = 64 * 2**20
 
 def default_out(config: Config) -> Path:
     """Where a run goes unless told otherwise."""
-    return Path("runs") / f"{config.name}-s{config.seed}"
+    return Path(RUNS) / f"{config.name}-s{config.seed}"
 
 
 def is_run(path: Path) -> bool:
@@ -68,8 +71,9 @@ def holds_toy(path: Path) -> bool:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` is no path here and has the form user/name; not if `user` is a folder here: a mistyped path stays on this machine."""
-    return bool(HUB_ID.fullmatch(name)) and not Path(name).exists() and not Path(name).parent.is_dir()
+    """Whether `name` is no path here and has the form user/name; a mistyped path stays here: `user` is no folder, nor runs."""
+    here = Path(name).exists() or Path(name).parent.is_dir() or Path(name).parts[0] == RUNS
+    return bool(HUB_ID.fullmatch(name)) and not here
 
 
 def require_run(path: Path) -> None:

@@ -1,7 +1,7 @@
 """Edits of the target's weights by subcomponents: choosing them, taking them out, and putting the weights back (§5.2).
 
-    projection   W ← W - Σ_k a_k û_k v̂_kᵀ, orthogonal to every û_k v̂_kᵀ; a_k = û_kᵀ W v̂_k where these are orthogonal to each other (§5.2)
-    subtraction  W ← W - Σ_k u_k v_kᵀ, the parts themselves, as a mask of 0 takes them out
+projection   W ← W - Σ_k a_k û_k v̂_kᵀ, orthogonal to every û_k v̂_kᵀ; a_k = û_kᵀ W v̂_k where these are orthogonal to each other (§5.2)
+subtraction  W ← W - Σ_k u_k v_kᵀ, the parts themselves, as a mask of 0 takes them out
 """
 
 import copy
