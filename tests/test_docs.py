@@ -1,6 +1,7 @@
 """The documentation: it builds without a warning, is complete in itself, and what it prints exists."""
 
 import dataclasses
+import itertools
 import os
 import re
 import shlex
@@ -139,7 +140,8 @@ def parsed(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     reading = {name: dataclasses.replace(each, run=only_read) for name, each in cli._COMMANDS.items()}
     monkeypatch.setattr(cli, "_COMMANDS", reading)
     monkeypatch.setattr(cli, "_located", lambda run: run)
-    words = [PLACEHOLDERS.get(word, word) for word in shlex.split(command, comments=True)[1:]]
+    own = itertools.takewhile(lambda word: word not in ("|", ">", "&&"), shlex.split(command, comments=True)[1:])
+    words = [PLACEHOLDERS.get(word, word) for word in own]
     try:
         return None if cli.main(words) == 0 else capsys.readouterr().err
     except SystemExit as told:  # --help
