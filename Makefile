@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format notebooks clean
 
 demo: .venv/installed
 	$(BIN)/paramlens demo
@@ -19,6 +19,9 @@ lint: .venv/dev
 format: .venv/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+notebooks: .venv/dev
+	$(BIN)/pytest tests/test_notebooks.py -k runs --overwrite
 
 clean:
 	rm -rf .venv build dist
