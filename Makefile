@@ -2,13 +2,13 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test lint format docs clean
+.PHONY: demo test lint format docs notebooks clean
 
 demo: .venv/installed
 	$(BIN)/paramlens demo
 
 test: .venv/dev lint
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -22,6 +22,9 @@ docs: .venv/dev
 format: .venv/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+notebooks: .venv/dev
+	$(BIN)/pytest tests/test_notebooks.py -k runs --overwrite
 
 clean:
 	rm -rf .venv build dist site
