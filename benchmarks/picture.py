@@ -2,8 +2,8 @@
 
     python benchmarks/picture.py RUN PLACE OUT.png [ROW COLUMN]
 
-PLACE: the whole first screen (page), a section (trust, map, circuit), what a click on a cell of the map opens (panel), or a figure by its name
-(losses, patterns, svd, suppress-0, ...: the ids `plot-...` of the page). ROW, COLUMN: the cell that is clicked before, in the page's first view.
+PLACE: the first screen (page), a section (trust, map, circuit), what a click on a cell of the map opens (panel), or a figure by its
+name (losses, patterns, svd, suppress-0, ...: the ids `plot-...` of the page). ROW, COLUMN: the cell clicked before, in the first view.
 """
 
 import sys
