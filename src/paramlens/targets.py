@@ -83,9 +83,13 @@ def train(config: Config, *, on_message: Callable[[str], object], on_check: Call
     def checked(check: Any) -> None:
         on_check(check.step, _described(check))
 
+    def given_up(attempt: int, last: Any) -> None:
+        on_message(f"attempt {attempt} given up at step {last.step}, still at {_described(last)}; another start")
+
     if isinstance(task, InductionTask):
         on_message(f"training the target: {task.blocks} attention blocks, up to {task.training.steps} steps an attempt")
-        model, history = train_target(task, seed=config.seed, device=config.device, on_check=checked)
+        how = {"seed": config.seed, "device": config.device}
+        model, history = train_target(task, **how, on_check=checked, on_given_up=given_up)
         target, remedy = Target(model, history), "task.training.steps"
     else:
         assert isinstance(task, FactsTask)

@@ -152,7 +152,7 @@ class _Removal:
         size, values = stack_size(self.log_probs.numel(), device=self.log_probs.device.type), list[float]()
         for start in range(0, len(plans), size):
             logits = self.decomposition.masked_run(self.inputs, plans[start : start + size])
-            values += self.at.divergence(self.log_probs, logits).tolist()
+            values += self.at.divergence(self.log_probs, logits).clamp(min=0).tolist()  # rounding alone goes below
         return values
 
 

@@ -80,7 +80,7 @@ def _measured(
     return Intervention(
         name=name,
         site=site,
-        kl=sum(divergences) / len(divergences),
+        kl=max(0.0, sum(divergences) / len(divergences)),  # rounding alone goes below
         accuracy=torch.cat(right).double().mean().item() if right else None,
         attention={name: torch.cat(values).double().mean(0).max().item() for name, values in seen.items()},
     )

@@ -216,11 +216,13 @@ def train_target(
     seed: int,
     device: str = "cpu",
     on_check: Callable[[TargetCheck], object] = lambda _: None,
+    on_given_up: Callable[[int, TargetCheck], object] = lambda _attempt, _last: None,
 ) -> tuple[InductionTransformer, TargetHistory]:
     """Train the target on the answer alone (§5.1, Table 3).
 
     With `settle`, the rate stays constant until a check reaches `settle_accuracy`, then decays to 0, which ends the attempt; an attempt
-    with no time left to settle is given up. A target that has not converged in any attempt is returned as it is, with `converged` false.
+    with no time left to settle is given up, of which `on_given_up` is told by number and last check. A target that has not converged in
+    any attempt is returned as it is, with `converged` false.
     """
     attempt = 0
     while True:
@@ -229,6 +231,7 @@ def train_target(
         converged = _converged(checks[-1], task.training)
         if converged or attempt == task.training.attempts:
             return model, TargetHistory(tuple(checks), converged=converged, attempts=attempt)
+        on_given_up(attempt, checks[-1])
 
 
 def _attempt(
