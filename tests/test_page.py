@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from conftest import TINY_FACTS
 from paramlens.analysis.agreement import agreement
@@ -23,7 +24,7 @@ from paramlens.errors import ConfigError, RunDirError
 from paramlens.page import report
 from paramlens.page.verdicts import verdicts
 from paramlens.rundir import open_run
-from paramlens.runs import decompose_config
+from paramlens.runs import decompose, decompose_config
 
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = [
@@ -138,9 +139,23 @@ def test_a_page_above_its_budget_says_what_it_leaves_out(run):
     assert found
     assert 0 < int(found[1]) <= parts == int(found[2])
     assert len(part.encode()) <= size - 1000
-    assert int(re.search(r"token strips of (\d+)", report(run, budget=0.001).read_text(encoding="utf-8"))[1]) == parts
+    assert "Even so it is larger" not in part
+    least = report(run, budget=0.001).read_text(encoding="utf-8")
+    assert int(re.search(r"token strips of (\d+)", least)[1]) == parts
+    assert "Even so it is larger" in least
     with pytest.raises(ConfigError, match="budget 0"):
         report(run, budget=0)
+
+
+def test_a_run_on_a_model_of_ones_own_names_no_command(tmp_path):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+    batches = [torch.randn(3, 4)]
+    run = decompose(model, batches, sites=["*"], C=3, steps=2, gamma={"kind": "vector"}, out=tmp_path / "own")
+    html = report(run).read_text(encoding="utf-8")
+    assert '"command": null' in html
+    assert "model=model, batches=batches" in html
+    assert "off the data" not in html
 
 
 def test_verdicts_follow_the_figures(complete):

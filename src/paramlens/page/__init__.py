@@ -15,7 +15,7 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from paramlens.config import FactsTask
+from paramlens.config import CustomTask, FactsTask
 from paramlens.configfile import load_config
 from paramlens.errors import ConfigError
 from paramlens.layout import checkpoint_step, find_checkpoint, read_json, read_metrics, require_run, write_text
@@ -93,11 +93,15 @@ def report(run: "Run | str | Path", *, budget: float = BUDGET) -> Path:
         "budget": budget,
         "run_word": shlex.quote(str(path)),
     }
-    around = len(template.render(shown, data="", packed=[""] * len(circuit["sites"]), left_out=1, parts=1).encode())
-    packed = pack(str(path), circuit, analyses["catalogue"], analyses["edges"], room=int(budget * 1e6) - around)
+    around = len(template.render(shown, data="", packed=[""] * len(circuit["sites"]), left_out=1, parts=1, over=True).encode())
+    own, place = isinstance(config.task, CustomTask), json.dumps(str(path))
+    opened = f"paramlens.open_run({place}, model=model, batches=batches)" if own else f"paramlens.open_run({place})"
+    command = None if own else f"paramlens inspect {shlex.quote(str(path))}"
+    room = int(budget * 1e6) - around
+    packed = pack(opened, circuit, analyses["catalogue"], analyses["edges"], command=command, room=room)
     page = path / "report.html"
-    sites, left_out = packed.sites, packed.left_out
-    write_text(page, template.render(shown, data=_embedded(packed.document), packed=sites, left_out=left_out, parts=packed.parts))
+    left_out = {"left_out": packed.left_out, "parts": packed.parts, "over": packed.size > room}
+    write_text(page, template.render(shown, data=_embedded(packed.document), packed=packed.sites, **left_out))
     return page
 
 

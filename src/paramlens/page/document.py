@@ -27,28 +27,31 @@ class Packed:
         return len(json.dumps(self.document)) + sum(map(len, self.sites))
 
 
-def pack(run: str, circuit: Mapping[str, Any], catalogue: Mapping[str, Any], edges: Mapping[str, Any], *, room: int) -> Packed:
-    """All of it, or, where that is above `room` bytes, without the token strips of the least important parts: as few as it takes."""
+def pack(
+    opened: str, circuit: Mapping[str, Any], catalogue: Mapping[str, Any], edges: Mapping[str, Any], *, command: str | None, room: int
+) -> Packed:
+    """All of it, or, where that is above `room` bytes, without the token strips of the least important parts: as few as it takes.
+
+    opened: the Python that opens the run; command: what inspects it from a terminal, none for a run that no command can open.
+    """
     parts = [(part["mean"], site, i) for site, each in catalogue["sites"].items() for i, part in enumerate(each["parts"])]
     parts.sort(reverse=True)
-    document = _document(run, circuit, catalogue, edges)
+    document = _document(circuit, catalogue, edges) | {"opened": opened, "command": command}
     kept = len(parts)
     while True:
         with_strips = {(site, i) for _, site, i in parts[:kept]}
-        packed = Packed(
-            document, [_packed(_site(name, circuit, catalogue, with_strips)) for name in circuit["sites"]], len(parts) - kept, len(parts)
-        )
+        sites = [_packed(_site(name, circuit, catalogue, with_strips)) for name in circuit["sites"]]
+        packed = Packed(document, sites, left_out=len(parts) - kept, parts=len(parts))
         if packed.size <= room or not kept:
             return packed
         kept = min(kept - 1, int(kept * max(0, room) / packed.size))
 
 
-def _document(run: str, circuit: Mapping[str, Any], catalogue: Mapping[str, Any], edges: Mapping[str, Any]) -> dict[str, Any]:
+def _document(circuit: Mapping[str, Any], catalogue: Mapping[str, Any], edges: Mapping[str, Any]) -> dict[str, Any]:
     removed = {change["site"]: change["kl"] for change in circuit["interventions"] if change["name"].endswith(" removed")}
     names = list(circuit["sites"])
     return _short(
         {
-            "run": run,
             "threshold": circuit["threshold"],
             "C": catalogue["C"],
             "masked": catalogue["masked"],

@@ -46,9 +46,9 @@ function showPart(site, part, place) {
     ends.length ? html("div", { class: "ends" }, ...ends.map(([title, entries]) => html("div", {}, html("b", {}, title), html("ol", {}, ...entries.map(([what, value]) => html("li", {}, html("span", {}, what.trim() || "␣"), html("span", {}, number(value)))))))) : html("p", {}, "Neither token nor position vectors reach it directly, nor does it write logits: see where it is active."),
     ...byRole(part),
     ...strips(part),
-    html("h3", {}, "The same from a terminal, and from Python"),
-    html("code", { class: "block" }, `paramlens inspect ${quoted(DATA.run)} --site ${quoted(name)} --subcomponent ${part.subcomponent}`),
-    html("code", { class: "block" }, `paramlens.inspect_subcomponent(paramlens.open_run(${JSON.stringify(DATA.run)}), ${JSON.stringify(name)}, ${part.subcomponent})`),
+    html("h3", {}, DATA.command ? "The same from a terminal, and from Python" : "The same from Python"),
+    ...(DATA.command ? [html("code", { class: "block" }, `${DATA.command} --site ${quoted(name)} --subcomponent ${part.subcomponent}`)] : []),
+    html("code", { class: "block" }, `paramlens.inspect_subcomponent(${DATA.opened}, ${JSON.stringify(name)}, ${part.subcomponent})`),
   );
 }
 
