@@ -310,7 +310,7 @@ def test_the_page_works_from_the_keyboard(complete):
         assert f"#{focused}" in page.locator("#part h3").first.inner_text()
         page.locator("#circuit-svg [role=button]").nth(4).focus()
         page.keyboard.press("Enter")
-        page.wait_for_function("document.getElementById('panel-heading').textContent === 'blocks.1.attn.k'")
+        require_panel(page, "blocks.1.attn.k")
         reached = page.evaluate("[...document.querySelectorAll('a, button, select, input, summary')].every(e => e.tabIndex >= 0)")
         assert reached
         require_quiet(page, complaints, requests)

@@ -16,11 +16,14 @@ ROOT_PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBU
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name, page in ROOT_PAGES.items():
         files.append(File.generated(config, page, content=from_root((ROOT / name).read_text(encoding="utf-8"))))
+    for notebook in sorted((ROOT / "examples").glob("*.ipynb")):
+        files.append(File.generated(config, f"examples/{notebook.name}", abs_src_path=str(notebook)))
     return files
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    """In docs/x.md, ../CHANGELOG.md is changelog.md."""
+    """In docs/x.md, ../CHANGELOG.md is changelog.md, and ../examples/ lies beside it."""
+    markdown = markdown.replace("](../examples/", "](examples/")
     return re.sub(r"(\]\()\.\./([A-Z]+\.md)", lambda found: found[1] + ROOT_PAGES.get(found[2], f"../{found[2]}"), markdown)
 
 

@@ -142,7 +142,7 @@ _REMEDIES = {
     "greater_than_equal": "give {ge:g} or more",
     "less_than": "give a number below {lt:g}",
     "less_than_equal": "give {le:g} or less",
-    "union_tag_not_found": "a mapping replaces all of it, so give its kind too ({{kind: induction}}); a single field is named with dots",
+    "union_tag_not_found": "give its kind: {{kind: induction}}; a mapping replaces all of it, a single field is named with dots",
     "finite_number": "give a finite number",
     "float_type": "give a number",
     "int_type": "give a whole number",
