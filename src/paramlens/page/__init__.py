@@ -121,7 +121,8 @@ def _figures(
             "attention", "attention", "How far attention moves in the masked model: KL in nats by query.", attention_figure(circuit)
         )
     for i, edit in enumerate((analyses["suppress"] or {"edits": []})["edits"]):
-        caption = f"Suppressed for “{edit['target']}” ({edit['method']}): what every kind of fact keeps (Figures 3, 4)."
+        taken = f"{len(edit['selected'])} subcomponents taken out for “{edit['target']}” ({edit['method']})"
+        caption = f"{taken}: what every kind of fact keeps (Figures 3, 4)."
         yield Figure(f"suppress-{i}", "edits", caption, suppression_figure(edit))
     traces = (analyses["trace"] or {"traces": []})["traces"]
     for i, trace in enumerate(traces):

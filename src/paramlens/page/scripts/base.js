@@ -55,10 +55,10 @@ function shade(share) {
   return { fill: `rgb(${rgb})`, text: bright > 0.55 ? "#1c2430" : "#ffffff" };
 }
 
-function table(columns, rows, attributes = {}) {
+function table(columns, rows) {
   const head = html("tr", {}, ...columns.map((column) => html("th", { scope: "col" }, column)));
   const body = rows.map((row) => html("tr", {}, ...row.map((cell) => html("td", {}, typeof cell === "number" ? number(cell) : cell))));
-  return html("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "table" }, html("table", attributes, html("thead", {}, head), html("tbody", {}, ...body)));
+  return html("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "table" }, html("table", {}, html("thead", {}, head), html("tbody", {}, ...body)));
 }
 
 const MOST_ROWS = 500;
@@ -91,8 +91,8 @@ function csv(columns, rows) {
 /** Buttons that save a picture (`picture(format)` gives a data address) and its data. */
 function tools(name, picture, columns, rows) {
   const button = (label, action) => html("button", { type: "button", "aria-label": `${label} of ${name}`, "data-save": label, onclick: action }, label);
-  const save_picture = (format) => async () => save(`${name}.${format}`, await (await picture(format)), format === "svg" ? "image/svg+xml" : "image/png");
-  return html("div", { class: "controls tools" }, button("SVG", save_picture("svg")), button("PNG", save_picture("png")), button("CSV", () => save(`${name}.csv`, csv(columns, rows()), "text/csv")));
+  const savePicture = (format) => async () => save(`${name}.${format}`, await (await picture(format)), format === "svg" ? "image/svg+xml" : "image/png");
+  return html("div", { class: "controls tools" }, button("SVG", savePicture("svg")), button("PNG", savePicture("png")), button("CSV", () => save(`${name}.csv`, csv(columns, rows()), "text/csv")));
 }
 
 /** An SVG element of this page as a file: a whole document, or twice its size in pixels. */

@@ -27,9 +27,11 @@ function drawCircuit() {
   const largest = Math.max(1e-9, ...DATA.sites.map((site) => site.removed ?? 0));
   const parts = [];
   const arrow = (from, to, share, text, { dashed = false, faint = false } = {}) => {
-    const [x1, y1, x2, y2] = [from.x + wide / 2, from.y + tall, to.x + wide / 2, to.y];
-    const level = y2 < y1 + 10;
-    const path = level ? `M${from.x + wide / 2} ${from.y + tall} C${x1} ${y1 + 46} ${x2} ${to.y + tall + 46} ${x2} ${to.y + tall}` : `M${x1} ${y1} C${x1} ${(y1 + y2) / 2} ${x2} ${(y1 + y2) / 2} ${x2} ${y2}`;
+    const [x1, y1, x2] = [from.x + wide / 2, from.y + tall, to.x + wide / 2];
+    const beside = to.y < y1 + 10; // in the same block: from below to below
+    const y2 = beside ? to.y + tall : to.y;
+    const [bend1, bend2] = beside ? [y1 + 46, y2 + 46] : [(y1 + y2) / 2, (y1 + y2) / 2];
+    const path = `M${x1} ${y1} C${x1} ${bend1} ${x2} ${bend2} ${x2} ${y2}`;
     const size = Math.min(1, Math.max(0, share));
     parts.push(svg("path", { class: "edge", d: path, fill: "none", stroke: dashed ? soft : colour, "stroke-width": 1 + 5 * size, opacity: faint ? 0.08 : 0.3 + 0.6 * size, "stroke-dasharray": dashed ? "5 4" : null }, svg("title", {}, text)));
   };

@@ -27,7 +27,7 @@ async function pictureOf(name, format) {
   if (!drawn.has(name)) await drawPlot(name);
   const place = document.getElementById(`plot-${name}`);
   const address = await Plotly.toImage(place, { format, width: place.clientWidth, height: place.clientHeight, scale: format === "png" ? 2 : 1 });
-  return (await unaddressed(address));
+  return unaddressed(address);
 }
 
 /** What a data: address holds; fetch would be a request, which this page may not make. */
