@@ -236,6 +236,7 @@ def click_everything(page: Any) -> None:
     for node in page.locator("#circuit-svg [role=button]").all():
         node.click()
         require_panel(page, node.get_attribute("aria-label"))
+        assert page.locator("#circuit #panel").count() == 1
     edges = page.locator("#circuit-svg .edge").count()
     page.select_option("#measure", "1")
     page.locator("#least").fill("1")

@@ -57,7 +57,7 @@ function node(i, { x, y }, wide, tall) {
     circuitState.chosen = chosen ? null : i;
     drawCircuit();
     document.querySelector(`#circuit-svg [data-site='${i}']`).focus({ preventScroll: true });
-    if (!chosen) await showSite(i);
+    if (!chosen) await showSite(i, { home: "circuit" });
   };
   const label = `${site.name}: ${site.parts} subcomponents active somewhere${site.removed === null ? "" : `, KL ${number(site.removed)} nats without them`}`;
   const press = (event) => {

@@ -35,7 +35,7 @@ function startCircuit() {
 async function openAddressed() {
   const found = /^#part=(.+),(\d+)$/.exec(location.hash);
   const site = found ? DATA.sites.findIndex((each) => each.name === decodeURIComponent(found[1])) : -1;
-  if (site >= 0) await showSite(site, null, null, Number(found[2]));
+  if (site >= 0) await showSite(site, { chosen: Number(found[2]) });
 }
 
 startMap();

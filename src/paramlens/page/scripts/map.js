@@ -73,7 +73,7 @@ async function chooseCell(i, j) {
     cell.setAttribute("aria-pressed", chosen);
     cell.querySelector(".mark").setAttribute("stroke", chosen ? variable("accent") : "none");
   });
-  await showSite(i, DATA.views[mapState.view], j);
+  await showSite(i, { view: DATA.views[mapState.view], column: j });
   if (focused) document.querySelector("#panel .parts button")?.focus({ preventScroll: true });
 }
 

@@ -2,7 +2,8 @@
 const LISTED = 40;
 let asked = 0;
 
-async function showSite(site, view = null, column = null, chosen = null) {
+/** The parts of a site under the section `home`: ranked by a column of a view, or by their mean; `chosen` or the first is opened. */
+async function showSite(site, { view = null, column = null, chosen = null, home = "map" } = {}) {
   const mine = ++asked;
   const parts = await partsOf(site);
   if (mine !== asked) return; // another place was chosen meanwhile
@@ -18,7 +19,9 @@ async function showSite(site, view = null, column = null, chosen = null) {
   const heading = html("h3", { id: "panel-heading", tabindex: "-1" }, about.name);
   const note = about.silent ? html("p", { class: "note" }, `This site is silent: it ${about.silent}.`) : null;
   const lost = about.removed === null ? "" : ` Without the active ones KL rises to ${number(about.removed)} nats.`;
-  document.getElementById("panel").replaceChildren(...[heading, note, html("p", {}, `${inactive}. Importance ${where}.${lost}`), html("div", { class: "two" }, html("div", {}, list, more), detail)].filter(Boolean));
+  const panel = document.getElementById("panel");
+  document.getElementById(home).append(panel);
+  panel.replaceChildren(...[heading, note, html("p", {}, `${inactive}. Importance ${where}.${lost}`), html("div", { class: "two" }, html("div", {}, list, more), detail)].filter(Boolean));
   const first = chosen === null ? ranked[0]?.part : parts.find((part) => part.subcomponent === chosen);
   if (first) showPart(site, first, detail);
 }
