@@ -56,3 +56,14 @@ def test_report_wants_a_run_or_the_example(capsys):
 
     assert main(["report"]) == 2
     assert "give a run directory first, then options; or --example" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_open_asks_for_a_browser(shipped, monkeypatch, capsys, there: bool):
+    from paramlens.cli import main
+
+    asked: list[str] = []
+    monkeypatch.setattr("webbrowser.open", lambda address: asked.append(address) or there)
+    assert main(["report", str(shipped), "--open"]) == 0
+    assert asked == [(shipped / "report.html").absolute().as_uri()]
+    assert ("no browser was found" in capsys.readouterr().err) is not there

@@ -277,7 +277,8 @@ def _report_command(options: Report, _: list[str]) -> int:
     if options.open:
         import webbrowser
 
-        webbrowser.open(page.absolute().as_uri())
+        if not webbrowser.open(page.absolute().as_uri()):
+            Console(stderr=True).print("no browser was found here; the page is one file, so open it wherever there is one", style="yellow")
     return 0
 
 
