@@ -86,6 +86,9 @@ def test_page_makes_the_analyses_that_are_missing_or_old(run, tmp_path):
     report(str(run))
     assert [json.loads(file.read_text())["step"] for file in files.values()] == [12, 12, 12]
     assert "off_data" in json.loads(files["circuit"].read_text())
+    files["circuit"].write_text(files["circuit"].read_text().replace('"threshold": 0.1', '"threshold": 0.5'))
+    report(str(run))
+    assert [json.loads(file.read_text())["threshold"] for file in files.values()] == [0.5, 0.5, 0.5]
     with pytest.raises(RunDirError, match="not a run directory"):
         report(tmp_path)
 

@@ -5,7 +5,6 @@ import re
 import shlex
 from base64 import b64encode
 from collections.abc import Iterator
-from functools import cached_property
 from hashlib import sha256
 from importlib import resources
 from pathlib import Path
@@ -18,7 +17,8 @@ from plotly.offline import get_plotlyjs
 from paramlens.config import CustomTask, FactsTask
 from paramlens.configfile import load_config
 from paramlens.errors import ConfigError
-from paramlens.layout import checkpoint_step, find_checkpoint, read_json, read_metrics, require_run, write_text
+from paramlens.layout import read_json, read_metrics, require_run, write_text
+from paramlens.page.analyses import Analyses
 from paramlens.page.document import pack
 from paramlens.page.figures import (
     Figure,
@@ -38,11 +38,6 @@ from paramlens.page.verdicts import verdicts
 
 if TYPE_CHECKING:
     from paramlens.rundir import Run
-
-
-_READ = {"circuit": {"sites", "metrics", "attention_kl", "attention_by_role", "interventions", "maps", "example", "off_data"}}
-"""What the page reads of an analysis; one written by an earlier version has less, and is made again."""
-
 
 SCRIPTS = ("base", "map", "panel", "circuit", "plots", "main")
 """The page's own scripts, which run as one."""
@@ -70,7 +65,7 @@ def report(run: "Run | str | Path", *, budget: float = BUDGET) -> Path:
         raise ConfigError(f"budget {budget}: give MB, above 0")
     path = Path(run) if isinstance(run, str | Path) else run.path
     require_run(path)
-    analyses = _Analyses(run, path)
+    analyses = Analyses(run, path)
     circuit, config = analyses["circuit"], load_config(path / "config.yaml")
     target = read_json(path / "target.json") if (path / "target.json").is_file() else None
     found = list(_figures(circuit, read_metrics(path), target, analyses.kept))
@@ -148,53 +143,6 @@ def _sections(figures: list[Figure]) -> Iterator[dict[str, Any]]:
         own = [figure for figure in figures if figure.section == name]
         if own:
             yield {"id": name, "title": title, "figures": own}
-
-
-class _Analyses:
-    """A run's analyses by name: those that the page needs are made where missing, older than the run or older in form."""
-
-    def __init__(self, run: "Run | str | Path", path: Path) -> None:
-        self._run, self._path = run, path
-        self.kept = {name: _current(path / "analysis" / f"{name}.json", path) for name in ("svd", "suppress", "trace", "agreement")}
-
-    def __getitem__(self, name: str) -> dict[str, Any]:
-        document = _current(self._path / "analysis" / f"{name}.json", self._path)
-        if document is None or not document.keys() >= _READ.get(name, set()) or not self._is_of_sentences(name, document):
-            self._opened.save_analysis(name, self._made(name))
-            return read_json(self._path / "analysis" / f"{name}.json")
-        return document
-
-    @cached_property
-    def _opened(self) -> "Run":
-        from paramlens.rundir import open_run
-
-        return open_run(self._run) if isinstance(self._run, str | Path) else self._run
-
-    def _is_of_sentences(self, name: str, document: dict[str, Any]) -> bool:
-        return name != "inspect" or {each["prompt"] for each in document["prompts"]} == set(self._sentences)
-
-    @property
-    def _sentences(self) -> tuple[str, ...]:
-        task = load_config(self._path / "config.yaml").task
-        return task.sentences if isinstance(task, FactsTask) else ()
-
-    def _made(self, name: str) -> dict[str, Any]:
-        run = self._opened
-        if name == "inspect":
-            from paramlens.analysis.components import inspect_prompt
-
-            return {"step": run.step, "prompts": [inspect_prompt(run, sentence).to_json() for sentence in self._sentences]}
-        from paramlens.analysis.catalogue import catalogue
-        from paramlens.analysis.circuit import circuit
-        from paramlens.analysis.edges import edges
-
-        return dict({"circuit": circuit, "catalogue": catalogue, "edges": edges}[name](run).to_json())
-
-
-def _current(file: Path, path: Path) -> dict[str, Any] | None:
-    """An analysis in the run directory; none if it is missing or of an older checkpoint."""
-    document = read_json(file) if file.is_file() else None
-    return document if document and document["step"] == checkpoint_step(find_checkpoint(path, None)) else None
 
 
 def _policy(scripts: list[str]) -> str:
