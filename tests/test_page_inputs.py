@@ -4,11 +4,15 @@ import base64
 import gzip
 import json
 import re
+import xml.etree.ElementTree as ET
 
 import pytest
 
+from paramlens import layout
+from paramlens.errors import RunDirError
 from paramlens.page import report
 from paramlens.shipped import example
+from test_page import needs_browser, opened, require_panel, require_quiet, saved
 
 
 @pytest.fixture
@@ -36,3 +40,46 @@ def test_numbers_that_are_not_finite_leave_the_page_whole(run):
     assert len(documents) > 2
     for each in documents:
         json.loads(each, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+
+
+@needs_browser
+def test_any_token_can_be_shown_and_saved(run):
+    """Letters of two code units at the edge of a narrow cell, control characters, and a token wider than the page."""
+    file = run / "analysis/catalogue.json"
+    document = json.loads(file.read_text())
+    tokens = ["a😀b", "\x00", "\x1b[0m", "שלום", "", "\n", "<b>", "x" * 400]
+    document["tokens"] = [[tokens[i % len(tokens)] for i in range(len(row))] for row in document["tokens"]]
+    for part in (part for site in document["sites"].values() for part in site["parts"]):
+        part["reads"] = [{"what": token, "value": 1.0} for token in tokens]
+    file.write_text(json.dumps(document))
+    with opened(report(run)) as (page, complaints, requests):
+        page.select_option("#view", label="sequence 1")
+        page.locator("#map-svg [role=button]").nth(3).click()
+        require_panel(page, page.locator("#map-svg [role=button]").nth(3).get_attribute("aria-label"))
+        svg = saved(page, page.locator("#map-tools [data-save=SVG]")).decode()
+        assert "a😀" in "".join(ET.fromstring(svg).itertext())
+        assert saved(page, page.locator("#map-tools [data-save=PNG]")).startswith(b"\x89PNG")
+        require_quiet(page, complaints, requests)
+
+
+@pytest.mark.parametrize(("name", "key"), [("circuit", "step"), ("catalogue", "masked"), ("edges", "edges")])
+def test_an_analysis_that_lacks_what_the_page_reads_is_made_again(run, name: str, key: str):
+    file = run / f"analysis/{name}.json"
+    document = json.loads(file.read_text())
+    file.write_text(json.dumps({each: value for each, value in document.items() if each != key}))
+    report(run)
+    assert key in json.loads(file.read_text())
+
+
+def test_an_analysis_of_a_large_run_may_be_longer_than_other_files(run, monkeypatch: pytest.MonkeyPatch):
+    """The catalogue of 72 sites and sequences of 64 tokens passes the bound that catches files which are none of ours."""
+    monkeypatch.setattr(layout.read_json, "__kwdefaults__", {"most": 10**5})
+    assert (run / "analysis/catalogue.json").stat().st_size > 10**5
+    assert report(run).is_file()
+
+
+def test_a_line_of_metrics_that_is_no_mapping_is_named(run):
+    file = run / "metrics.jsonl"
+    file.write_text("5\n" + file.read_text())
+    with pytest.raises(RunDirError, match="metrics.jsonl line 1: not JSON"):
+        report(run)

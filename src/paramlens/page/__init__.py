@@ -19,7 +19,7 @@ from plotly.offline import get_plotlyjs
 from paramlens.config import CustomTask, FactsTask
 from paramlens.configfile import load_config
 from paramlens.errors import ConfigError
-from paramlens.layout import checkpoint_step, find_checkpoint, read_json, read_metrics, require_run, write_text
+from paramlens.layout import MOST_ANALYSIS, checkpoint_step, find_checkpoint, read_json, read_metrics, require_run, write_text
 from paramlens.page.document import pack
 from paramlens.page.figures import (
     Figure,
@@ -41,8 +41,13 @@ if TYPE_CHECKING:
     from paramlens.rundir import Run
 
 
-_READ = {"circuit": {"sites", "metrics", "attention_kl", "attention_by_role", "interventions", "maps", "example", "off_data"}}
-"""What the page reads of an analysis; one written by an earlier version has less, and is made again."""
+_READ = {
+    "circuit": {"sites", "metrics", "attention_kl", "attention_by_role", "interventions", "maps", "example", "off_data"},
+    "catalogue": {"C", "masked", "tokens", "roles", "sites"},
+    "edges": {"edges"},
+    "inspect": {"prompts"},
+}
+"""What the page reads of an analysis; one that has less, such as of an earlier version, is made again."""
 
 
 SCRIPTS = ("base", "map", "panel", "circuit", "plots", "main")
@@ -160,9 +165,9 @@ class _Analyses:
 
     def __getitem__(self, name: str) -> dict[str, Any]:
         document = _current(self._path / "analysis" / f"{name}.json", self._path)
-        if document is None or not document.keys() >= _READ.get(name, set()) or not self._is_of_sentences(name, document):
+        if document is None or not document.keys() >= _READ[name] or not self._is_of_sentences(name, document):
             self._opened.save_analysis(name, self._made(name))
-            return read_json(self._path / "analysis" / f"{name}.json")
+            return read_json(self._path / "analysis" / f"{name}.json", most=MOST_ANALYSIS)
         return document
 
     @cached_property
@@ -194,8 +199,8 @@ class _Analyses:
 
 def _current(file: Path, path: Path) -> dict[str, Any] | None:
     """An analysis in the run directory; none if it is missing or of an older checkpoint."""
-    document = read_json(file) if file.is_file() else None
-    return document if document and document["step"] == checkpoint_step(find_checkpoint(path, None)) else None
+    document = read_json(file, most=MOST_ANALYSIS) if file.is_file() else None
+    return document if document and document.get("step") == checkpoint_step(find_checkpoint(path, None)) else None
 
 
 def _policy(scripts: list[str]) -> str:
