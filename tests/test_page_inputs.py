@@ -1,5 +1,6 @@
 """Pages of what a run directory may hold and nobody planned for."""
 
+import ast
 import base64
 import gzip
 import json
@@ -9,8 +10,11 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from paramlens import layout
+from paramlens.analysis.circuit import circuit
+from paramlens.cli import main
 from paramlens.errors import RunDirError
 from paramlens.page import report
+from paramlens.rundir import open_run
 from paramlens.shipped import example
 from test_page import needs_browser, opened, require_panel, require_quiet, saved
 
@@ -73,6 +77,7 @@ def test_an_analysis_that_lacks_what_the_page_reads_is_made_again(run, name: str
 
 def test_an_analysis_of_a_large_run_may_be_longer_than_other_files(run, monkeypatch: pytest.MonkeyPatch):
     """The catalogue of 72 sites and sequences of 64 tokens passes the bound that catches files which are none of ours."""
+    monkeypatch.setattr(layout, "MOST_JSON", 10**5)
     monkeypatch.setattr(layout.read_json, "__kwdefaults__", {"most": 10**5})
     assert (run / "analysis/catalogue.json").stat().st_size > 10**5
     assert report(run).is_file()
@@ -83,3 +88,36 @@ def test_a_line_of_metrics_that_is_no_mapping_is_named(run):
     file.write_text("5\n" + file.read_text())
     with pytest.raises(RunDirError, match="metrics.jsonl line 1: not JSON"):
         report(run)
+
+
+def test_all_of_a_page_has_the_threshold_of_its_circuit(run):
+    found = circuit(open_run(run), threshold=0.5, batches=1, adversary=0)
+    open_run(run).save_analysis("circuit", found.to_json())
+    report(run)
+    assert {json.loads((run / f"analysis/{name}.json").read_text())["threshold"] for name in ("circuit", "catalogue", "edges")} == {0.5}
+
+
+def test_the_printed_python_opens_a_run_of_any_name(tmp_path):
+    place = example(tmp_path / "a 😀 'q' é")
+    document = json.loads(embedded(report(place).read_text(encoding="utf-8"))[0])
+    assert ast.literal_eval(document["opened"].removeprefix("paramlens.open_run")) == str(place)
+
+
+def test_a_place_taken_by_something_else_is_told_with_a_remedy(tmp_path, capsys):
+    (tmp_path / "taken").touch()
+    assert main(["report", str(tmp_path / "taken"), "--example"]) == 2
+    told = capsys.readouterr().err
+    assert "report DIR --example" in told
+    assert "--out" not in told
+
+
+@needs_browser
+def test_a_long_name_leaves_the_circuit_in_sight(run):
+    name = "blocks.0.attn." + "q" * 120
+    for each in ("circuit", "catalogue", "edges"):
+        file = run / f"analysis/{each}.json"
+        file.write_text(file.read_text().replace("blocks.0.attn.q", name))
+    with opened(report(run)) as (page, complaints, requests):
+        assert page.evaluate("document.getElementById('circuit-svg').viewBox.baseVal.width") < 1200
+        assert name in page.locator("#circuit-svg [data-site='0']").get_attribute("aria-label")
+        require_quiet(page, complaints, requests)

@@ -42,9 +42,9 @@ if TYPE_CHECKING:
 
 
 _READ = {
-    "circuit": {"sites", "metrics", "attention_kl", "attention_by_role", "interventions", "maps", "example", "off_data"},
-    "catalogue": {"C", "masked", "tokens", "roles", "sites"},
-    "edges": {"edges"},
+    "circuit": {"threshold", "sites", "metrics", "attention_kl", "attention_by_role", "interventions", "maps", "example", "off_data"},
+    "catalogue": {"C", "threshold", "masked", "tokens", "roles", "sites"},
+    "edges": {"threshold", "edges"},
     "inspect": {"prompts"},
 }
 """What the page reads of an analysis; one that has less, such as of an earlier version, is made again."""
@@ -100,7 +100,7 @@ def report(run: "Run | str | Path", *, budget: float = BUDGET) -> Path:
         "run_word": shlex.quote(str(path)),
     }
     around = len(template.render(shown, data="", packed=[""] * len(circuit["sites"]), left_out=1, parts=1, over=True).encode())
-    own, place = isinstance(config.task, CustomTask), json.dumps(str(path))
+    own, place = isinstance(config.task, CustomTask), json.dumps(str(path), ensure_ascii=False)
     opened = f"paramlens.open_run({place}, model=model, batches=batches)" if own else f"paramlens.open_run({place})"
     command = None if own else f"paramlens inspect {shlex.quote(str(path))}"
     room = budget * 1e6 - around
@@ -165,7 +165,7 @@ class _Analyses:
 
     def __getitem__(self, name: str) -> dict[str, Any]:
         document = _current(self._path / "analysis" / f"{name}.json", self._path)
-        if document is None or not document.keys() >= _READ[name] or not self._is_of_sentences(name, document):
+        if document is None or not document.keys() >= _READ[name] or not self._fits(name, document):
             self._opened.save_analysis(name, self._made(name))
             return read_json(self._path / "analysis" / f"{name}.json", most=MOST_ANALYSIS)
         return document
@@ -176,8 +176,16 @@ class _Analyses:
 
         return open_run(self._run) if isinstance(self._run, str | Path) else self._run
 
-    def _is_of_sentences(self, name: str, document: dict[str, Any]) -> bool:
-        return name != "inspect" or {each["prompt"] for each in document["prompts"]} == set(self._sentences)
+    def _fits(self, name: str, document: dict[str, Any]) -> bool:
+        """Whether it is of the run's sentences, or has the circuit's threshold."""
+        if name == "inspect":
+            return {each["prompt"] for each in document["prompts"]} == set(self._sentences)
+        return name == "circuit" or document["threshold"] == self._threshold
+
+    @cached_property
+    def _threshold(self) -> float:
+        threshold: float = self["circuit"]["threshold"]
+        return threshold
 
     @property
     def _sentences(self) -> tuple[str, ...]:
@@ -194,7 +202,8 @@ class _Analyses:
         from paramlens.analysis.circuit import circuit
         from paramlens.analysis.edges import edges
 
-        return dict({"circuit": circuit, "catalogue": catalogue, "edges": edges}[name](run).to_json())
+        found = circuit(run) if name == "circuit" else {"catalogue": catalogue, "edges": edges}[name](run, threshold=self._threshold)
+        return dict(found.to_json())
 
 
 def _current(file: Path, path: Path) -> dict[str, Any] | None:
