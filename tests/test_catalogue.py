@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from transformers import ViTConfig, ViTForImageClassification
 
 from paramlens.analysis.catalogue import catalogue
 from paramlens.analysis.circuit import circuit
@@ -120,3 +121,16 @@ def test_a_model_without_positions_shows_its_inputs(tmp_path):
     assert found.roles is None
     assert off_data(run, held_out(run, batches=1), threshold=0.1) is None
     assert all(len(part.what.inner[0]) == 5 for site in found.sites.values() for part in site.parts)
+
+
+def test_a_model_of_images_has_a_catalogue(tmp_path):
+    """Its input embeddings are patches, which are no tokens to read."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4, num_channels=1))
+    images = [torch.randn(3, 1, 8, 8)]
+    fields = {"sites": ["vit.layers.*.mlp.*"], "C": 3, "steps": 2, "gamma": {"kind": "vector", "d_gate": 2}}
+    found = catalogue(decompose(model, images, out=tmp_path / "run", **fields), threshold=0.0, batches=1)
+    parts = [part for site in found.sites.values() for part in site.parts]
+    assert parts
+    assert all(part.what.reads == [] for part in parts)

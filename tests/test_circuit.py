@@ -6,6 +6,7 @@ from torch import nn
 
 from paramlens.analysis.attention import attention_divergence, attention_patterns
 from paramlens.analysis.circuit import circuit, silence
+from paramlens.analysis.held_out import held_out
 from paramlens.errors import ConfigError
 from paramlens.evaluation import evaluate, importances
 from paramlens.masks import Replacement
@@ -122,3 +123,40 @@ def test_circuit_of_your_own_model(tmp_path):
     assert decompose_flat() == ["all"]
     with pytest.raises(ConfigError, match=r"no data to look at; open_run\(path, model=..., batches=...\)"):
         circuit(open_run(run.path, model=model))
+
+
+class Embedded(nn.Module):
+    """Tokens to logits; with `vocabularies` every place has one of its own."""
+
+    def __init__(self, *vocabularies: int) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(count, 4) for count in vocabularies)
+        self.up = nn.Linear(4, 5)
+
+    def forward(self, ids):
+        each = [self.tables[i % len(self.tables)](ids[:, i]) for i in range(ids.shape[1])]
+        return self.up(torch.stack(each, 1))
+
+
+SMALL = {"sites": ["up"], "C": 3, "steps": 2, "gamma": {"kind": "vector", "d_gate": 2}}
+
+
+def test_batches_of_several_lengths_have_a_circuit(tmp_path):
+    torch.manual_seed(0)
+    run = decompose(Embedded(6), [torch.randint(6, (4, 5)), torch.randint(6, (2, 3))], out=tmp_path / "run", **SMALL)
+    result = circuit(run, batches=2)
+    counts = [(held.g["up"] > 0.1).sum(-1).flatten().double() for held in held_out(run, batches=2)]
+    assert result.sequences == 6
+    assert result.sites["up"].active["all"] == pytest.approx(torch.cat(counts).mean().item())
+
+
+def test_a_model_that_refuses_shuffled_tokens_has_nothing_off_its_data(tmp_path):
+    torch.manual_seed(0)
+    ids = torch.stack([torch.randint(2, (8,)), torch.randint(50, 90, (8,))], 1)
+    assert circuit(decompose(Embedded(2, 90), [ids], out=tmp_path / "run", **SMALL), batches=1).off_data is None
+
+
+def test_the_one_role_of_a_model_of_ones_own_is_no_place_to_look_around(tmp_path):
+    torch.manual_seed(0)
+    run = decompose(Embedded(6), [torch.randint(6, (4, 1))], out=tmp_path / "run", **SMALL)
+    assert circuit(run, batches=1).maps == {}

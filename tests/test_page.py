@@ -86,9 +86,11 @@ def test_page_makes_the_analyses_that_are_missing_or_old(run, tmp_path):
     report(str(run))
     assert [json.loads(file.read_text())["step"] for file in files.values()] == [12, 12, 12]
     assert "off_data" in json.loads(files["circuit"].read_text())
+    files["edges"].write_text(files["edges"].read_text().replace("blocks.1.attn.v", "blocks.7.attn.v"))  # of another run
     files["circuit"].write_text(files["circuit"].read_text().replace('"threshold": 0.1', '"threshold": 0.5'))
     report(str(run))
     assert [json.loads(file.read_text())["threshold"] for file in files.values()] == [0.5, 0.5, 0.5]
+    assert "blocks.7" not in files["edges"].read_text()
     with pytest.raises(RunDirError, match="not a run directory"):
         report(tmp_path)
 
@@ -116,8 +118,8 @@ def test_silent_sites_are_explained(run):
 
 def test_text_from_files_stays_text(run):
     hostile = "</script><script>document.title='owned'</script>"
-    for name in ("circuit", "catalogue", "edges"):
-        file = run / f"analysis/{name}.json"
+    for name in ("model", "analysis/circuit", "analysis/catalogue", "analysis/edges"):
+        file = run / f"{name}.json"
         file.write_text(file.read_text().replace("blocks.1.attn.v", hostile))
     html = report(run).read_text(encoding="utf-8")
     assert "<script>document.title" not in html
@@ -360,8 +362,8 @@ def test_a_token_that_is_a_tag_shows_as_text(run):
     """In tables, figures and what scripts draw; a script that got in all the same would not run."""
     token = "<script>document.title='owned'</script>"
     link = "<a href='https://example.org'>x</a>&lt;"
-    for name in ("circuit", "catalogue", "edges"):
-        file = run / f"analysis/{name}.json"
+    for name in ("model", "analysis/circuit", "analysis/catalogue", "analysis/edges"):
+        file = run / f"{name}.json"
         text = file.read_text().replace('"m"', json.dumps(token)).replace('"s"', json.dumps(token))
         file.write_text(text.replace("blocks.1.attn.v", link))
     info = json.loads((run / "run.json").read_text())

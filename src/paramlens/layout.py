@@ -43,6 +43,9 @@ _STEP = re.compile(r"step-(\d{8})")
 MOST_JSON = 64 * 2**20
 """Bytes; a longer JSON file is none of ours."""
 
+MOST_ANALYSIS = 2**30
+"""Bytes, likewise of an analysis: the catalogue holds every active part at every shown token."""
+
 
 def default_out(config: Config) -> Path:
     """Where a run goes unless told otherwise."""
@@ -139,22 +142,24 @@ def find_checkpoint(path: Path, step: int | None) -> Path:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of `metrics.jsonl`; a last line that was cut off is left out. Raises `RunDirError` for any other that is not JSON."""
+    """Lines of `metrics.jsonl`; a last line that was cut off is left out. Raises `RunDirError` for any other that is no JSON mapping."""
     file = path / "metrics.jsonl"
     lines = read_text(file).splitlines() if file.exists() else []
     parsed: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         try:
-            parsed.append(json.loads(line))
+            if not isinstance(document := json.loads(line), dict):
+                raise ValueError(f"a mapping was expected, not {type(document).__name__}")
+            parsed.append(document)
         except (ValueError, RecursionError) as error:
             if number < len(lines):
                 raise RunDirError(f"{file} line {number}: not JSON ({error}); remove the line") from None
     return parsed
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's mapping; raises `RunDirError` if it is missing, unreadable, not JSON or something else."""
-    text = read_text(path, most=MOST_JSON)
+def read_json(path: Path, *, most: int = MOST_JSON) -> dict[str, Any]:
+    """The mapping of a JSON file of at most `most` bytes; raises `RunDirError` if it is missing, unreadable, not JSON or something else."""
+    text = read_text(path, most=most)
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -4,6 +4,7 @@ import shutil
 from importlib import resources
 from pathlib import Path
 
+from paramlens.errors import RunDirError
 from paramlens.layout import is_run, require_free
 
 
@@ -15,7 +16,11 @@ def example(out: str | Path = "runs/example") -> Path:
     path = Path(out)
     if is_run(path):
         return path
-    require_free(path, overwrite=False)
+    try:
+        require_free(path, overwrite=False)
+    except RunDirError:
+        text = f"{path}: holds something else or cannot be written; report DIR --example puts the shipped run elsewhere"
+        raise RunDirError(text) from None
     path.parent.mkdir(parents=True, exist_ok=True)
     with resources.as_file(resources.files("paramlens") / "data" / "example") as shipped:
         shutil.copytree(shipped, path, dirs_exist_ok=True)

@@ -168,8 +168,9 @@ def circuit(run: Run, *, threshold: float = ACTIVE, batches: int = 16, adversary
         changed = interventions(decomposition, task, data, threshold=threshold, last_token_only=last_token_only)
         elsewhere = off_data(run, data, threshold=threshold)
         patterns = [_patterns(decomposition, held, task.attention_patterns) for held in data]
-    role_index = torch.cat([held.roles for held in data])
-    g = {name: torch.cat([held.g[name] for held in data]) for name in decomposition.names}
+    ragged = len({held.roles.shape[1:] for held in data}) > 1  # batches of several lengths have no positions in common
+    role_index = torch.cat([held.roles.flatten() if ragged else held.roles for held in data])
+    g = {name: torch.cat([held.g[name].flatten(0, -2) if ragged else held.g[name] for held in data]) for name in decomposition.names}
     divergence = {
         name: _by_role(torch.cat([attention_divergence(*pair[name]) for pair in patterns]), role_index, roles)
         for name in task.attention_patterns
@@ -182,7 +183,7 @@ def circuit(run: Run, *, threshold: float = ACTIVE, batches: int = 16, adversary
         run=str(run.path),
         step=run.step,
         threshold=threshold,
-        sequences=len(role_index),
+        sequences=sum(len(held.roles) for held in data),
         roles=roles,
         sites={name: _site(value, role_index, roles, threshold, if_silent=_if_silent(run, name, threshold)) for name, value in g.items()},
         metrics=metrics,
@@ -192,7 +193,7 @@ def circuit(run: Run, *, threshold: float = ACTIVE, batches: int = 16, adversary
             for name in task.attention_patterns
         },
         interventions=changed,
-        maps={} if data[0].batch.texts else aligned_importance(g, role_index, roles),  # where roles are tokens, the example shows it
+        maps=aligned_importance(g, role_index, roles) if task.roles and not data[0].batch.texts else {},  # roles that are no tokens
         example=_example(data[0], roles, patterns[0]),
         off_data=elsewhere,
     )

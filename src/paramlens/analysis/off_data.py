@@ -12,7 +12,7 @@ from torch import Tensor
 
 from paramlens.analysis.edit import changed, project_out
 from paramlens.analysis.held_out import HeldOut, data_of
-from paramlens.config import FactsTask
+from paramlens.config import CustomTask, FactsTask
 from paramlens.decomposition import call
 from paramlens.evaluation import importances
 from paramlens.losses import LossAt
@@ -50,7 +50,12 @@ def off_data(run: Run, data: Sequence[HeldOut], *, threshold: float) -> OffData 
         return None
     what, batch = found
     batch = batch.to(run.decomposition.device)
-    target, g = importances(run.decomposition, run.importance, batch)
+    try:
+        target, g = importances(run.decomposition, run.importance, batch)
+    except (IndexError, RuntimeError, ValueError):
+        if not isinstance(run.config.task, CustomTask):
+            raise
+        return None  # a model of one's own may have a vocabulary for each place, or refuse an order
     at = LossAt(run.config.last_token_only, batch.present)
     log_probs = at.log_probs(target.logits)
 

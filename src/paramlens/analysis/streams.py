@@ -101,7 +101,7 @@ def _norms(run: Run, batch: Batch) -> _Norms:
     model: Any = run.decomposition.model
     made: list[tuple[Any, nn.Module]] = []
     given: dict[nn.Module, Any] = {}
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = _named(model, "get_output_embeddings")
     readers = {site.module for site in run.decomposition.sites} | ({head} if head is not None else set())
     norms = [module for module in model.modules() if type(module).__name__.endswith("Norm")]
     hooks = [norm.register_forward_hook(lambda module, _args, output: made.append((output, module))) for norm in norms]
@@ -127,9 +127,16 @@ def _first(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 
 
 def _weight(model: Any, getter: str) -> Tensor | None:
-    """Input or output embeddings of a model that names them, [token, d]."""
-    module = getattr(model, getter)() if hasattr(model, getter) else None
-    return None if module is None else module.weight
+    """Input or output embeddings of a model that names them, [token, d]; a model of images names patches, which are none."""
+    weight = getattr(_named(model, getter), "weight", None)
+    return weight if isinstance(weight, Tensor) and weight.dim() == 2 else None
+
+
+def _named(model: Any, getter: str) -> nn.Module | None:
+    try:
+        return getattr(model, getter)() if hasattr(model, getter) else None
+    except NotImplementedError:  # what transformers' models without any do
+        return None
 
 
 def _positions(model: Any, site: str) -> Tensor | None:

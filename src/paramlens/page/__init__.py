@@ -1,6 +1,7 @@
 """From a run directory to one offline HTML file: no server, no network, no torch."""
 
 import json
+import math
 import re
 import shlex
 from base64 import b64encode
@@ -61,7 +62,7 @@ def report(run: "Run | str | Path", *, budget: float = BUDGET) -> Path:
     budget: MB. Above it the token strips of the least important subcomponents are left out, and the page says how many. Raises
     `RunDirError` if the path is no run. A run on your own model is given as the `Run` that `decompose` or `open_run` returned.
     """
-    if not 0 < budget < float("inf"):
+    if not 0 < budget < math.inf:
         raise ConfigError(f"budget {budget}: give MB, above 0")
     path = Path(run) if isinstance(run, str | Path) else run.path
     require_run(path)
@@ -89,10 +90,10 @@ def report(run: "Run | str | Path", *, budget: float = BUDGET) -> Path:
         "run_word": shlex.quote(str(path)),
     }
     around = len(template.render(shown, data="", packed=[""] * len(circuit["sites"]), left_out=1, parts=1, over=True).encode())
-    own, place = isinstance(config.task, CustomTask), json.dumps(str(path))
+    own, place = isinstance(config.task, CustomTask), json.dumps(str(path), ensure_ascii=False)
     opened = f"paramlens.open_run({place}, model=model, batches=batches)" if own else f"paramlens.open_run({place})"
     command = None if own else f"paramlens inspect {shlex.quote(str(path))}"
-    room = int(budget * 1e6) - around
+    room = budget * 1e6 - around
     packed = pack(opened, circuit, analyses["catalogue"], analyses["edges"], command=command, room=room)
     page = path / "report.html"
     left_out = {"left_out": packed.left_out, "parts": packed.parts, "over": packed.size > room}
@@ -156,12 +157,12 @@ def _drawn(figure: Figure) -> dict[str, Any]:
     plot: dict[str, Any] = _literal(figure.plot.to_plotly_json())
     plot["layout"].pop("template", None)
     columns, rows = figure.table()
-    return {"figure": plot, "columns": columns, "rows": rows}
+    return {"figure": plot, "columns": columns, "rows": [[_finite(value) for value in row] for row in rows]}
 
 
 def _embedded(document: Any) -> Markup:
     """JSON that cannot end the script element it stands in."""
-    return Markup(json.dumps(document).replace("<", "\\u003c").replace("&", "\\u0026"))
+    return Markup(json.dumps(document, allow_nan=False).replace("<", "\\u003c").replace("&", "\\u0026"))
 
 
 def _shipped(name: str) -> str:
@@ -181,7 +182,10 @@ _OWN_TAGS = ("<br>", "<extra>", "</extra>")
 
 
 def _literal(tree: Any) -> Any:
-    """Every text of a figure with the letters that Plotly would read as a tag or an entity escaped, our own tags apart."""
+    """Every text of a figure with the letters that Plotly would read as a tag or an entity escaped, our own tags apart.
+
+    A number that is not finite is none: JSON has no word for it.
+    """
     if isinstance(tree, str):
         text = tree.replace("&", "&amp;").replace("<", "&lt;")
         for tag in _OWN_TAGS:
@@ -191,4 +195,8 @@ def _literal(tree: Any) -> Any:
         return {key: _literal(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
         return [_literal(value) for value in tree]
-    return tree
+    return _finite(tree)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

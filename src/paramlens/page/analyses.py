@@ -6,13 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 from paramlens.config import FactsTask
 from paramlens.configfile import load_config
-from paramlens.layout import checkpoint_step, find_checkpoint, read_json
+from paramlens.layout import MOST_ANALYSIS, checkpoint_step, find_checkpoint, read_json
 
 if TYPE_CHECKING:
     from paramlens.rundir import Run
 
-_READ = {"sites", "metrics", "attention_kl", "attention_by_role", "interventions", "maps", "example", "off_data"}
-"""What the page reads of a circuit; one written by an earlier version has less, and is made again."""
+_READ = {
+    "circuit": {"threshold", "sites", "metrics", "attention_kl", "attention_by_role", "interventions", "maps", "example", "off_data"},
+    "catalogue": {"C", "threshold", "masked", "tokens", "roles", "sites"},
+    "edges": {"threshold", "edges"},
+    "inspect": {"prompts"},
+}
+"""What the page reads of an analysis; one that has less, such as of an earlier version, is made again."""
 
 _SHOWN = ("svd", "suppress", "trace", "agreement")
 """Shown where the run has them."""
@@ -30,26 +35,35 @@ class Analyses:
 
     def __getitem__(self, name: str) -> dict[str, Any]:
         document = self._current(name)
-        if document is not None and self._serves(name, document):
+        if document is not None and document.keys() >= _READ[name] and self._serves(name, document):
             return document
         self._opened.save_analysis(name, self._made(name))
-        return read_json(self._file(name))
+        return read_json(self._file(name), most=MOST_ANALYSIS)
 
     def _file(self, name: str) -> Path:
         return self._path / "analysis" / f"{name}.json"
 
     def _current(self, name: str) -> dict[str, Any] | None:
         """None if it is missing or of an older checkpoint."""
-        document = read_json(self._file(name)) if self._file(name).is_file() else None
-        return document if document and document["step"] == checkpoint_step(find_checkpoint(self._path, None)) else None
+        document = read_json(self._file(name), most=MOST_ANALYSIS) if self._file(name).is_file() else None
+        return document if document and document.get("step") == checkpoint_step(find_checkpoint(self._path, None)) else None
 
     def _serves(self, name: str, document: dict[str, Any]) -> bool:
-        """Whether it has all that the page reads, of the run's sentences, and counts as active what the circuit does."""
-        if name == "circuit":
-            return document.keys() >= _READ
+        """Whether it is of the run's own sentences or sites, and counts as active what the circuit does."""
         if name == "inspect":
             return {each["prompt"] for each in document["prompts"]} == set(self._sentences)
-        return document["threshold"] == self["circuit"]["threshold"]
+        if name == "edges":
+            named = {edge[end] for edge in document["edges"] for end in ("source", "target")}
+            return named <= self._sites and document["threshold"] == self._threshold
+        return document["sites"].keys() == self._sites and (name == "circuit" or document["threshold"] == self._threshold)
+
+    @cached_property
+    def _sites(self) -> set[str]:
+        return {site["name"] for site in read_json(self._path / "model.json")["sites"]}
+
+    @cached_property
+    def _threshold(self) -> float:
+        return self["circuit"]["threshold"]
 
     @cached_property
     def _opened(self) -> "Run":
@@ -68,13 +82,12 @@ class Analyses:
             from paramlens.analysis.circuit import circuit
 
             return dict(circuit(run).to_json())
-        threshold = self["circuit"]["threshold"]
         if name == "inspect":
             from paramlens.analysis.components import inspect_prompt
 
-            prompts = [inspect_prompt(run, sentence, threshold=threshold).to_json() for sentence in self._sentences]
+            prompts = [inspect_prompt(run, sentence, threshold=self._threshold).to_json() for sentence in self._sentences]
             return {"step": run.step, "prompts": prompts}
         from paramlens.analysis.catalogue import catalogue
         from paramlens.analysis.edges import edges
 
-        return dict({"catalogue": catalogue, "edges": edges}[name](run, threshold=threshold).to_json())
+        return dict({"catalogue": catalogue, "edges": edges}[name](run, threshold=self._threshold).to_json())

@@ -3,6 +3,7 @@
 import base64
 import gzip
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ class Packed:
 
 
 def pack(
-    opened: str, circuit: Mapping[str, Any], catalogue: Mapping[str, Any], edges: Mapping[str, Any], *, command: str | None, room: int
+    opened: str, circuit: Mapping[str, Any], catalogue: Mapping[str, Any], edges: Mapping[str, Any], *, command: str | None, room: float
 ) -> Packed:
     """All of it, or, where that is above `room` bytes, without the token strips of the least important parts: as few as it takes.
 
@@ -107,13 +108,13 @@ def _place(site: str) -> Iterator[str]:
 
 
 def _packed(document: Any) -> str:
-    return base64.b64encode(gzip.compress(json.dumps(document).encode(), mtime=0)).decode()
+    return base64.b64encode(gzip.compress(json.dumps(document, allow_nan=False).encode(), mtime=0)).decode()
 
 
 def _short(tree: Any) -> Any:
-    """Every float of a tree with `ROUNDED` significant digits."""
+    """Every float of a tree with `ROUNDED` significant digits; none for one that is not finite, which JSON has no word for."""
     if isinstance(tree, float):
-        return float(f"{tree:.{ROUNDED}g}")
+        return float(f"{tree:.{ROUNDED}g}") if math.isfinite(tree) else None
     if isinstance(tree, Mapping):
         return {key: _short(value) for key, value in tree.items()}
     if isinstance(tree, Sequence) and not isinstance(tree, str):

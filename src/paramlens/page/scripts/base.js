@@ -95,6 +95,9 @@ function tools(name, picture, columns, rows) {
   return html("div", { class: "controls tools" }, button("SVG", savePicture("svg")), button("PNG", savePicture("png")), button("CSV", () => save(`${name}.csv`, csv(columns, rows()), "text/csv")));
 }
 
+/** What tokens may hold and XML may not: control characters and halves of a letter. */
+const NOT_XML = /[\u0000-\u0008\u000b\u000c\u000e-\u001f\ufffe\uffff]|\p{Surrogate}/gu;
+
 /** An SVG element of this page as a file: a whole document, or twice its size in pixels. */
 async function asFile(element, format) {
   const copy = element.cloneNode(true);
@@ -103,7 +106,7 @@ async function asFile(element, format) {
   copy.setAttribute("width", width);
   copy.setAttribute("height", height);
   copy.prepend(svg("style", {}, "text{font:12px system-ui,sans-serif}"), svg("rect", { width: "100%", height: "100%", fill: variable("paper") }));
-  const text = new XMLSerializer().serializeToString(copy);
+  const text = new XMLSerializer().serializeToString(copy).replace(NOT_XML, "\ufffd");
   if (format === "svg") return text;
   const image = new Image();
   image.src = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(text)}`;

@@ -1,5 +1,6 @@
 /** Sites as nodes in model order; an edge is what the later site loses without the earlier one's active subcomponents. */
 const circuitState = { measure: 0, least: 0.1, chosen: null };
+const WIDEST = 240; // of a node, in pixels; a longer name is cut at its start, as in the map
 const MEASURES = ["inner activation", "importance"];
 
 /** Blocks down the page in model order, a block's sites side by side; the output last. */
@@ -8,7 +9,7 @@ function layout() {
   const rows = blocks.map((block) => DATA.sites.flatMap((site, i) => ((site.place[0] || site.name) === block ? [i] : [])));
   const most = Math.max(...rows.map((row) => row.length));
   const room = document.getElementById("circuit-figure").clientWidth;
-  const [wide, tall] = [Math.max(104, 16 + 7 * Math.max(...DATA.sites.map((site) => site.place[1].length))), 44];
+  const [wide, tall] = [Math.min(WIDEST, Math.max(104, 16 + 7 * Math.max(...DATA.sites.map((site) => site.place[1].length)))), 44];
   const gap = Math.min(150, Math.max(26, (room - 120) / most - wide));
   const width = most * (wide + gap) + 120;
   const places = [];
@@ -53,6 +54,7 @@ const shownEdges = () => DATA.edges.filter((edge) => Math.abs(edge[2 + circuitSt
 
 function node(i, { x, y }, wide, tall) {
   const site = DATA.sites[i], chosen = circuitState.chosen === i;
+  const name = site.place[1], fits = Math.floor((wide - 16) / 7);
   const choose = async () => {
     circuitState.chosen = chosen ? null : i;
     drawCircuit();
@@ -68,6 +70,6 @@ function node(i, { x, y }, wide, tall) {
   return svg("g", { role: "button", tabindex: 0, "data-site": i, "aria-pressed": chosen, "aria-label": label, onclick: choose, onkeydown: press },
     svg("title", {}, label),
     svg("rect", { class: "mark", x, y, width: wide, height: tall, rx: 8, fill: variable("paper"), stroke: chosen ? variable("accent") : variable("soft"), "stroke-width": chosen ? 3 : 1 }),
-    svg("text", { x: x + wide / 2, y: y + 18, "text-anchor": "middle", fill: variable("ink"), "font-weight": 600 }, site.place[1]),
+    svg("text", { x: x + wide / 2, y: y + 18, "text-anchor": "middle", fill: variable("ink"), "font-weight": 600 }, name.length > fits ? `…${name.slice(1 - fits)}` : name),
     svg("text", { x: x + wide / 2, y: y + 35, "text-anchor": "middle", fill: variable("soft") }, site.parts ? `${site.parts} active` : "silent"));
 }

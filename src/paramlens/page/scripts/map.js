@@ -16,7 +16,7 @@ function drawMap() {
     const x = label + cell * (j + 0.5);
     const fits = Math.max(1, Math.floor(cell / 7.2));
     const text = column.trim() || "␣";
-    parts.push(svg("text", { x, y: top - 8, "text-anchor": "middle", fill: soft }, svg("title", {}, column), text.length > fits ? text.slice(0, fits) : text));
+    parts.push(svg("text", { x, y: top - 8, "text-anchor": "middle", fill: soft }, svg("title", {}, column), [...text].slice(0, fits).join("")));
     const role = top > 24 ? DATA.tokenRoles[view.sequence][j] : null;
     if (role && view.columns.length > 1 && DATA.tokenRoles[view.sequence].filter((each) => each === role).length < 3) parts.push(svg("text", { x, y: 12, "text-anchor": "middle", fill: ink, "font-weight": 600 }, role));
   });
