@@ -31,8 +31,9 @@ from paramlens.analysis.edit import unique
 from paramlens.analysis.effect import CONTROLS, KINDS
 from paramlens.budget import diagnose
 from paramlens.config import FactsTask, Miniature
-from paramlens.decomposition import Decomposition, initialise
+from paramlens.decomposition import Decomposition
 from paramlens.errors import ConfigError, ParamLensError
+from paramlens.factors import initialise
 from paramlens.importance import Importance
 from paramlens.layout import read_json
 from paramlens.machine import free_cores, machine

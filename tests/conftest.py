@@ -11,6 +11,7 @@ import audit
 SHAPED = (
     "sites",
     "decomposition",
+    "factors",
     "importance",
     "mlps",
     "masks",

@@ -6,8 +6,9 @@ import torch
 from paramlens import bench
 from paramlens.bench.naive import NaiveStep
 from paramlens.cli import main
-from paramlens.decomposition import Decomposition, initialise
+from paramlens.decomposition import Decomposition
 from paramlens.errors import ConfigError
+from paramlens.factors import initialise
 from paramlens.importance import Importance
 from paramlens.masks import mask_noise
 from paramlens.sites import at_rest, find_sites

@@ -5,8 +5,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from paramlens.config import Init
-from paramlens.decomposition import Decomposition, call, initialise, project, project_gradients
+from paramlens.decomposition import Decomposition, call
 from paramlens.errors import BatchError, SiteError
+from paramlens.factors import initialise, project, project_gradients
 from paramlens.losses import faithfulness
 from paramlens.masks import Replacement
 from paramlens.sites import find_sites

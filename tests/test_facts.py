@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conftest import TINY_FACTS
 from paramlens.config import Miniature, TextTask
 from paramlens.configfile import load_config, make_config
-from paramlens.decomposition import Decomposition, initialise
+from paramlens.decomposition import Decomposition
 from paramlens.errors import BatchError, ConfigError
 from paramlens.evaluation import evaluate, importances
+from paramlens.factors import initialise
 from paramlens.importance import lower
 from paramlens.losses import LossAt, elsewhere_loss, local_loss, minimality
 from paramlens.masks import Replacement, mask_noise

@@ -19,8 +19,9 @@ from transformers import (
 )
 
 from paramlens.config import Init
-from paramlens.decomposition import Decomposition, initialise
+from paramlens.decomposition import Decomposition
 from paramlens.errors import BatchError, ConfigError, SiteError
+from paramlens.factors import initialise
 from paramlens.masks import Replacement
 from paramlens.rundir import open_run
 from paramlens.runs import decompose

@@ -7,7 +7,8 @@ import reference
 from conftest import tiny_with
 from paramlens import mlps, native
 from paramlens.config import RECONSTRUCTION_NAMES, Init
-from paramlens.decomposition import Decomposition, call, initialise
+from paramlens.decomposition import Decomposition, call
+from paramlens.factors import initialise
 from paramlens.importance import Importance, lower, upper
 from paramlens.losses import RECONSTRUCTIONS, faithfulness, minimality
 from paramlens.masks import Replacement, mask_noise

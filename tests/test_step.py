@@ -10,8 +10,9 @@ import torch
 
 from conftest import tiny_with
 from paramlens import step as step_module
-from paramlens.decomposition import Decomposition, initialise
+from paramlens.decomposition import Decomposition
 from paramlens.errors import BatchError, ConfigError, DivergedError
+from paramlens.factors import initialise
 from paramlens.importance import Importance
 from paramlens.losses import annealed_p, faithfulness
 from paramlens.machine import _core_seconds, free_threads, machine

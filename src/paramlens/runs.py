@@ -16,8 +16,9 @@ from paramlens.budget import require_memory
 from paramlens.checkpoint import CheckpointState
 from paramlens.config import Config, CustomTask, FactsTask, InductionTask, TextTask
 from paramlens.configfile import load_config, make_config
-from paramlens.decomposition import Decomposition, Plan, TargetRun, initialise
+from paramlens.decomposition import Decomposition, Plan, TargetRun
 from paramlens.errors import BatchError, ConfigError, DivergedError, RunDirError, SiteError
+from paramlens.factors import initialise
 from paramlens.importance import Importance
 from paramlens.layout import FORMAT, checkpoint_path, default_out, holds_toy, is_begun, is_resumable, read_json, require_free
 from paramlens.lock import locked

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from paramlens.config import RECONSTRUCTION_NAMES, Config
-from paramlens.decomposition import Decomposition, project, project_gradients
+from paramlens.decomposition import Decomposition
 from paramlens.errors import BatchError, DivergedError
 from paramlens.evaluation import present_only
+from paramlens.factors import project, project_gradients
 from paramlens.importance import Importance, lower
 from paramlens.losses import LossAt, annealed_p, elsewhere_loss, faithfulness, local_loss, minimality, reconstruction_losses
 from paramlens.masks import noise_from

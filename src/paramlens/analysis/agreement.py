@@ -11,9 +11,10 @@ from torch import Tensor
 
 from paramlens.analysis.held_out import HeldOut, data_of, held_out
 from paramlens.config import Init
-from paramlens.decomposition import Decomposition, initialise
+from paramlens.decomposition import Decomposition
 from paramlens.errors import ConfigError, RunDirError
 from paramlens.evaluation import ACTIVE
+from paramlens.factors import initialise
 from paramlens.machine import machine
 from paramlens.rundir import Run
 from paramlens.shown import Shown

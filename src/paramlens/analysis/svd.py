@@ -8,9 +8,10 @@ from torch import Tensor
 
 from paramlens.analysis.held_out import HeldOut, data_of, held_out
 from paramlens.config import Init
-from paramlens.decomposition import Decomposition, Plan, initialise
+from paramlens.decomposition import Decomposition, Plan
 from paramlens.errors import ConfigError
 from paramlens.evaluation import ACTIVE
+from paramlens.factors import initialise
 from paramlens.losses import LossAt, stack_size
 from paramlens.machine import machine
 from paramlens.masks import Replacement, rounded_mask

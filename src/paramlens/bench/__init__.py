@@ -16,8 +16,9 @@ import torch
 
 from paramlens.bench.naive import NaiveStep
 from paramlens.config import Config, Gamma, InductionTask, Losses
-from paramlens.decomposition import Decomposition, initialise
+from paramlens.decomposition import Decomposition
 from paramlens.errors import ConfigError
+from paramlens.factors import initialise
 from paramlens.importance import Importance
 from paramlens.machine import machine
 from paramlens.sites import find_sites
