@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from paramlens.analysis.components import Sentences, Subcomponent, described, require_threshold, shown_sequences
-from paramlens.analysis.held_out import HeldOut, data_of, held_out
+from paramlens.analysis.held_out import HeldOut, data_of, divergences, held_out
 from paramlens.analysis.streams import Streams
 from paramlens.decomposition import Plan
 from paramlens.evaluation import ACTIVE
-from paramlens.losses import LossAt, stack_size
+from paramlens.losses import LossAt
 from paramlens.machine import machine
 from paramlens.masks import Replacement
 from paramlens.rundir import Run
@@ -149,11 +149,8 @@ class _Removal:
         return self._divergences(whole), self._divergences(masked)
 
     def _divergences(self, plans: Sequence[Plan]) -> list[float]:
-        size, values = stack_size(self.log_probs.numel(), device=self.log_probs.device.type), list[float]()
-        for start in range(0, len(plans), size):
-            logits = self.decomposition.masked_run(self.inputs, plans[start : start + size])
-            values += self.at.divergence(self.log_probs, logits).clamp(min=0).tolist()  # rounding alone goes below
-        return values
+        found = divergences(self.decomposition, self.inputs, plans, at=self.at, log_probs=self.log_probs)
+        return [max(0.0, value) for value in found]  # rounding alone goes below
 
 
 def _without(mask: Tensor, part: int) -> Tensor:

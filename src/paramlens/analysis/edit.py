@@ -138,6 +138,19 @@ def project_out(
     return (W.double() - (u * share) @ v).to(W.dtype)
 
 
+def without_random(W: Float[Tensor, "d_in d_out"], count: int, *, generator: torch.Generator) -> Float[Tensor, "d_in d_out"]:
+    """W without `count` slices of random directions: a control."""
+    sizes = ((W.shape[0], count), (count, W.shape[1]))
+    reads, writes = (torch.randn(size, generator=generator, dtype=torch.float64).to(W) for size in sizes)
+    return project_out(W, reads, writes)
+
+
+def without_largest(W: Float[Tensor, "d_in d_out"], count: int) -> Float[Tensor, "d_in d_out"]:
+    """W without its `count` largest singular slices: a control."""
+    left, _, right = torch.linalg.svd(W.double(), full_matrices=False)
+    return project_out(W, left[:, :count], right[:count])
+
+
 def taken_out(
     W: Float[Tensor, "d_in d_out"], reads: Float[Tensor, "d_in r"], writes: Float[Tensor, "r d_out"], method: Method
 ) -> Float[Tensor, "d_in d_out"]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from paramlens.analysis.components import own_sentences, run_sentences, tokenizer_of
-from paramlens.analysis.edit import Edit, Selected, changed, find_fact, project_out, selected_table, taken_out
+from paramlens.analysis.edit import Edit, Selected, changed, find_fact, selected_table, taken_out, without_largest, without_random
 from paramlens.analysis.held_out import data_of
 from paramlens.errors import ConfigError
 from paramlens.machine import machine
@@ -199,12 +199,10 @@ def _controls(run: Run, edit: Edit, fact: Fact) -> dict[str, list[dict[str, Tens
         rest = [c for c in range(run.decomposition.C) if c not in {each.subcomponent for each in chosen}]
         for draw in range(DRAWS):
             rng = generator("control", site.name, draw)
-            reads, writes = (torch.randn(size, generator=rng, dtype=torch.float64).to(W) for size in ((W.shape[0], r), (r, W.shape[1])))
-            made["random directions"][draw][site.name] = project_out(W, reads, writes)
+            made["random directions"][draw][site.name] = without_random(W, r, generator=rng)
             drawn = [rest[i] for i in torch.randperm(len(rest), generator=rng)[:r].tolist()]
             made["random subcomponents"][draw][site.name] = taken_out(W, U[:, drawn], V[drawn], edit.method)
-        left, _, right = torch.linalg.svd(W.double(), full_matrices=False)
-        made["top singular directions"][0][site.name] = project_out(W, left[:, :r], right[:r])
+        made["top singular directions"][0][site.name] = without_largest(W, r)
         made["activation read"][0][site.name] = without_activations(W, _activations(seen.inputs[site.name][0], chosen))
     return made
 

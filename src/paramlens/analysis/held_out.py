@@ -1,18 +1,19 @@
 """Held-out batches of a run, with what every analysis needs of them: the target's run, importances, and the role of each position."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from paramlens.decomposition import Plan, TargetRun
+from paramlens.decomposition import Decomposition, Plan, TargetRun
 from paramlens.errors import ConfigError
 from paramlens.evaluation import importances
-from paramlens.losses import LossAt
+from paramlens.losses import LossAt, stack_size
 from paramlens.masks import Replacement
 from paramlens.rundir import Run
-from paramlens.tasks import Batch, Task
+from paramlens.tasks import Batch, Inputs, Task
 
 ALL_POSITIONS = "all"
 """The one role of a task whose positions have none."""
@@ -58,6 +59,16 @@ def held_out(run: Run, *, batches: int, task: Task | None = None) -> list[HeldOu
         logits = LossAt(run.config.last_token_only and batch.present is None).logits(target.logits).clone()
         data.append(HeldOut(batch, TargetRun(logits, {}), g, _roles(batch, g)))
     return data
+
+
+def divergences(
+    decomposition: Decomposition, inputs: Inputs, plans: Sequence[Plan], *, at: LossAt, log_probs: Float[Tensor, "*batch token"]
+) -> list[float]:
+    """KL(target ‖ plan) in nats of every plan on one batch, as many stacked as `stack_size` allows; log_probs: the target's at the loss."""
+    size, values = stack_size(log_probs.numel(), device=log_probs.device.type), list[float]()
+    for start in range(0, len(plans), size):
+        values += at.divergence(log_probs, decomposition.masked_run(inputs, plans[start : start + size])).tolist()
+    return values
 
 
 def role_names(task: Task) -> list[str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from paramlens.analysis.edit import changed, project_out
+from paramlens.analysis.edit import changed, without_largest, without_random
 from paramlens.analysis.held_out import HeldOut, data_of
 from paramlens.config import CustomTask, FactsTask
 from paramlens.decomposition import call
@@ -102,9 +102,6 @@ def _weights(run: Run, data: Sequence[HeldOut], threshold: float) -> tuple[dict[
         W, count = site.W, min(len(parts), *site.W.shape)
         U, V = run.decomposition.U[site.name], run.decomposition.V[site.name]
         own[site.name] = W - U[:, parts] @ V[parts]
-        rng = generator("off data", site.name)
-        reads, writes = (torch.randn(size, generator=rng, dtype=torch.float64).to(W) for size in ((W.shape[0], count), (count, W.shape[1])))
-        drawn[site.name] = project_out(W, reads, writes)
-        left, _, right = torch.linalg.svd(W.double(), full_matrices=False)
-        largest[site.name] = project_out(W, left[:, :count], right[:count])
+        drawn[site.name] = without_random(W, count, generator=generator("off data", site.name))
+        largest[site.name] = without_largest(W, count)
     return own, {"random directions": drawn, "largest singular directions": largest}

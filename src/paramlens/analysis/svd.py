@@ -6,13 +6,13 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from paramlens.analysis.held_out import HeldOut, data_of, held_out
+from paramlens.analysis.held_out import HeldOut, data_of, divergences, held_out
 from paramlens.config import Init
 from paramlens.decomposition import Decomposition, Plan
 from paramlens.errors import ConfigError
 from paramlens.evaluation import ACTIVE
 from paramlens.factors import initialise
-from paramlens.losses import LossAt, stack_size
+from paramlens.losses import LossAt
 from paramlens.machine import machine
 from paramlens.masks import Replacement, rounded_mask
 from paramlens.rundir import Run
@@ -186,16 +186,9 @@ class _Divergence:
 
     def __call__(self, decomposition: Decomposition, plans: Callable[[HeldOut], Sequence[Plan]]) -> list[float]:
         """One number for each plan of the list that `plans` makes of a batch."""
-        each = [self._batch(decomposition, i, plans(held)) for i, held in enumerate(self.data)]
+        runs = zip(self.data, self.inputs, self.at, self.log_probs, strict=True)
+        each = [divergences(decomposition, inputs, plans(held), at=at, log_probs=log_probs) for held, inputs, at, log_probs in runs]
         return [sum(values) / len(values) for values in zip(*each, strict=True)]
-
-    def _batch(self, decomposition: Decomposition, i: int, plans: Sequence[Plan]) -> list[float]:
-        log_probs, values = self.log_probs[i], list[float]()
-        size = stack_size(log_probs.numel(), device=log_probs.device.type)
-        for start in range(0, len(plans), size):
-            logits = decomposition.masked_run(self.inputs[i], plans[start : start + size])
-            values += self.at[i].divergence(log_probs, logits).tolist()
-        return values
 
 
 def _kept(decomposition: Decomposition, data: Sequence[HeldOut], divergence: _Divergence, threshold: float) -> Kept:

@@ -31,14 +31,17 @@ class Analyses:
 
     def __init__(self, run: "Run | str | Path", path: Path) -> None:
         self._run, self._path = run, path
+        self._read: dict[str, dict[str, Any]] = {}
         self.kept = {name: self._current(name) for name in _SHOWN}
 
     def __getitem__(self, name: str) -> dict[str, Any]:
-        document = self._current(name)
-        if document is not None and document.keys() >= _READ[name] and self._serves(name, document):
-            return document
-        self._opened.save_analysis(name, self._made(name))
-        return read_json(self._file(name), most=MOST_ANALYSIS)
+        if name not in self._read:
+            document = self._current(name)
+            if document is None or not document.keys() >= _READ[name] or not self._serves(name, document):
+                self._opened.save_analysis(name, self._made(name))
+                document = read_json(self._file(name), most=MOST_ANALYSIS)
+            self._read[name] = document
+        return self._read[name]
 
     def _file(self, name: str) -> Path:
         return self._path / "analysis" / f"{name}.json"
@@ -61,7 +64,7 @@ class Analyses:
     def _sites(self) -> set[str]:
         return {site["name"] for site in read_json(self._path / "model.json")["sites"]}
 
-    @cached_property
+    @property
     def _threshold(self) -> float:
         return self["circuit"]["threshold"]
 
