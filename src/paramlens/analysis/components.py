@@ -187,14 +187,16 @@ def shown_sequences(run: Run, texts: Sequence[str] = ()) -> Sentences:
     if texts or own_sentences(run):
         return run_sentences(run, list(texts) or list(own_sentences(run)))
     task = data_of(run)
-    whole = task.batch(0, "circuit")
-    rows = SEQUENCES if _has_positions(run, whole) else INPUTS
-    batch = replace(whole.map(lambda tensor: tensor[:rows]), texts=whole.texts and whole.texts[:rows]).to(run.decomposition.device)
+    batch = _first(task.batch(0, "circuit"), INPUTS).to(run.decomposition.device)
     target, g = importances(run.decomposition, run.importance, batch)
     lead = next(iter(g.values())).shape[:-1]
-    shape = (1, -1) if len(lead) == 1 else (lead[0], -1)
-    g = {site: value.reshape(*shape, value.shape[-1]) for site, value in g.items()}
-    inputs = {site: value.reshape(*shape, value.shape[-1]) for site, value in target.inputs.items()}
+    batch = batch if len(lead) == 1 else _first(batch, SEQUENCES)
+
+    def as_sequences(value: Tensor) -> Tensor:
+        return value[None] if len(lead) == 1 else value[:SEQUENCES].flatten(1, -2)
+
+    g = {site: as_sequences(value) for site, value in g.items()}
+    inputs = {site: as_sequences(value) for site, value in target.inputs.items()}
     sequences, length = next(iter(g.values())).shape[:2]
     ids = batch.inputs
     if batch.texts is not None:
@@ -207,9 +209,9 @@ def shown_sequences(run: Run, texts: Sequence[str] = ()) -> Sentences:
     return Sentences(batch, named, inputs, g, roles)
 
 
-def _has_positions(run: Run, batch: Batch) -> bool:
-    inputs = run.decomposition.target_run(batch.to(run.decomposition.device).inputs).inputs
-    return next(iter(inputs.values())).dim() > 2
+def _first(batch: Batch, rows: int) -> Batch:
+    """Its first sequences."""
+    return replace(batch.map(lambda tensor: tensor[:rows]), texts=batch.texts and batch.texts[:rows])
 
 
 def active_in(sentences: Sentences, index: int, *, threshold: float) -> dict[str, Tensor]:
