@@ -60,10 +60,26 @@ def test_attention_is_bidirectional_and_knows_positions():
     assert not torch.allclose(pre[0], pre[5]), "equal tokens at different positions differ"
 
 
-def test_shorter_batches_fit_and_longer_ones_are_refused():
-    importance = make(kind="attention", max_length=8)
+@pytest.mark.parametrize("relative", ["offset", "query"])
+def test_positions_beyond_the_tables_share_their_last_entries(relative):
+    importance = make(kind="attention", max_length=8, relative=relative)
     assert importance(inputs(3), U)["b"].shape == (2, 3, 5)
-    with pytest.raises(BatchError, match=r"batch of 9 positions, but the attention γ's tables hold 8; raise gamma.max_length"):
+    spelled_out = make(kind="attention", max_length=20, relative=relative)
+    offsets = (torch.arange(40) - 20).clamp(-7, 7) + 8
+    with torch.no_grad():
+        for short, long in zip(importance.parameters(), spelled_out.parameters(), strict=True):
+            if long.shape[1:2] == (20,):
+                long.copy_(short[:, torch.arange(20).clamp(max=7)])
+            else:
+                long.copy_(short[:, offsets] if long.shape[1:2] == (40,) else short)
+    for name, pre in importance(inputs(20), U).items():
+        torch.testing.assert_close(pre, spelled_out(inputs(20), U)[name])
+
+
+def test_a_length_that_was_given_is_a_bound():
+    importance = Importance(SHAPES, Gamma(d_gate=3, max_length=8))
+    assert importance(inputs(8), U)["b"].shape == (2, 8, 5)
+    with pytest.raises(BatchError, match=r"batch of 9 positions, but gamma.max_length is 8; give gamma.max_length 9"):
         importance(inputs(9), U)
 
 

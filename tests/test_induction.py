@@ -71,9 +71,9 @@ def test_last_token_alone_is_the_last_of_all(target):
 
 def test_task_asks_the_target_for_the_last_token(target):
     task = induction_task(TASK, target, seed=0, batch=2)
-    tokens = task.batch(0, "train").inputs
-    assert task.loss_inputs(tokens, last_token_only=False) is tokens
-    assert target(**task.loss_inputs(tokens, last_token_only=True)).shape == (2, 1, 7)
+    batch = task.batch(0, "train")
+    assert task.loss_inputs(batch, last_token_only=False) is batch.inputs
+    assert target(**task.loss_inputs(batch, last_token_only=True)).shape == (2, 1, 7)
     assert task.roles == ROLES
 
 

@@ -132,7 +132,7 @@ def test_the_adversary_finds_what_random_masks_miss(tiny_run):
     run = tiny_run
     [held] = held_out(run, batches=1)
     decomposition, task = run.decomposition, run.task
-    inputs = task.loss_inputs(held.batch.inputs, last_token_only=True)
+    inputs = task.loss_inputs(held.batch, last_token_only=True)
 
     def found(steps: int) -> float:
         return adversarial_recon(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from conftest import tiny_with
+from paramlens import decompose
 from paramlens import step as step_module
 from paramlens.decomposition import Decomposition
 from paramlens.errors import BatchError, ConfigError, DivergedError
@@ -193,3 +194,12 @@ def test_steps_keep_to_the_sum_from_the_share_on():
     assert max(off[4:]) < 1e-3 * min(off[:3])
     moved = [(new - old).abs().max() for new, old in zip(parameters(steps), parameters(make()), strict=True)]
     assert min(moved[: len(list(steps.decomposition.parameters()))]) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("loss", ["faithfulness", "minimality", "local"])
+def test_a_loss_that_runs_no_masks_may_stand_alone(tmp_path, loss, dtype):
+    model = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.Linear(4, 5)).to(getattr(torch, dtype))
+    how = {"sites": ["1"], "C": 3, "steps": 2, "threads": 1, "dtype": dtype, "gamma": {"kind": "vector", "d_gate": 2}}
+    run = decompose(model, [torch.tensor([[0, 1, 2], [3, 4, 0]])], out=tmp_path / "run", losses={loss: 1.0}, log_every=1, **how)
+    assert run.metrics[0]["losses"][loss] > 0

@@ -98,7 +98,7 @@ def test_dataloaders_and_callers_without_gradients():
 
 @pytest.mark.parametrize("wrong", [None, 5, "abc", torch.ones(3, 2, 4), {"x": torch.ones(1)}])
 def test_batches_that_are_none(wrong):
-    with pytest.raises(ConfigError, match=r"batches: \w+ is one batch or none; give a list of batches"):
+    with pytest.raises(ConfigError, match=r"batches: \w+ is not a series of batches; give a list of batches"):
         decompose(Toy(), wrong, **TOY)
 
 
@@ -291,7 +291,7 @@ def test_wrong_input_replaces_nothing(tmp_path):
 
 
 def test_batch_longer_than_the_table(tmp_path):
-    with pytest.raises(BatchError, match="batch of 2 positions, but the attention γ's tables hold 1"):
+    with pytest.raises(BatchError, match=r"batch of 2 positions, but gamma.max_length is 1"):
         decompose(Toy(), batches, out=tmp_path / "run", **TOY | {"gamma": {"kind": "attention", "max_length": 1}})
     assert not (tmp_path / "run").exists()
 

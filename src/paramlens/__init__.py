@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from paramlens.runs import decompose, decompose_config
     from paramlens.sharing import push_to_hub
     from paramlens.shipped import example
+    from paramlens.tasks import Batch
     from paramlens.verification import verify
 
 _HOME = {
@@ -39,11 +40,13 @@ _HOME = {
     "example": "paramlens.shipped",
     "verify": "paramlens.verification",
     "push_to_hub": "paramlens.sharing",
+    "Batch": "paramlens.tasks",
     "Decomposition": "paramlens.decomposition",
     "Run": "paramlens.rundir",
 }
 
 __all__ = [
+    "Batch",
     "Decomposition",
     "Run",
     "__version__",

@@ -200,7 +200,8 @@ class Gamma(_Frozen):
     d_gate: Count = 16
     """Hidden width of each MLP, d_gate. Table 4: 16. Figure 6: 64."""
     max_length: Count | None = None
-    """Longest sequence the attention γ's position tables hold, tokens; none: the task's length."""
+    """Positions that the attention γ's tables hold; a longer batch is then refused. Defaults to the longest batch that is known before the
+    run starts; further positions share the tables' last entries."""
     relative: Literal["offset", "query"] = "offset"
     """r in eq. 4: one learned scalar per relative offset, or the 2s x d table contracted with the query."""
     relative_init: Literal["zero", "local"] = "zero"

@@ -180,7 +180,7 @@ class Decomposition(Shown, nn.Module):
         replaced = set(forwards)
         if max(starts) > 0:
             forwards |= _entering(self._blocks, runs, active)
-        stacked = inputs if len(plans) == 1 else map_tensors(lambda t: t.repeat(len(plans), *[1] * (t.dim() - 1)), inputs)
+        stacked = inputs if len(plans) == 1 else _repeated(inputs, len(plans))
         calls: Counter[nn.Module] = Counter()
         hooks = [module.register_forward_pre_hook(partial(_count, calls)) for module in replaced]  # also keep fused fast paths off
         try:
@@ -205,6 +205,12 @@ class Decomposition(Shown, nn.Module):
             for hook in hooks:
                 hook.remove()
         return {name: given for name, [given] in seen.items()}
+
+
+def _repeated(inputs: Inputs, times: int) -> Inputs:
+    """The batch `times` times, one after the other; tensors that do not lead with the batch axis stay as they are."""
+    rows = next((tensor.shape[0] for tensor in tensors_of(inputs) if tensor.dim()), 0)
+    return map_tensors(lambda t: t.repeat(times, *[1] * (t.dim() - 1)) if t.dim() and t.shape[0] == rows else t, inputs)
 
 
 def block_chains(model: nn.Module, inputs: Inputs) -> list[tuple[nn.Module, ...]]:

@@ -1,6 +1,6 @@
 """What a decomposition scores on a held-out batch; the trainer and the analyses measure with this one function."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Bool, Float
@@ -20,12 +20,7 @@ ACTIVE = 0.1
 def importances(decomposition: Decomposition, importance: Importance, batch: Batch) -> tuple[TargetRun, dict[str, Tensor]]:
     """The target's run on `batch`, and g (batch, pos, C) in [0, 1] for every site."""
     target = decomposition.target_run(batch.inputs)
-    return target, {name: lower(pre) for name, pre in present_only(importance(target.inputs, decomposition.U), batch.present).items()}
-
-
-def present_only(pre: Mapping[str, Float[Tensor, "*batch C"]], present: Bool[Tensor, "*batch"] | None) -> dict[str, Tensor]:
-    """Pre-activations, 0 at positions that only fill a sequence up: nothing is important there, and nothing costs."""
-    return {name: value if present is None else value * present[..., None] for name, value in pre.items()}
+    return target, {name: lower(pre) for name, pre in importance(target.inputs, decomposition.U, batch.present).items()}
 
 
 @torch.no_grad()
@@ -45,7 +40,7 @@ def evaluate(
     recon, recon_layerwise: masks g, all sites or each alone. stochastic_recon: one draw, from `seed`. recon_rounded: every
     subcomponent with g > threshold fully on, all others off. Plans run one by one, so that memory does not grow with the sites.
     """
-    inputs, at = task.loss_inputs(batch.inputs, last_token_only=last_token_only), LossAt(last_token_only, batch.present)
+    inputs, at = task.loss_inputs(batch, last_token_only=last_token_only), LossAt(last_token_only, batch.present)
     target_log_probs = at.log_probs(target.logits)
 
     def divergence(plan: Plan) -> float:
@@ -59,10 +54,23 @@ def evaluate(
     rounded = {site: Replacement(rounded_mask(value, threshold=threshold)) for site, value in g.items()}
     metrics["recon_rounded"] = divergence(rounded)
     if batch.answers is not None:
-        masked = decomposition.masked_run(inputs, [{site: Replacement(value) for site, value in g.items()}])[0, :, -1]
-        metrics["accuracy_target"] = (target.logits[:, -1].argmax(-1) == batch.answers).double().mean().item()
-        metrics["accuracy_masked"] = (masked.argmax(-1) == batch.answers).double().mean().item()
+        masked = decomposition.masked_run(inputs, [{site: Replacement(value) for site, value in g.items()}])[0]
+        metrics["accuracy_target"] = accuracy(target.logits, batch)
+        metrics["accuracy_masked"] = accuracy(masked, batch)
     return metrics
+
+
+def mean_over_batches(values: Sequence[float], counts: Sequence[int]) -> float:
+    """The mean over all positions (or sequences) of several batches, given each batch's mean and how many it has."""
+    if len(set(counts)) == 1:
+        return sum(values) / len(values)
+    return sum(value * count for value, count in zip(values, counts, strict=True)) / sum(counts)
+
+
+def accuracy(logits: Float[Tensor, "batch pos token"], batch: Batch) -> float:
+    """Share of sequences whose likeliest token after the last present position is the batch's answer."""
+    last = LossAt(last_token_only=True, present=batch.present).logits(logits)[:, 0]
+    return (last.argmax(-1) == batch.answers).double().mean().item()
 
 
 def active_counts(

@@ -4,7 +4,7 @@ from functools import cache
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 FLEX_LENGTH = 1024
@@ -16,16 +16,18 @@ def flex_by_offset(
     k: Float[Tensor, "site batch pos d"],
     v: Float[Tensor, "site batch pos d"],
     relative: Float[Tensor, "site offset"],
+    present: Bool[Tensor, "batch pos"] | None = None,
     *,
     compiled: bool,
 ) -> Float[Tensor, "site batch pos d"]:
-    """softmax((q k^T + r) / sqrt(d)) v, r being one number per offset of key from query; sites go as heads."""
+    """softmax((q k^T + r) / sqrt(d)) v over the present keys, r being one number per offset of key from query; sites go as heads."""
     from torch.nn.attention.flex_attention import flex_attention
 
     half, root = relative.shape[-1] // 2, q.shape[-1] ** 0.5
 
-    def add_relative(score: Tensor, _batch: Tensor, site: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return score + relative[site, key - query + half] / root
+    def add_relative(score: Tensor, batch: Tensor, site: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        score = score + relative[site, (key - query + half).clamp(1, 2 * half - 1)] / root
+        return score if present is None else torch.where(present[batch, key], score, -torch.inf)
 
     function = _compiled_flex() if compiled else flex_attention
     return cast("Tensor", function(*(t.transpose(0, 1) for t in (q, k, v)), score_mod=add_relative)).transpose(0, 1)

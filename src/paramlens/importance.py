@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -84,16 +84,32 @@ class Importance(nn.Module):
         for group in self.typed_groups:
             group.initialise(generator)
 
-    def forward(self, inputs: Mapping[str, Tensor], U: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "*batch C"]]:
+    @property
+    def table_length(self) -> int | None:
+        """Positions that the attention γ's tables hold; None for every other γ. Further positions share their last entries."""
+        return self.typed_groups[0].max_length if self.gamma.kind == "attention" else None
+
+    def forward(
+        self, inputs: Mapping[str, Tensor], U: Mapping[str, Tensor], present: Bool[Tensor, "batch pos"] | None = None
+    ) -> dict[str, Float[Tensor, "*batch C"]]:
         """Pre-activations per site from the target's site inputs [batch, pos, d_in].
 
-        U is used by the scalar γ alone, whose input is the inner activation. Raises `BatchError` for a sequence longer than the
-        attention γ's tables.
+        U is used by the scalar γ alone, whose input is the inner activation. At positions that are not `present` (defaults to all)
+        pre-activations are 0: nothing is important there, and nothing costs; and no other position attends to them.
+        Raises `BatchError` for a sequence longer than `gamma.max_length`, where that was given, and for inputs that `present` does not fit.
         """
         pre: dict[str, Tensor] = {}
         for group in self.typed_groups:
-            pre |= group(inputs, U)
-        return {name: pre[name] for name in inputs}
+            pre |= group(inputs, U, present)
+        if present is None:
+            return {name: pre[name] for name in inputs}
+        for name, value in pre.items():
+            if value.shape[:-1] != present.shape:
+                raise BatchError(
+                    f"site {name}: inputs lead with {tuple(value.shape[:-1])}, the mask of present positions with {tuple(present.shape)}; "
+                    "leave the site out, or give batches without padding"
+                )
+        return {name: pre[name].masked_fill(~present[..., None], 0) for name in inputs}
 
     def site_parameters(self) -> dict[str, dict[str, Tensor]]:
         """Site name → parameter name → that site's slice, as views: what `importance.safetensors` holds."""
@@ -146,7 +162,7 @@ class _Group(nn.Module):
             noise = 0.3 * torch.randn(self.relative.shape, generator=generator)
             self.relative.copy_(self.query.shape[-1] ** 0.5 * (noise - 0.7 * distance))
 
-    def forward(self, inputs: Mapping[str, Tensor], U: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, inputs: Mapping[str, Tensor], U: Mapping[str, Tensor], present: Tensor | None) -> dict[str, Tensor]:
         batch = inputs[self.names[0]].shape[:-1]
         if self.gamma.kind == "scalar":
             rows = torch.stack([(inputs[name] @ U[name]).flatten(0, -2) for name in self.names])  # (S, N, C)
@@ -159,7 +175,7 @@ class _Group(nn.Module):
             pre = torch.baddbmm(self.b_out[:, None], hidden, self.w_out)
         else:
             self._require_fitting(batch)
-            attended = self._attend(torch.stack([inputs[name] for name in self.names]))
+            attended = self._attend(torch.stack([inputs[name] for name in self.names]), present)
             pre = self._per_subcomponent(attended.flatten(1, -2))
         return {name: site.unflatten(0, batch) for name, site in zip(self.names, pre, strict=True)}
 
@@ -169,48 +185,71 @@ class _Group(nn.Module):
                 f"site {self.names[0]}: the attention γ needs inputs (batch, pos, d_in), but these lead with {tuple(batch)}; "
                 "use gamma.kind vector"
             )
-        longest = self.absolute.shape[1]
-        if batch[1] > longest:
+        longest = self.gamma.max_length
+        if longest is not None and batch[1] > longest:
             raise BatchError(
-                f"batch of {batch[1]} positions, but the attention γ's tables hold {longest}; "
-                f"raise gamma.max_length and decompose anew, or shorten the batch"
+                f"batch of {batch[1]} positions, but gamma.max_length is {longest}; give gamma.max_length {batch[1]}, or shorten the batch"
             )
 
     def _per_subcomponent(self, rows: Float[Tensor, "site row width"]) -> Float[Tensor, "site row C"]:
         return Mlps.apply(rows, self.w_in, self.b_in, self.w_out, self.b_out)
 
-    def _attend(self, x: Float[Tensor, "site batch pos d_in"]) -> Float[Tensor, "site batch pos two_d_in"]:
-        """Algorithm 1, lines 1-5: single-head attention over all positions, its output beside the positioned input."""
+    def _attend(
+        self, x: Float[Tensor, "site batch pos d_in"], present: Bool[Tensor, "batch pos"] | None
+    ) -> Float[Tensor, "site batch pos two_d_in"]:
+        """Algorithm 1, lines 1-5: single-head attention over all present positions, its output beside the positioned input."""
         n, d = x.shape[-2:]
-        x_pos = x + self.absolute[:, None, :n]
+        x_pos = x + self._absolute(n, present)
         q, k, v = (torch.einsum("sbnd,sde->sbne", t, w) for t, w in ((x, self.query), (x, self.key), (x_pos, self.value)))
         if self.gamma.relative == "offset":
-            attention = self._attend_by_offset(q, k, v)
+            attention = self._attend_by_offset(q, k, v, present)
         else:
             per_offset = torch.einsum("sbnd,sod->sbno", q, self.relative)  # (S, B, n, 2s)
             r = per_offset.gather(-1, self._offsets(n).expand(*per_offset.shape[:2], n, n))
-            attention = _softmax_attention(q, k, v, r / d**0.5)
+            attention = _softmax_attention(q, k, v, r / d**0.5, present)
         return torch.cat([attention, x_pos], dim=-1)
 
-    def _attend_by_offset(self, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "site batch pos d_in"]:
+    def _absolute(self, n: int, present: Bool[Tensor, "batch pos"] | None) -> Float[Tensor, "site #batch pos d_in"]:
+        """Absolute encodings, counted from a sequence's first present position; beyond the table, its last entry."""
+        longest = self.absolute.shape[1]
+        if present is None:
+            return self.absolute[:, None, torch.arange(n).clamp(max=longest - 1)] if n > longest else self.absolute[:, None, :n]
+        place = (present.cumsum(1) - 1).clamp(0, longest - 1)
+        return self.absolute[:, place]
+
+    def _attend_by_offset(
+        self, q: Tensor, k: Tensor, v: Tensor, present: Bool[Tensor, "batch pos"] | None
+    ) -> Float[Tensor, "site batch pos d_in"]:
         n, d = q.shape[-2:]
         if q.device.type == "cuda" and n >= FLEX_LENGTH:
-            return flex_by_offset(q, k, v, self.relative, compiled=True)
+            return flex_by_offset(q, k, v, self.relative, present, compiled=True)
         r = (self.relative / d**0.5)[:, self._offsets(n)]  # (S, n, n)
         if q[..., 0].numel() * n <= SCORES:
-            return _softmax_attention(q, k, v, r[:, None])
+            return _softmax_attention(q, k, v, r[:, None], present)
+        rows = [None] * q.shape[1] if present is None else list(present)
         sequences = [
-            torch.stack([checkpoint(_softmax_attention, *each, r[s], use_reentrant=False) for each in zip(q[s], k[s], v[s], strict=True)])
+            torch.stack(
+                [
+                    checkpoint(_softmax_attention, *each, r[s], own, use_reentrant=False)
+                    for *each, own in zip(q[s], k[s], v[s], rows, strict=True)
+                ]
+            )
             for s in range(len(q))
         ]
         return torch.stack(sequences)
 
     def _offsets(self, n: int) -> Int[Tensor, "query key"]:
-        """Key position - query position, as index into the 2s relative encodings (shifted to >= 1)."""
-        place = torch.arange(n, device=self.relative.device)
-        return place[None, :] - place[:, None] + self.absolute.shape[1]
+        """Key position - query position, as index into the 2s relative encodings (shifted to >= 1); beyond the table, its ends."""
+        place, longest = torch.arange(n, device=self.relative.device), self.absolute.shape[1]
+        return (place[None, :] - place[:, None] + longest).clamp(1, 2 * longest - 1)
 
 
-def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d) + r) v, its scores held; PyTorch's own function takes this way for a bias with a gradient, more slowly."""
-    return (q * q.shape[-1] ** -0.5 @ k.mT + r).softmax(-1) @ v
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, r: Tensor, present: Bool[Tensor, "*batch pos"] | None) -> Tensor:
+    """softmax(q k^T / sqrt(d) + r) v over the present keys; the scores are held.
+
+    PyTorch's own function takes this way for a bias with a gradient, more slowly.
+    """
+    scores = q * q.shape[-1] ** -0.5 @ k.mT + r
+    if present is not None:
+        scores = scores.masked_fill(~present[..., None, :], -torch.inf)
+    return scores.softmax(-1) @ v

@@ -18,7 +18,7 @@ from paramlens.decomposition import Decomposition, Plan, TargetRun
 from paramlens.importance import LEAK, upper
 from paramlens.machine import fusible
 from paramlens.masks import Replacement, site_subsets, subset_shape
-from paramlens.tasks import Batch, Inputs
+from paramlens.tasks import Batch, Inputs, last_positions
 
 CPU_STACK = 2**21
 """Logits computed in one pass on a CPU."""
@@ -105,9 +105,9 @@ def annealed_p(losses: Losses, step: int, steps: int) -> float:
 
 @dataclass(frozen=True)
 class LossAt:
-    """The positions that the loss sees: all, or the last of every sequence; of sequences filled up to one length, their own alone.
+    """The positions that the loss sees: all present ones, or the last present one of every sequence.
 
-    present: (batch, pos), true at a sequence's own positions, which come before those that fill it up; none: everywhere.
+    present: (batch, pos), as in `Batch`. Logits of one position are taken to be those of the last.
     """
 
     last_token_only: bool = False
@@ -117,9 +117,9 @@ class LossAt:
         """The logits that the loss sees; the axis of positions is kept."""
         if not self.last_token_only:
             return logits
-        if self.present is None:
+        if self.present is None or logits.shape[-2] == 1:
             return logits[..., -1:, :]
-        last = self.present.sum(1) - 1
+        last = last_positions(self.present)
         return logits[..., torch.arange(len(last), device=last.device), last, :].unsqueeze(-2)
 
     def log_probs(self, logits: Float[Tensor, "*batch token"]) -> Tensor:
@@ -127,7 +127,17 @@ class LossAt:
 
     def divergence(self, target_log_probs: Float[Tensor, "*batch token"], logits: Float[Tensor, "plan *rest"]) -> Float[Tensor, "plan"]:
         """KL(target ‖ masked) in nats for each plan, mean over the loss positions; target_log_probs as `log_probs` gives them."""
-        return kl_divergence(target_log_probs, self.logits(logits), None if self.last_token_only else self.present)
+        return kl_divergence(target_log_probs, self.logits(logits), self._where(target_log_probs))
+
+    def count(self, logits: Float[Tensor, "*batch token"]) -> int:
+        """Loss positions of a batch: its weight in a mean over several batches."""
+        where = self._where(logits)
+        return self.logits(logits)[..., 0].numel() if where is None else int(where.sum())
+
+    def _where(self, log_probs: Float[Tensor, "*batch token"]) -> Tensor | None:
+        """The positions of the loss that count; None for all, as where logits are of whole sequences or of their last position."""
+        whole = self.last_token_only or log_probs.dim() == 2
+        return None if whole else self.present
 
 
 def kl_divergence(
@@ -234,6 +244,8 @@ def reconstruction_losses(
     inputs: what the masked runs are given; where the loss is `at` the last position they may ask the model for its last logits alone.
     generator: gives each loss its own random numbers by name.
     """
+    if not coefficients:
+        return next(iter(g.values())).new_zeros(()), {}
     leaves = {site: value.detach().requires_grad_() for site, value in g.items()}
     sinks = {site: torch.zeros_like(value) for site, value in leaves.items() if value.is_contiguous() and native.serves(value)}
     plans: list[tuple[str, Plan]] = []

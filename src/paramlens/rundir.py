@@ -51,7 +51,8 @@ from paramlens.metrics import MetricsFile
 from paramlens.shown import Shown
 from paramlens.sites import find_sites
 from paramlens.tables import Chart, Column, Line, Table, columns, metric, row
-from paramlens.tasks import Batches, TargetHistory, Task, batch_function
+from paramlens.tasks import Batches, TargetHistory, Task
+from paramlens.tasks.batches import batch_function
 from paramlens.tensorfile import copy_into, require_fit
 
 
@@ -263,7 +264,7 @@ def open_run(
         task = _rebuild_task(path, described.rebuilt())
         model = task.model
     elif batches is not None:
-        task = Task(model, batch_function(batches))
+        task = Task(model, batch_function(batches, model))
     require_target(path, described, model)
     decomposition, importance = build(described, model)
     load_parameters(folder, decomposition, importance)

@@ -25,6 +25,7 @@ from paramlens.lock import locked
 from paramlens.losses import faithfulness
 from paramlens.machine import machine
 from paramlens.masks import Replacement
+from paramlens.padding import require_padding_unseen
 from paramlens.randomness import seeded
 from paramlens.rundir import (
     Run,
@@ -40,7 +41,8 @@ from paramlens.rundir import (
 from paramlens.saving import require_space
 from paramlens.sites import at_rest, find_sites
 from paramlens.targets import Target
-from paramlens.tasks import Batches, Inputs, Task, batch_function, generator
+from paramlens.tasks import Batches, Inputs, Task, generator
+from paramlens.tasks.batches import batch_function, longest_of
 from paramlens.trackers import as_tracker
 from paramlens.tracking import TargetTracker, Tracker, tell_target
 from paramlens.train import make_optimizer, restore, train
@@ -63,7 +65,9 @@ def decompose(
     """Decompose any `nn.Module` that maps a batch to logits (a tensor, or an output with `.logits`).
 
     batches: a function of the step, a sequence (cycled), or an iterable (iterated anew when exhausted; such a run cannot be resumed).
-    A batch is passed as `model(x)`, `model(*sequence)` or `model(**mapping)`; tensors lead with the batch axis.
+    A batch is passed as `model(x)`, `model(*sequence)` or `model(**mapping)`; tensors lead with the batch axis. What `forward` has no
+    place for (labels, the y of (x, y) pairs) is left out. Of sequences of several lengths an `attention_mask` (batch, pos), as
+    tokenizers make it, or a `paramlens.Batch` says which positions are present; no others count.
     out: the run directory; none: a new temporary one. fields: any field of `Config`, nested ones as mappings (`optim={"lr": 3e-3}`).
     resume: take the run in `out` up at its newest checkpoint, to end in the same bytes as if it had never stopped; extend_steps: to this
     many steps instead of those it was started with, where nothing it did so far depended on their number.
@@ -79,7 +83,8 @@ def decompose(
         raise ConfigError(f"device {fields['device']}: the model is on {device}; move the model, or leave device out")
     tree = {"device": device, **fields, "sites": [sites] if isinstance(sites, str) else list(sites), "C": C, "steps": steps}
     config = make_config(tree, source="decompose")
-    task = Task(model=model, batch=batch_function(batches), last_token=_last_logits(model))
+    batch = batch_function(batches, model)
+    task = Task(model=model, batch=batch, longest=longest_of(batches, batch), last_token=_last_logits(model))
     if resume and not (callable(batches) or isinstance(batches, Sequence)):
         raise ConfigError("resume: batches from an iterable cannot be taken up at a step; give a function of the step or a sequence")
     follower = as_tracker(tracker)
@@ -336,7 +341,8 @@ def _built(config: Config, task: Task) -> tuple[Decomposition, Importance]:
         if site.W.dtype != dtype:
             raise ConfigError(f"dtype {config.dtype}: site {site.name} is {site.W.dtype}; convert the model or change dtype")
     decomposition = Decomposition(task.model, sites, C=config.C, dtype=dtype)
-    inputs = task.batch(0, "train").to(config.device).inputs
+    first = task.batch(0, "train").to(config.device)
+    inputs = first.inputs
     target = decomposition.target_run(inputs)
     if not torch.isfinite(target.logits).all():
         raise DivergedError("the target's logits on the first batch are not finite; check the model and the batch")
@@ -345,14 +351,15 @@ def _built(config: Config, task: Task) -> tuple[Decomposition, Importance]:
             f"last_token_only true: the model's logits {tuple(target.logits.shape)} have no position axis (batch, pos, token); give false"
         )
     _require_stackable(decomposition, inputs, target)
+    require_padding_unseen(task.model, first, target.logits)
     decomposition.find_blocks(inputs)
     longest = max(value.shape[1] for value in target.inputs.values())
     require_memory(config, sites, length=longest, vocabulary=target.logits.shape[-1])
-    max_length = config.task.length if isinstance(config.task, InductionTask | TextTask) else longest
-    importance = Importance({site.name: (site.d_in, config.C) for site in sites}, config.gamma, max_length=max_length)
+    known = task.longest if task.longest is not None and first.columns == longest else longest
+    importance = Importance({site.name: (site.d_in, config.C) for site in sites}, config.gamma, max_length=max(known, longest))
     importance = importance.to(device=config.device, dtype=dtype)
     with torch.no_grad():
-        importance(target.inputs, decomposition.U)
+        importance(target.inputs, decomposition.U, first.present)
     return decomposition, importance
 
 

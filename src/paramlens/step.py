@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from paramlens.config import RECONSTRUCTION_NAMES, Config
 from paramlens.decomposition import Decomposition
 from paramlens.errors import BatchError, DivergedError
-from paramlens.evaluation import present_only
 from paramlens.factors import project, project_gradients
 from paramlens.importance import Importance, lower
 from paramlens.losses import LossAt, annealed_p, elsewhere_loss, faithfulness, local_loss, minimality, reconstruction_losses
@@ -43,11 +42,11 @@ def training_step(
     """Lines 2 to 9 of Algorithm 3 on one minibatch. p: minimality's power; none: the one annealed to at `step`."""
     losses = config.losses
     target = decomposition.target_run(batch.inputs)  # 2: run the original model
-    pre = present_only(importance(target.inputs, decomposition.U), batch.present)  # 3: causal importances on this batch
+    pre = importance(target.inputs, decomposition.U, batch.present)  # 3: causal importances on this batch
     g = {name: lower(value) for name, value in pre.items()}
     total, values = reconstruction_losses(  # 4, 5, 8: masks, masked runs, divergences
         decomposition,
-        task.loss_inputs(batch.inputs, last_token_only=config.last_token_only),
+        task.loss_inputs(batch, last_token_only=config.last_token_only),
         target,
         g,
         {name: getattr(losses, name) for name in RECONSTRUCTION_NAMES if getattr(losses, name)},

@@ -14,8 +14,9 @@ from paramlens.config import Config, Optim
 from paramlens.decomposition import Decomposition
 from paramlens.described import named_parameters
 from paramlens.errors import DivergedError, RunInterrupted
-from paramlens.evaluation import active_counts, evaluate, importances
+from paramlens.evaluation import active_counts, evaluate, importances, mean_over_batches
 from paramlens.importance import Importance
+from paramlens.losses import LossAt
 from paramlens.randomness import rng_state, set_rng_state
 from paramlens.rundir import RunDirectory, load_parameters
 from paramlens.saving import Saver
@@ -75,6 +76,7 @@ def train(
     tracker.start("decomposing", steps=config.steps, done=start, path=directory.path, config=config)
     steps = Steps(config, task, decomposition, importance, optimizer)
     saver = Saver(directory, every=config.checkpoint.every, message=tracker.message)
+    longer = _LongerBatches(importance, tracker)
     status, done = "failed", start
     try:
         with interrupts() as interrupted:
@@ -82,6 +84,7 @@ def train(
                 share = rate(config.optim, step, config.steps)
                 set_rates(optimizer, share)
                 batch = task.batch(step, "train").to(config.device)  # 1
+                longer(batch, step)
                 result = steps(batch, step)  # 2 to 10
                 done = step + 1
                 last = done == config.steps
@@ -113,6 +116,22 @@ def train(
         saver.record(status=status, steps=done, seconds=round(before + time.monotonic() - began, 3))
 
 
+class _LongerBatches:
+    """Reports, once, a batch of more positions than the attention γ's tables hold."""
+
+    def __init__(self, importance: Importance, tracker: Tracker) -> None:
+        self.table, self.tracker = importance.table_length, tracker
+
+    def __call__(self, batch: Batch, step: int) -> None:
+        if self.table is None or (batch.columns or 0) <= self.table:
+            return
+        self.tracker.message(
+            f"step {step}: a batch of {batch.columns} positions; the attention γ's tables were sized for {self.table}, further positions "
+            f"share their last entries. To give each its own, start with gamma.max_length {batch.columns}"
+        )
+        self.table = None
+
+
 def set_rates(optimizer: torch.optim.Optimizer, share: float) -> None:
     """Every group's learning rate as `share` of its full one, in place where a captured step reads it from a tensor."""
     for group in optimizer.param_groups:
@@ -123,13 +142,14 @@ def set_rates(optimizer: torch.optim.Optimizer, share: float) -> None:
 
 
 def held_out(config: Config, task: Task, decomposition: Decomposition, importance: Importance) -> dict[str, float]:
-    """Metrics of `evaluation.evaluate`, mean over `evaluate.batches` held-out batches."""
-    rows = []
+    """Metrics of `evaluation.evaluate`, mean over the loss positions of `evaluate.batches` held-out batches."""
+    rows, counts = list[dict[str, float]](), list[int]()
     for index in range(config.evaluate.batches):
         batch = task.batch(index, "evaluate").to(decomposition.device)
         target, g = importances(decomposition, importance, batch)
         rows.append(evaluate(task, decomposition, batch, target, g, last_token_only=config.last_token_only, seed=config.seed))
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+        counts.append(LossAt(config.last_token_only, batch.present).count(target.logits))
+    return {name: mean_over_batches([row[name] for row in rows], counts) for name in rows[0]}
 
 
 def require_finite_parameters(decomposition: Decomposition, importance: Importance, step: int) -> None:

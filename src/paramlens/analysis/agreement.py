@@ -107,9 +107,12 @@ def agreement(runs: Sequence[Run], *, threshold: float = ACTIVE, batches: int = 
         if run.decomposition.names != first.decomposition.names:
             raise RunDirError(f"{run.path}: its sites are not those of {first.path}; compare runs of the same sites")
     parts: list[dict[str, _Parts]] = []
+    sequences = 0
     for run in runs:
         with at_rest(task.model), machine(run.config):
-            parts.append(_parts(run, held_out(run, task=task, batches=batches), threshold))
+            data = held_out(run, task=task, batches=batches)
+            sequences = sum(len(held.roles) for held in data)
+            parts.append(_parts(run, data, threshold))
     rotated = _rotated(first.decomposition)
     pairs = [
         {site: _compared(parts[i][site], parts[j][site], rotated[site]) for site in parts[0]} for i, j in combinations(range(len(runs)), 2)
@@ -117,7 +120,7 @@ def agreement(runs: Sequence[Run], *, threshold: float = ACTIVE, batches: int = 
     return Agreement(
         runs=[str(run.path) for run in runs],
         threshold=threshold,
-        sequences=batches * first.config.batch,
+        sequences=sequences,
         sites={site: _mean([pair[site] for pair in pairs]) for site in parts[0]},
         pairs=pairs,
         init=first.config.init.kind,
@@ -148,7 +151,7 @@ def _parts(run: Run, data: Sequence[HeldOut], threshold: float) -> dict[str, _Pa
     U, V = run.decomposition.U, run.decomposition.V
     parts: dict[str, _Parts] = {}
     for site in run.decomposition.names:
-        g = torch.cat([held.g[site].flatten(0, -2) for held in data]).T.double()
+        g = torch.cat([held.at_present(held.g[site]) for held in data]).T.double()
         active = (g > threshold).any(1).nonzero()[:, 0]
         reads, writes = U[site].T[active].double(), V[site][active].double()
         parts[site] = _Parts(active.tolist(), _unit(reads), _unit(writes), g[active])

@@ -26,9 +26,9 @@ def attention_by_role(
 ) -> Float[Tensor, "query_role key_role"]:
     """Mean over queries of a role, and over heads, of the attention that all keys of a role receive together; rows sum to 1.
 
-    The row of a role that stands nowhere is 0.
+    The row of a role that stands nowhere is 0; a position of role -1 has none.
     """
-    keys = F.one_hot(role_index, count).to(pattern.dtype)
+    keys = (F.one_hot(role_index.clamp(min=0), count) * (role_index >= 0)[..., None]).to(pattern.dtype)
     received = pattern.mean(1) @ keys  # (batch, query, role)
     at = [role_index == i for i in range(count)]
     return torch.stack([received[here].sum(0) / here.sum().clamp(min=1) for here in at])

@@ -22,7 +22,7 @@ from paramlens.tables import Table, columns, row
 
 @dataclass(frozen=True)
 class Part:
-    """A subcomponent and what it does. highest, mean: of g over all held-out positions.
+    """A subcomponent and what it does. highest, mean: of g over all present held-out positions.
 
     removed: KL(target ‖ target without it) in nats, all other subcomponents on at every token and the other sites the target's own;
     removed_masked: KL(target ‖ masked model without it), masks g. Both on the first held-out batch, at the positions that the loss sees.
@@ -105,7 +105,7 @@ def catalogue(run: Run, *, threshold: float = ACTIVE, batches: int = 16) -> Cata
         removal = _Removal(run, data[0])
         sites: dict[str, SiteParts] = {}
         for site in decomposition.names:
-            g = torch.cat([held.g[site].flatten(0, -2) for held in data])
+            g = torch.cat([held.at_present(held.g[site]) for held in data])
             seen = torch.cat([g, *(shown.g[site][row, : len(words)] for row, words in enumerate(shown.texts))])
             highest, mean = seen.amax(0), g.mean(0)
             alive = (highest > threshold).nonzero()[:, 0]
@@ -119,7 +119,7 @@ def catalogue(run: Run, *, threshold: float = ACTIVE, batches: int = 16) -> Cata
         step=run.step,
         threshold=threshold,
         C=decomposition.C,
-        positions=sum(held.roles.numel() for held in data),
+        positions=sum(held.positions for held in data),
         masked=removal.masked,
         tokens=[list(words) for words in shown.texts],
         roles=None if shown.roles is None else [list(row) for row in shown.roles],
@@ -136,7 +136,7 @@ class _Removal:
 
     def __init__(self, run: Run, held: HeldOut) -> None:
         self.decomposition, self.held = run.decomposition, held
-        self.inputs = data_of(run).loss_inputs(held.batch.inputs, last_token_only=run.config.last_token_only)
+        self.inputs = data_of(run).loss_inputs(held.batch, last_token_only=run.config.last_token_only)
         self.at = LossAt(run.config.last_token_only, held.batch.present)
         self.log_probs = self.at.log_probs(held.target.logits)
         [self.masked] = self._divergences([held.masked])

@@ -16,7 +16,7 @@ from paramlens.analysis.off_data import OffData, off_data
 from paramlens.config import InductionTask
 from paramlens.decomposition import Decomposition
 from paramlens.errors import ConfigError
-from paramlens.evaluation import ACTIVE, evaluate
+from paramlens.evaluation import ACTIVE, evaluate, mean_over_batches
 from paramlens.losses import LossAt
 from paramlens.machine import machine
 from paramlens.rundir import Run
@@ -216,7 +216,7 @@ def _metrics(run: Run, task: Task, data: Sequence[HeldOut], *, threshold: float,
         if adversary:
             row["recon_adversarial"] = adversarial_recon(
                 run.decomposition,
-                task.loss_inputs(held.batch.inputs, last_token_only=last_token_only),
+                task.loss_inputs(held.batch, last_token_only=last_token_only),
                 held.target,
                 held.g,
                 at=LossAt(last_token_only, held.batch.present),
@@ -224,7 +224,8 @@ def _metrics(run: Run, task: Task, data: Sequence[HeldOut], *, threshold: float,
                 steps=adversary,
             )
         rows.append(row)
-    metrics = {name: _average([row[name] for row in rows]) for name in rows[0]}
+    counts = [LossAt(last_token_only, held.batch.present).count(held.target.logits) for held in data]
+    metrics = {name: mean_over_batches([row[name] for row in rows], counts) for name in rows[0]}
     return metrics | {"faithfulness_relative": metrics["faithfulness"] / _mean_square(run.decomposition)}
 
 
@@ -279,15 +280,14 @@ def silence(site: str, *, has_bias: bool, threshold: float, added_after: bool) -
 
 def _by_role(values: Float[Tensor, "batch pos"], role_index: Tensor, roles: Sequence[str]) -> dict[str, float]:
     means = {role: _mean(values[role_index == i]) for i, role in enumerate(roles)}
-    return means | {ALL_POSITIONS: _mean(values)}
+    return means | {ALL_POSITIONS: _mean(values[role_index >= 0])}
 
 
 def _example(held: HeldOut, roles: Sequence[str], patterns: Mapping[str, tuple[Tensor, Tensor]]) -> ExampleSequence:
-    inputs, texts = held.batch.inputs, held.batch.texts
-    ids = inputs[0].tolist() if isinstance(inputs, Tensor) and inputs.dim() == 2 and not inputs.is_floating_point() else []
-    tokens = list(texts[0]) if texts else [str(token) for token in ids]
+    ids, texts = held.batch.token_ids, held.batch.texts
     role_index = held.roles[0].reshape(-1)
     own = role_index >= 0
+    tokens = list(texts[0]) if texts else [] if ids is None else [str(token) for token in ids[0][own].tolist()]
     return ExampleSequence(
         tokens=tokens,
         roles=[str(roles[i]) for i in role_index[own].tolist()],

@@ -195,18 +195,28 @@ def shown_sequences(run: Run, texts: Sequence[str] = ()) -> Sentences:
     def as_sequences(value: Tensor) -> Tensor:
         return value[None] if len(lead) == 1 else value[:SEQUENCES].flatten(1, -2)
 
-    g = {site: as_sequences(value) for site, value in g.items()}
-    inputs = {site: as_sequences(value) for site, value in target.inputs.items()}
+    g = {site: _own_first(as_sequences(value), batch.present) for site, value in g.items()}
+    inputs = {site: _own_first(as_sequences(value), batch.present) for site, value in target.inputs.items()}
     sequences, length = next(iter(g.values())).shape[:2]
-    ids = batch.inputs
+    ids = batch.token_ids
     if batch.texts is not None:
         named = batch.texts
-    elif isinstance(ids, Tensor) and ids.shape == (sequences, length) and not ids.is_floating_point():
-        named = tuple(tuple(task.token_names[i] if task.token_names else str(i) for i in row) for row in ids.tolist())
+    elif ids is not None and ids.shape == (sequences, length):
+        names = [[task.token_names[i] if task.token_names else str(i) for i in row] for row in _own_first(ids, batch.present).tolist()]
+        counts = [length] * sequences if batch.present is None else batch.present.sum(1).tolist()
+        named = tuple(tuple(row[:count]) for row, count in zip(names, counts, strict=True))
     else:
         named = tuple(tuple(f"{'input' if len(lead) == 1 else 'position'} {i}" for i in range(length)) for _ in range(sequences))
     roles = None if batch.roles is None else tuple(tuple(task.roles[i] for i in row if i >= 0) for row in batch.roles.tolist())
     return Sentences(batch, named, inputs, g, roles)
+
+
+def _own_first(values: Tensor, present: Tensor | None) -> Tensor:
+    """Values [sequence, pos, ...], every sequence's present positions first, in their order."""
+    if present is None:
+        return values
+    order = (~present).sort(dim=1, stable=True).indices
+    return values[torch.arange(len(values), device=values.device)[:, None], order]
 
 
 def _first(batch: Batch, rows: int) -> Batch:

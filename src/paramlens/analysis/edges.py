@@ -9,7 +9,7 @@ from torch import Tensor
 
 from paramlens.analysis.components import require_threshold
 from paramlens.analysis.held_out import HeldOut, data_of, held_out
-from paramlens.evaluation import ACTIVE, present_only
+from paramlens.evaluation import ACTIVE
 from paramlens.importance import lower
 from paramlens.machine import machine
 from paramlens.masks import Replacement, rounded_mask
@@ -89,7 +89,7 @@ def edges(run: Run, *, threshold: float = ACTIVE, batches: int = 4) -> Edges:
 def _without(run: Run, held: HeldOut, site: str, active: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Every site's input, and g of it, in the target with the active subcomponents of `site` taken out."""
     inputs = run.decomposition.masked_inputs(held.batch.inputs, {site: Replacement(1 - active)})
-    pre = present_only(run.importance(inputs, run.decomposition.U), held.batch.present)
+    pre = run.importance(inputs, run.decomposition.U, held.batch.present)
     return inputs, {name: lower(value) for name, value in pre.items()}
 
 

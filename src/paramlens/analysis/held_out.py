@@ -32,6 +32,16 @@ class HeldOut:
     roles: Tensor
 
     @property
+    def positions(self) -> int:
+        """Present positions of the batch."""
+        present = self.batch.present
+        return self.roles.numel() if present is None else int(present.sum())
+
+    def at_present(self, values: Float[Tensor, "*batch C"]) -> Float[Tensor, "position C"]:
+        """The rows of `values` at present positions, one after the other: what means over positions are taken of."""
+        return values.flatten(0, -2) if self.batch.present is None else values[self.batch.present]
+
+    @property
     def masked(self) -> Plan:
         """The masked model: every site replaced, masks g."""
         return {site: Replacement(value) for site, value in self.g.items()}
@@ -56,7 +66,7 @@ def held_out(run: Run, *, batches: int, task: Task | None = None) -> list[HeldOu
     for index in range(min(batches, task.held_out or batches)):
         batch = task.batch(index, "circuit").to(run.decomposition.device)
         target, g = importances(run.decomposition, run.importance, batch)
-        logits = LossAt(run.config.last_token_only and batch.present is None).logits(target.logits).clone()
+        logits = LossAt(run.config.last_token_only, batch.present).logits(target.logits).clone()
         data.append(HeldOut(batch, TargetRun(logits, {}), g, _roles(batch, g)))
     return data
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from paramlens.analysis.attention import attention_along, captured
 from paramlens.analysis.held_out import HeldOut
 from paramlens.decomposition import Decomposition, Plan
+from paramlens.evaluation import accuracy, mean_over_batches
 from paramlens.losses import LossAt
 from paramlens.masks import Replacement, rounded_mask
 from paramlens.tasks import Task
@@ -65,22 +66,24 @@ def _measured(
     last_token_only: bool,
     changes: Sequence[AbstractContextManager[None]] | None = None,
 ) -> Intervention:
-    divergences: list[float] = []
-    right: list[Tensor] = []
+    divergences, positions = list[float](), list[int]()
+    right, sequences = list[float](), list[int]()
     seen: dict[str, list[Tensor]] = {link.name: [] for link in task.links}
     for held, plan, change in zip(data, plans, changes or [nullcontext()] * len(data), strict=True):
         with captured(decomposition.model, task.attention_patterns) as patterns, change:
             logits = decomposition.masked_run(held.batch.inputs, [plan])
         at = LossAt(last_token_only, held.batch.present)
+        positions.append(at.count(held.target.logits))
         divergences += at.divergence(at.log_probs(held.target.logits), logits).tolist()
         if held.batch.answers is not None:
-            right.append(logits[0, :, -1].argmax(-1) == held.batch.answers)
+            right.append(accuracy(logits[0], held.batch))
+            sequences.append(len(held.batch.answers))
         for link in task.links:
             seen[link.name].append(attention_along(link, patterns, held.roles, task.roles))
     return Intervention(
         name=name,
         site=site,
-        kl=max(0.0, sum(divergences) / len(divergences)),  # rounding alone goes below
-        accuracy=torch.cat(right).double().mean().item() if right else None,
+        kl=max(0.0, mean_over_batches(divergences, positions)),  # rounding alone goes below
+        accuracy=mean_over_batches(right, sequences) if right else None,
         attention={name: torch.cat(values).double().mean(0).max().item() for name, values in seen.items()},
     )

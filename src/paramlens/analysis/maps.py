@@ -31,6 +31,7 @@ def aligned_importance(
         if at.dim() != 2 or not (at.sum(1) == 1).all():
             continue
         offset = torch.arange(role_index.shape[1], device=at.device) - at.int().argmax(1, keepdim=True)
+        offset = offset.masked_fill(role_index < 0, REACH + 1)  # positions of no role are padding
         offsets = [k for k in range(-REACH, REACH + 1) if (offset == k).any()]
         maps[role] = AlignedImportance(
             offsets, {site: [round(value.sum(-1)[offset == k].mean().item(), 5) for k in offsets] for site, value in g.items()}

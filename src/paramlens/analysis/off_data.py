@@ -5,7 +5,7 @@ tokens, without what made them sequences. Other inputs offer nothing of the kind
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -83,14 +83,13 @@ def _elsewhere(run: Run, batch: Batch) -> tuple[str, Batch] | None:
         others = [fact.sentence for fact in shipped_facts() if fact.sentence not in task.sentences][:FACTS]
         tokenizer = data_of(run).tokenizer
         return f"{len(others)} other facts", padded(tokenizer, [encode_sentence(tokenizer, sentence) for sentence in others])
-    inputs = batch.inputs
-    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or batch.present is not None:
+    if (ids := batch.token_ids) is None:
         return None
-    order = torch.rand(ids.shape, generator=generator("off data")).argsort(1).to(ids.device)
-    shuffled = ids.gather(1, order)
-    inputs = {**inputs, "input_ids": shuffled} if isinstance(inputs, Mapping) else shuffled
-    return "held-out sequences with their tokens shuffled", replace(batch, inputs=inputs, roles=None, answers=None, texts=None)
+    noise = torch.rand(ids.shape, generator=generator("off data")).to(ids.device)
+    absent = torch.zeros_like(ids, dtype=torch.bool) if batch.present is None else ~batch.present
+    places, order = absent.sort(dim=1, stable=True).indices, noise.masked_fill(absent, 2).argsort(1)  # present ones first in both
+    shuffled = ids.scatter(1, places, ids.gather(1, order))
+    return "held-out sequences with their tokens shuffled", batch.with_token_ids(shuffled)
 
 
 def _weights(run: Run, data: Sequence[HeldOut], threshold: float) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:

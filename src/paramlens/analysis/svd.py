@@ -10,7 +10,7 @@ from paramlens.analysis.held_out import HeldOut, data_of, divergences, held_out
 from paramlens.config import Init
 from paramlens.decomposition import Decomposition, Plan
 from paramlens.errors import ConfigError
-from paramlens.evaluation import ACTIVE
+from paramlens.evaluation import ACTIVE, mean_over_batches
 from paramlens.factors import initialise
 from paramlens.losses import LossAt
 from paramlens.machine import machine
@@ -175,31 +175,32 @@ def svd_baseline(run: Run, *, tolerance: float | None = None, batches: int = 16,
 
 
 class _Divergence:
-    """KL(target ‖ plan) in nats of plans on held-out batches, mean over the batches."""
+    """KL(target ‖ plan) in nats of plans on held-out batches, mean over their loss positions."""
 
     def __init__(self, run: Run, data: Sequence[HeldOut]) -> None:
         self.data, self.last_token_only = data, run.config.last_token_only
         task = data_of(run)
-        self.inputs = [task.loss_inputs(held.batch.inputs, last_token_only=self.last_token_only) for held in data]
+        self.inputs = [task.loss_inputs(held.batch, last_token_only=self.last_token_only) for held in data]
         self.at = [LossAt(self.last_token_only, held.batch.present) for held in data]
+        self.counts = [at.count(held.target.logits) for at, held in zip(self.at, data, strict=True)]
         self.log_probs = [at.log_probs(held.target.logits) for at, held in zip(self.at, data, strict=True)]
 
     def __call__(self, decomposition: Decomposition, plans: Callable[[HeldOut], Sequence[Plan]]) -> list[float]:
         """One number for each plan of the list that `plans` makes of a batch."""
         runs = zip(self.data, self.inputs, self.at, self.log_probs, strict=True)
         each = [divergences(decomposition, inputs, plans(held), at=at, log_probs=log_probs) for held, inputs, at, log_probs in runs]
-        return [sum(values) / len(values) for values in zip(*each, strict=True)]
+        return [mean_over_batches(values, self.counts) for values in zip(*each, strict=True)]
 
 
 def _kept(decomposition: Decomposition, data: Sequence[HeldOut], divergence: _Divergence, threshold: float) -> Kept:
-    roles = torch.cat([held.roles for held in data])
+    roles = torch.cat([held.roles.flatten() for held in data])
     active: dict[str, float] = {}
     ever: dict[str, Tensor] = {}
     for site in decomposition.names:
-        on = torch.cat([held.g[site] > threshold for held in data])
+        on = torch.cat([held.g[site].flatten(0, -2) > threshold for held in data])
         counts = on.sum(-1, dtype=torch.float64)
-        active[site] = max(counts[roles == role].mean().item() for role in roles.unique())
-        ever[site] = on.flatten(0, -2).any(0)
+        active[site] = max(counts[roles == role].mean().item() for role in roles[roles >= 0].unique())
+        ever[site] = on.any(0)
 
     def plans(held: HeldOut) -> list[Plan]:
         return [

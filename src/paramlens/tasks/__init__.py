@@ -1,18 +1,19 @@
 """A task: a target model and batches that are a pure function of (seed, stream, step)."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from paramlens.errors import BatchError, ConfigError
+Leaf = TypeVar("Leaf")
 
 Inputs = Tensor | Mapping[str, Any] | tuple[Any, ...] | list[Any]
-Batches = Callable[[int], Inputs] | Sequence[Inputs] | Iterable[Inputs]
+Batches = Callable[[int], Any] | Sequence[Any] | Iterable[Any]
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ class Batch:
     inputs: passed to the target as `model(x)`, `model(*sequence)` or `model(**mapping)`; tensors lead with the batch axis.
     roles: (batch, pos) indices into the task's role names, or none.
     answers: (batch,) token expected after the last position, or none.
-    present: (batch, pos), true at a sequence's own positions, which come first, false where it is filled up to the length of the
-    longest; none: everywhere. What is not present counts nowhere.
+    present: (batch, pos), true at a sequence's own positions, false where it is filled up to the length of the longest, on either side.
+    Defaults to all positions. A position that is not present counts nowhere: in no loss, mean or count, and γ does not look at it.
     texts: of every sequence the text of its tokens, or none.
     """
 
@@ -39,6 +40,40 @@ class Batch:
     def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         """`function` on every tensor."""
         return replace(self, **{name: map_tensors(function, getattr(self, name)) for name in ("inputs", "roles", "answers", "present")})
+
+    @property
+    def columns(self) -> int | None:
+        """Length of the second axis of the inputs, positions in a batch of sequences; None for inputs of one axis."""
+        return next((tensor.shape[1] for tensor in tensors_of(self.inputs) if tensor.dim() > 1), None)
+
+    @property
+    def ends_together(self) -> bool:
+        """Whether the last column of the batch is the last position of every sequence."""
+        return self.present is None or bool(self.present[:, -1].all())
+
+    @property
+    def token_ids(self) -> Int[Tensor, "batch pos"] | None:
+        """The tokens, of inputs that are tokens alone or name them `input_ids`; None for any other."""
+        ids = self.inputs.get("input_ids") if isinstance(self.inputs, Mapping) else self.inputs
+        return ids if isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point() else None
+
+    def with_token_ids(self, ids: Int[Tensor, "batch pos"]) -> "Batch":
+        """The same batch of other tokens, about which nothing else is known."""
+        inputs = {**self.inputs, "input_ids": ids} if isinstance(self.inputs, Mapping) else ids
+        return replace(self, inputs=inputs, roles=None, answers=None, texts=None)
+
+    def alone(self, row: int) -> "Batch":
+        """One sequence of the batch, without what fills it up."""
+        assert self.present is not None
+        rows, columns, own = *self.present.shape, self.present[row].nonzero()[:, 0]
+
+        def cut(tensor: Tensor) -> Tensor:
+            if not tensor.dim() or tensor.shape[0] != rows:
+                return tensor
+            tensor = tensor[row : row + 1]
+            return tensor[:, own.to(tensor.device)] if tensor.dim() > 1 and tensor.shape[1] == columns else tensor
+
+        return replace(self.map(cut), texts=self.texts and self.texts[row : row + 1])
 
 
 @dataclass(frozen=True)
@@ -79,56 +114,39 @@ class Task:
     """Of a language model; none for any other."""
     token_names: tuple[str, ...] = ()
     """Of a model on tokens without a tokenizer: their names by number, where numbers would say less."""
+    longest: int | None = None
+    """Columns of its longest batch; None where that is not known beforehand."""
     held_out: int | None = None
     """Batches that a held-out stream has before it repeats; none: without end."""
     last_token: Callable[[Inputs], Inputs] | None = None
     """Inputs that make the target compute the logits of the last position only, where it can."""
 
-    def loss_inputs(self, inputs: Inputs, *, last_token_only: bool) -> Inputs:
-        """What a masked run is given: all that the loss needs of `inputs`, and no more where the target allows it."""
-        return self.last_token(inputs) if last_token_only and self.last_token is not None else inputs
+    def loss_inputs(self, batch: Batch, *, last_token_only: bool) -> Inputs:
+        """What a masked run is given: all that the loss needs of the batch, and no more where the target allows it."""
+        if last_token_only and self.last_token is not None and batch.ends_together:
+            return self.last_token(batch.inputs)
+        return batch.inputs
 
 
-def batch_function(batches: Batches) -> Callable[[int, str], Batch]:
-    """The caller's own batches as a task's: a function of the step, a sequence (cycled), or an iterable (iterated anew when exhausted).
-
-    Held-out streams see the same batches: the caller has no others.
-    """
-    if isinstance(batches, Tensor | Mapping | str) or not (callable(batches) or isinstance(batches, Iterable)):
-        raise ConfigError(
-            f"batches: {type(batches).__name__} is one batch or none; give a list of batches, a function of the step, or a DataLoader"
-        )
-    if callable(batches):
-        return lambda step, _: Batch(batches(step))
-    if isinstance(batches, Sequence):
-        if not len(batches):
-            raise BatchError("batches: an empty sequence; give at least one batch")
-        return lambda step, _: Batch(batches[step % len(batches)])
-    endless = _repeated(batches)
-    first = next(endless)
-    return lambda step, stream: Batch(next(endless) if stream == "train" and step > 0 else first)
-
-
-def _repeated(batches: Iterable[Inputs]) -> Iterator[Inputs]:
-    while True:
-        empty = True
-        for batch in batches:
-            empty = False
-            yield batch
-        if empty:
-            raise BatchError(
-                "batches: the iterable is exhausted; give one that can be iterated again, a sequence, or a function of the step"
-            )
+def last_positions(present: Bool[Tensor, "batch pos"]) -> Int[Tensor, "batch"]:
+    """Index of the last present position of every sequence."""
+    return present.shape[1] - 1 - present.flip(1).int().argmax(1)
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     """`function` on every tensor of nested mappings, tuples and lists; everything else unchanged."""
-    if isinstance(tree, Tensor):
+    return map_leaves(Tensor, function, tree)
+
+
+def map_leaves(kind: type[Leaf], function: Callable[[Leaf], Any], tree: Any) -> Any:
+    """`function` on every value of a `kind` in nested mappings, tuples (named ones too) and lists; everything else unchanged."""
+    if isinstance(tree, kind):
         return function(tree)
     if isinstance(tree, Mapping):
-        return {key: map_tensors(function, value) for key, value in tree.items()}
+        return {key: map_leaves(kind, function, value) for key, value in tree.items()}
     if isinstance(tree, tuple | list):
-        return type(tree)(map_tensors(function, value) for value in tree)
+        values = [map_leaves(kind, function, value) for value in tree]
+        return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
     return tree
 
 

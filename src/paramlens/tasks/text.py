@@ -61,7 +61,7 @@ def text_task(task: TextTask, language: Language, *, seed: int, batch: int) -> T
         ids = own[_drawn(len(own), batch, step, (seed, "text", stream))]
         return Batch(model_inputs(ids), texts=tuple(tuple(token_texts(language.tokenizer, row)) for row in ids.tolist()))
 
-    return Task(language.model, piece, held_out=-(-len(rest) // batch), tokenizer=language.tokenizer)
+    return Task(language.model, piece, held_out=-(-len(rest) // batch), longest=task.length, tokenizer=language.tokenizer)
 
 
 def _drawn(count: int, batch: int, step: int, key: Sequence[int | str]) -> Tensor:

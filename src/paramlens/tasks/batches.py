@@ -1,0 +1,134 @@
+"""The caller's own batches: the forms they come in, and which of their positions are present."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from paramlens.errors import BatchError, ConfigError
+from paramlens.tasks import Batch, Batches, Inputs, map_leaves, tensors_of
+
+MASK = "attention_mask"
+"""Name under which tokenizers hand over which positions are present, (batch, pos), 1 present and 0 padding."""
+
+LABELS = ("labels", "label", "label_ids")
+"""What data collators add for a loss of the model's own, which is not used here."""
+
+_FORMS = "give a tensor, a tuple or mapping of tensors (as the model is called), a dataclass of them, or a paramlens.Batch"
+
+
+def batch_function(batches: Batches, model: nn.Module) -> Callable[[int, str], Batch]:
+    """The caller's own batches as a task's: a function of the step, a sequence (cycled), or an iterable (iterated anew when exhausted).
+
+    Held-out streams see the same batches: the caller has no others. Raises `ConfigError` and `BatchError` for anything else.
+    """
+    if isinstance(batches, Tensor | Mapping | str | Batch) or not (callable(batches) or isinstance(batches, Iterable)):
+        raise ConfigError(
+            f"batches: {type(batches).__name__} is not a series of batches; give a list of batches, a function of the step, or a DataLoader"
+        )
+    form = BatchForm(model)
+    if callable(batches):
+        return lambda step, _: form(batches(step), f"batch of step {step}")
+    if isinstance(batches, Sequence):
+        if not len(batches):
+            raise BatchError("batches: an empty sequence; give at least one batch")
+        return lambda step, _: form(batches[step % len(batches)], f"batch {step % len(batches)}")
+    endless = _repeated(batches)
+    first = next(endless)
+    return lambda step, stream: form(next(endless) if stream == "train" and step > 0 else first, f"batch of step {step}")
+
+
+def longest_of(batches: Batches, batch: Callable[[int, str], Batch]) -> int | None:
+    """Columns of the longest batch, where all can be looked at before a run starts: those of a sequence. None for any other."""
+    if not isinstance(batches, Sequence):
+        return None
+    return max((batch(step, "train").columns or 0 for step in range(len(batches))), default=0) or None
+
+
+def _repeated(batches: Iterable[Any]) -> Iterator[Any]:
+    while True:
+        empty = True
+        for batch in batches:
+            empty = False
+            yield batch
+        if empty:
+            raise BatchError(
+                "batches: the iterable is exhausted; give one that can be iterated again, a sequence, or a function of the step"
+            )
+
+
+class BatchForm:
+    """Turns what a caller gives as one batch into a `Batch`, by what the model's `forward` can take.
+
+    * A tensor or a NumPy array is `model(x)`.
+    * A tuple, list or namedtuple is `model(*batch)`; items that `forward` has no place for, such as the y of (x, y) pairs, are left out.
+    * A mapping or dataclass is `model(**batch)`; labels, and names that `forward` does not know, are left out.
+    * A `Batch` is taken as it is.
+    * Where `attention_mask` (batch, pos) is among the inputs, by name or by place, it says which positions are present.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        parameters = list(inspect.signature(model.forward).parameters.values())
+        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        self.names = [each.name for each in parameters if each.kind in named]
+        self.required = {each.name for each in parameters if each.default is inspect.Parameter.empty}
+        self.takes_any_name = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters)
+        places = [each for each in parameters if each.kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+        takes_any = any(each.kind is inspect.Parameter.VAR_POSITIONAL for each in parameters)
+        self.places = None if takes_any else len(places)
+
+    def __call__(self, given: Any, place: str) -> Batch:
+        """Raises `BatchError` naming `place`, what was given and what to give."""
+        if isinstance(given, Batch):
+            return dataclasses.replace(given, present=_present(given.present, place))
+        inputs = map_leaves(np.ndarray, torch.as_tensor, self._inputs(given, place))
+        tensors = tensors_of(inputs)
+        if not tensors:
+            raise BatchError(f"{place}: {_described(given)} holds no tensor; {_FORMS}")
+        if not all(tensor.numel() for tensor in tensors if tensor.dim()):
+            raise BatchError(f"{place}: is empty, its tensors are {', '.join(str(tuple(each.shape)) for each in tensors)}; leave it out")
+        mask = inputs.get(MASK) if isinstance(inputs, Mapping) else None
+        return Batch(inputs, present=_present(mask, place) if isinstance(mask, Tensor) and mask.dim() == 2 else None)
+
+    def _inputs(self, given: Any, place: str) -> Inputs:
+        if isinstance(given, Tensor | np.ndarray):
+            return given  # pyright: ignore[reportReturnType]  # arrays become tensors next
+        if dataclasses.is_dataclass(given) and not isinstance(given, type | Mapping):
+            given = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
+        if isinstance(given, Mapping):
+            return {name: value for name, value in given.items() if self._takes(str(name))}
+        if isinstance(given, tuple | list):
+            if any(isinstance(each, int | float | str) for each in given):
+                raise BatchError(
+                    f"{place}: a {type(given).__name__} of {type(given[0]).__name__}; give tokens as torch.tensor (batch, pos)"
+                )
+            taken = tuple(given[: self.places])
+            return dict(zip(self.names, taken, strict=False)) if MASK in self.names[: len(taken)] else taken
+        raise BatchError(f"{place}: {_described(given)} is not a batch; {_FORMS}")
+
+    def _takes(self, name: str) -> bool:
+        known = name in self.names or self.takes_any_name
+        return known and (name not in LABELS or name in self.required)
+
+
+def _described(given: Any) -> str:
+    return "None" if given is None else f"an object of type {type(given).__name__}"
+
+
+def _present(mask: Tensor | None, place: str) -> Tensor | None:
+    """A mask as booleans, or None where all positions are present."""
+    if mask is None:
+        return None
+    if mask.dim() != 2:
+        raise BatchError(f"{place}: the mask of present positions is {tuple(mask.shape)}; give (batch, pos)")
+    if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
+        raise BatchError(f"{place}: {MASK} holds other numbers than 0 and 1; it says which positions of (batch, pos) are present")
+    present = mask.bool()
+    if not bool(present.any(1).all()):
+        row = int((~present.any(1)).nonzero()[0])
+        raise BatchError(f"{place}: sequence {row} has no present position in {MASK}; leave it out")
+    return None if bool(present.all()) else present
