@@ -102,7 +102,7 @@ class BatchForm:
         if isinstance(given, Mapping):
             return {name: value for name, value in given.items() if self._takes(str(name))}
         if isinstance(given, tuple | list):
-            if any(isinstance(each, int | float | str) for each in given):
+            if given and all(isinstance(each, int | float | str) for each in given):
                 raise BatchError(
                     f"{place}: a {type(given).__name__} of {type(given[0]).__name__}; give tokens as torch.tensor (batch, pos)"
                 )
