@@ -346,7 +346,7 @@ class Config(_Frozen):
     C: Count = 64
     """Subcomponents per site. Table 4: 100. Figure 6: 768."""
     sites: Annotated[tuple[str, ...], Field(min_length=1)] = ("*",)
-    """Patterns of the weight matrices to decompose, as module paths (* ? [] as in file names)."""
+    """Patterns of the weight matrices to decompose, as module paths (* ? [] as in file names). !PATTERN leaves some out."""
     last_token_only: bool = False
     """Loss on the last position only. Table 4: true. Figure 6: false."""
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?|mps(:\d+)?)$")] = "cpu"

@@ -30,6 +30,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from paramlens.errors import BatchError, SiteError
 from paramlens.masks import Replacement, mask_noise, masked_linear, stochastic_mask
@@ -44,10 +45,14 @@ Plan = Mapping[str, Replacement]
 
 @dataclass(frozen=True)
 class BlockRun:
-    """What a block returned in the target's run, and of each tensor among its further arguments whether it leads with the batch axis."""
+    """What a block returned in the target's run, and of each tensor among its further arguments whether it leads with the batch axis.
+
+    version: of the hidden state among what it returned, which grows when the model writes into it afterwards.
+    """
 
     output: Any
     batched: tuple[bool, ...]
+    version: int
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,7 @@ class Decomposition(Shown, nn.Module):
         self.C = C
         self._blocks: tuple[nn.Module, ...] = ()
         self._home: dict[str, int] = {}  # site name → index of its block
+        self._overwritten: set[str] = set()  # sites whose input the model writes into once they have read it
         device = self.sites[0].W.device
         self._U = nn.ParameterList(torch.zeros(site.d_in, C, dtype=dtype, device=device) for site in sites)
         self._V = nn.ParameterList(torch.zeros(C, site.d_out, dtype=dtype, device=device) for site in sites)
@@ -110,10 +116,10 @@ class Decomposition(Shown, nn.Module):
         return (Table(self.summary(), columns("site", "W", "U", "V"), tuple(shapes)),)
 
     def target_run(self, inputs: Inputs) -> TargetRun:
-        """The target as it is: logits bit-equal to calling it, and what every site was given."""
-        seen: dict[str, list[Tensor]] = {site.name: [] for site in self.sites}
+        """The target as it is: logits bit-equal to calling it, and what every site was given, before the model wrote into that."""
+        seen: dict[str, list[_Given]] = {site.name: [] for site in self.sites}
         blocks: list[BlockRun] = []
-        hooks = [site.module.register_forward_pre_hook(partial(_keep_input, seen[site.name]), with_kwargs=True) for site in self.sites]
+        hooks = self._keep_inputs(seen)
         hooks += [block.register_forward_hook(partial(_keep_block, blocks), with_kwargs=True) for block in self._blocks]
         try:
             with torch.no_grad():
@@ -123,8 +129,20 @@ class Decomposition(Shown, nn.Module):
                 hook.remove()
         for name, calls in seen.items():
             if len(calls) != 1:
-                raise SiteError(f"site {name}: the model calls it {len(calls)} times per run; a site must be called exactly once")
-        return TargetRun(logits, {name: calls[0] for name, calls in seen.items()}, tuple(blocks))
+                raise SiteError(
+                    f"site {name}: the model calls it {len(calls)} times per run; a site must be called exactly once. "
+                    f"Leave it out: add '!{name}' to sites"
+                )
+        if late := {name for name, [given] in seen.items() if _version(given.x) != given.version}:
+            self._overwritten |= late
+            return self.target_run(inputs)
+        return TargetRun(logits, {name: given.x for name, [given] in seen.items()}, tuple(blocks))
+
+    def _keep_inputs(self, seen: Mapping[str, list["_Given"]]) -> list[RemovableHandle]:
+        return [
+            site.module.register_forward_pre_hook(partial(_keep_input, seen[site.name], site.name in self._overwritten), with_kwargs=True)
+            for site in self.sites
+        ]
 
     @torch.no_grad()
     def find_blocks(self, inputs: Inputs) -> None:
@@ -143,6 +161,8 @@ class Decomposition(Shown, nn.Module):
         if not starts:
             return False
         target = self.target_run(inputs)
+        if any(_version(_hidden(run.output)) != run.version for run in target.blocks):
+            return False  # a later block writes into what this one returned
         off = {name: Replacement(target.inputs[name].new_zeros(*target.inputs[name].shape[:-1], self.C)) for name in self._home}
         ends = {starts[0], starts[-1]}
         plans: list[Plan] = [{}, *({name: off[name] for name, home in self._home.items() if home == start} for start in ends)]
@@ -176,7 +196,9 @@ class Decomposition(Shown, nn.Module):
             replacements = [plan.get(site.name) for plan in plans[: active[self._home[site.name]] if site.name in self._home else None]]
             if any(replacement is not None for replacement in replacements):
                 changed.setdefault(site.module, []).append((site, _stacked_product(site, U, V, replacements)))
-        forwards: dict[nn.Module, Callable[..., Any]] = {module: _joined(module, products) for module, products in changed.items()}
+        forwards: dict[nn.Module, Callable[..., Any]] = {
+            module: _joined(module, products, copies=products[0][0].name in self._overwritten) for module, products in changed.items()
+        }
         replaced = set(forwards)
         if max(starts) > 0:
             forwards |= _entering(self._blocks, runs, active)
@@ -197,14 +219,14 @@ class Decomposition(Shown, nn.Module):
 
     def masked_inputs(self, inputs: Inputs, plan: Plan) -> dict[str, Float[Tensor, "batch *pos d_in"]]:
         """What every site is given in the masked run of `plan`."""
-        seen: dict[str, list[Tensor]] = {site.name: [] for site in self.sites}
-        hooks = [site.module.register_forward_pre_hook(partial(_keep_input, seen[site.name]), with_kwargs=True) for site in self.sites]
+        seen: dict[str, list[_Given]] = {site.name: [] for site in self.sites}
+        hooks = self._keep_inputs(seen)
         try:
             self.masked_run(inputs, [plan])
         finally:
             for hook in hooks:
                 hook.remove()
-        return {name: given for name, [given] in seen.items()}
+        return {name: given.x for name, [given] in seen.items()}
 
 
 def _repeated(inputs: Inputs, times: int) -> Inputs:
@@ -246,7 +268,7 @@ def _keep_block(blocks: list[BlockRun], _module: nn.Module, args: tuple[Any, ...
     hidden = _hidden(args)
     rows = None if hidden is None else hidden.shape[0]
     batched = tuple(tensor.dim() > 0 and tensor.shape[0] == rows for tensor in tensors_of((args[1:], kwargs)))
-    blocks.append(BlockRun(output, batched))
+    blocks.append(BlockRun(output, batched, _version(_hidden(output))))
 
 
 def _entering(blocks: Sequence[nn.Module], runs: Sequence[BlockRun], active: Sequence[int]) -> dict[nn.Module, Callable[..., Any]]:
@@ -288,12 +310,16 @@ _Product = Callable[[Tensor, _TargetRows], Tensor]
 """A site's output from its input."""
 
 
-def _joined(module: nn.Module, products: Sequence[tuple[Site, _Product]]) -> Callable[..., Tensor]:
-    """The forward of a module with its sites replaced: the whole weight, or slices of a fused one."""
+def _joined(module: nn.Module, products: Sequence[tuple[Site, _Product]], *, copies: bool) -> Callable[..., Tensor]:
+    """The forward of a module with its sites replaced: the whole weight, or slices of a fused one.
+
+    copies: read a copy of the input, which the model writes into before gradients are taken.
+    """
     original = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:
         x = given_input(args, kwargs)
+        x = x.clone() if copies else x
         site, product = products[0]
         if site.columns is None:
             return product(x, lambda start, end: original(x[start:end]))
@@ -342,8 +368,23 @@ def _count(calls: "Counter[nn.Module]", module: nn.Module, _args: object) -> Non
     calls[module] += 1
 
 
-def _keep_input(seen: list[Tensor], _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    seen.append(given_input(args, kwargs))
+@dataclass(frozen=True)
+class _Given:
+    """What a site was given, and its version then."""
+
+    x: Tensor
+    version: int
+
+
+def _keep_input(seen: list[_Given], copies: bool, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    x = given_input(args, kwargs)
+    x = x.clone() if copies or x.is_inference() else x
+    seen.append(_Given(x, _version(x)))
+
+
+def _version(tensor: Tensor | None) -> int:
+    """How often a tensor was written into, with all that shares its memory; those of inference mode do not count."""
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
 def _fitted(replacement: Replacement, x: Tensor) -> Replacement:

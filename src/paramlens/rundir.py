@@ -48,8 +48,9 @@ from paramlens.layout import (
 )
 from paramlens.manifest import file_sha256, problems, write_manifest
 from paramlens.metrics import MetricsFile
+from paramlens.modes import default_modes
 from paramlens.shown import Shown
-from paramlens.sites import find_sites
+from paramlens.sites import named_sites
 from paramlens.tables import Chart, Column, Line, Table, columns, metric, row
 from paramlens.tasks import Batches, TargetHistory, Task
 from paramlens.tasks.batches import batch_function
@@ -236,6 +237,7 @@ class Run(Shown):
         return path
 
 
+@default_modes()
 def open_run(
     path: str | Path,
     *,
@@ -306,7 +308,7 @@ def require_target(path: Path, described: Described, model: nn.Module) -> None:
 
 def build(described: Described, model: nn.Module) -> tuple[Decomposition, Importance]:
     """Decomposition and γ, still empty, as `model.json` describes them. Raises `SiteError` if the model lacks a site."""
-    sites = find_sites(model, [site.name for site in described.sites])
+    sites = named_sites(model, [site.name for site in described.sites])
     decomposition = Decomposition(model, sites, C=described.C, dtype=getattr(torch, described.dtype))
     return decomposition, described.importance().to(sites[0].W.device)
 

@@ -16,15 +16,16 @@ from paramlens.budget import require_memory
 from paramlens.checkpoint import CheckpointState
 from paramlens.config import Config, CustomTask, FactsTask, InductionTask, TextTask
 from paramlens.configfile import load_config, make_config
-from paramlens.decomposition import Decomposition, Plan, TargetRun
-from paramlens.errors import BatchError, ConfigError, DivergedError, RunDirError, SiteError
+from paramlens.decomposition import Decomposition
+from paramlens.entry import require_plain, require_sound
+from paramlens.errors import ConfigError, RunDirError
 from paramlens.factors import initialise
 from paramlens.importance import Importance
 from paramlens.layout import FORMAT, checkpoint_path, default_out, holds_toy, is_begun, is_resumable, read_json, require_free
 from paramlens.lock import locked
 from paramlens.losses import faithfulness
 from paramlens.machine import machine
-from paramlens.masks import Replacement
+from paramlens.modes import buffers_kept, default_modes
 from paramlens.padding import require_padding_unseen
 from paramlens.randomness import seeded
 from paramlens.rundir import (
@@ -48,6 +49,7 @@ from paramlens.tracking import TargetTracker, Tracker, tell_target
 from paramlens.train import make_optimizer, restore, train
 
 
+@default_modes()
 def decompose(
     model: nn.Module,
     batches: Batches,
@@ -76,6 +78,7 @@ def decompose(
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model: an nn.Module is needed, not {type(model).__name__}")
+    require_plain(model)
     if "task" in fields:
         raise ConfigError("task: belongs to configurations; a model of your own comes with its batches")
     device = str(next((parameter.device for parameter in model.parameters()), "cpu"))
@@ -112,6 +115,7 @@ def _last_logits(model: nn.Module) -> Callable[[Inputs], Inputs] | None:
     return last
 
 
+@default_modes()
 def decompose_config(
     config: Config,
     *,
@@ -276,7 +280,8 @@ def _run(
         torch.enable_grad(),
         seeded(config.seed, config.device),
     ):
-        decomposition, importance = _built(config, task)
+        with buffers_kept(task.model):
+            decomposition, importance = _built(config, task)
         optimizer = make_optimizer(config, decomposition, importance)
         start = 0 if state is None else state.step
         require_space(path, config.checkpoint, decomposition, importance, start=start, steps=config.steps)
@@ -343,14 +348,11 @@ def _built(config: Config, task: Task) -> tuple[Decomposition, Importance]:
     decomposition = Decomposition(task.model, sites, C=config.C, dtype=dtype)
     first = task.batch(0, "train").to(config.device)
     inputs = first.inputs
-    target = decomposition.target_run(inputs)
-    if not torch.isfinite(target.logits).all():
-        raise DivergedError("the target's logits on the first batch are not finite; check the model and the batch")
+    target = require_sound(decomposition, inputs)
     if config.last_token_only and target.logits.dim() != 3:
         raise ConfigError(
             f"last_token_only true: the model's logits {tuple(target.logits.shape)} have no position axis (batch, pos, token); give false"
         )
-    _require_stackable(decomposition, inputs, target)
     require_padding_unseen(task.model, first, target.logits)
     decomposition.find_blocks(inputs)
     longest = max(value.shape[1] for value in target.inputs.values())
@@ -361,26 +363,6 @@ def _built(config: Config, task: Task) -> tuple[Decomposition, Importance]:
     with torch.no_grad():
         importance(target.inputs, decomposition.U, first.present)
     return decomposition, importance
-
-
-def _require_stackable(decomposition: Decomposition, inputs: Inputs, target: TargetRun) -> None:
-    """Raise unless all sites share their leading axes and plans stacked along the batch give what each gives alone."""
-    shapes = {name: tuple(value.shape[:-1]) for name, value in target.inputs.items()}
-    first = next(iter(shapes))
-    for name, shape in shapes.items():
-        if shape != shapes[first]:
-            raise SiteError(f"sites {first} and {name}: inputs lead with {shapes[first]} and {shape}; decompose them in runs of their own")
-    off = {name: Replacement(U.new_zeros(*shapes[name], decomposition.C)) for name, U in decomposition.U.items()}
-    plans: list[Plan] = [off, {}]
-    advice = "every tensor of a batch must lead with the batch axis, and so must what each site is given"
-    with torch.no_grad():
-        try:
-            stacked = decomposition.masked_run(inputs, plans)
-        except RuntimeError as error:
-            raise BatchError(f"the model fails on plans stacked along the batch ({str(error).splitlines()[0]}); {advice}") from None
-        for plan, logits in zip(plans, stacked, strict=True):
-            if not torch.allclose(logits, decomposition.masked_run(inputs, [plan])[0], rtol=1e-2, atol=1e-3):
-                raise BatchError(f"plans stacked along the batch differ from single ones; {advice}")
 
 
 def _start_values(config: Config, decomposition: Decomposition, importance: Importance) -> None:

@@ -17,9 +17,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from paramlens.errors import SiteError
-
-PARTS = ("q", "k", "v")
-"""Slices of a fused projection."""
+from paramlens.fused import PARTS, fused_columns
+from paramlens.modes import buffers_kept, default_modes
 
 
 @dataclass(frozen=True)
@@ -66,39 +65,104 @@ class Site:
             stored[:, self.columns.to(stored.device)] = W.to(stored)
 
 
+_Chosen = tuple[str, str | None]
+"""A module's path and the slice of it that is taken; none: its whole weight."""
+
+
 def find_sites(model: nn.Module, patterns: Sequence[str]) -> tuple[Site, ...]:
-    """The sites whose name matches any of `patterns` (`*`, `?`, `[..]`), in the model's own order.
+    """The sites whose name matches any of `patterns` (`*`, `?`, `[..]`) and none of those that begin with `!`, in the model's own order.
 
     A module path names a whole weight. Of a fused projection, `...c_attn[q]`, `[k]` and `[v]` name slices, `...c_attn[qv]` two of them.
-    Raises `SiteError` for a pattern that matches none, for a weight that the model uses in a second place (a tied weight), and for a
-    fused projection that is taken both whole and in slices.
+    A pattern that is a site's very name means that site alone.
+    Raises `SiteError` for a pattern that matches none, for slices of a weight of which they are not known, for a weight that the model
+    uses in a second place (a tied weight), for one that is not used as x @ W + bias, and for a fused projection that is taken both whole
+    and in slices.
     """
-    found = {name: module for name, module in model.named_modules() if isinstance(module, _kinds())}
-    fused = {name: columns for name, module in found.items() if (columns := _fused_columns(model, name, module)) is not None}
-    chosen: dict[str, set[str | None]] = {}
+    offered = _offered(model)
+    excluding = [pattern for pattern in patterns if pattern.startswith("!") and pattern not in offered]
+    chosen: set[_Chosen] = set()
     for pattern in patterns:
-        named = [(name, None) for name in found if fnmatchcase(name, pattern)]
-        base, part = _part_pattern(pattern)
-        if part is not None:
-            named += [(name, each) for name in fused if fnmatchcase(name, base) for each in PARTS if fnmatchcase(each, part)]
-        if not named:
-            raise SiteError(_no_match(pattern, [*found, *(f"{name}[{each}]" for name in fused for each in PARTS)]))
-        for name, each in named:
-            chosen.setdefault(name, set()).add(each)
-    owners: dict[int, list[str]] = {}
+        if pattern not in excluding:
+            chosen.update(_matching(pattern, offered))
+    if len(excluding) == len(patterns):
+        raise SiteError(f"sites {' '.join(patterns)}: nothing but exclusions; name what to take as well, as in '*' {excluding[0]!r}")
+    for pattern in excluding:
+        chosen.difference_update(_matching(pattern[1:], offered))
+    if not chosen:
+        raise SiteError(f"sites {' '.join(patterns)}: nothing is left after the exclusions")
+    return _sites(model, chosen, offered)
+
+
+def named_sites(model: nn.Module, names: Sequence[str]) -> tuple[Site, ...]:
+    """The sites of exactly these names, in the model's own order. Raises `SiteError` if the model lacks one, and as `find_sites` does."""
+    offered = _offered(model)
+    for name in names:
+        if name not in offered:
+            raise SiteError(_no_match(name, list(offered)))
+    return _sites(model, {offered[name] for name in names}, offered)
+
+
+def _offered(model: nn.Module) -> dict[str, _Chosen]:
+    """Name → what it stands for, of every weight matrix and every slice of one, in the model's order."""
+    offered: dict[str, _Chosen] = {}
+    for name, module in _found(model).items():
+        offered[name] = (name, None)
+        if _columns(model, name, module) is not None:
+            offered |= {f"{name}[{part}]": (name, part) for part in PARTS}
+    return offered
+
+
+def _found(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, _kinds())}
+
+
+def _columns(model: nn.Module, name: str, module: nn.Module) -> dict[str, Tensor] | None:
+    stored = _weight(module)
+    if stored.dim() != 2:  # packed or quantised
+        return None
+    d_out, d_in = stored.shape if isinstance(module, nn.Linear) else stored.T.shape
+    return fused_columns(model, name, d_in=d_in, width=d_out)
+
+
+def _matching(pattern: str, offered: Mapping[str, _Chosen]) -> list[_Chosen]:
+    """What a pattern names; itself alone where it is a name. Raises `SiteError` if that is nothing."""
+    if pattern in offered:
+        return [offered[pattern]]
+    wholes = [name for name, (_, part) in offered.items() if part is None]
+    matching: list[_Chosen] = [(name, None) for name in wholes if fnmatchcase(name, pattern)]
+    base, part = _part_pattern(pattern)
+    if part is not None:
+        slices = [each for each in offered.values() if each[1] is not None]
+        matching += [each for each in slices if fnmatchcase(each[0], base) and fnmatchcase(str(each[1]), part)]
+        whole = next((name for name in wholes if fnmatchcase(name, base)), None)
+        if not matching and whole is not None and any(fnmatchcase(each, part) for each in PARTS):
+            raise SiteError(
+                f"sites {pattern!r}: slices are not available of {whole}, as it is not known which of its columns are queries, keys and "
+                f"values; give {base!r} for the whole weight"
+            )
+    if not matching:
+        raise SiteError(_no_match(pattern, list(offered)))
+    return matching
+
+
+def _sites(model: nn.Module, chosen: set[_Chosen], offered: Mapping[str, _Chosen]) -> tuple[Site, ...]:
+    owners: dict[object, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    sites: list[Site] = []
-    for name, module in found.items():
-        if name not in chosen:
+        owners.setdefault(_memory(parameter), []).append(name)
+    found, sites = _found(model), list[Site]()
+    for site_name, (name, part) in offered.items():
+        if (name, part) not in chosen:
             continue
+        module = found[name]
         _require_own_weight(name, module, owners)
-        if None in chosen[name]:
-            if len(chosen[name]) > 1:
+        if part is None:
+            if any((name, each) in chosen for each in PARTS):
                 raise SiteError(f"sites: {name} is taken whole and in slices; leave one of them out")
-            sites.append(Site(name, module))
+            sites.append(Site(site_name, module))
         else:
-            sites += [Site(f"{name}[{part}]", module, fused[name][part]) for part in PARTS if part in chosen[name]]
+            columns = _columns(model, name, module)
+            assert columns is not None
+            sites.append(Site(site_name, module, columns[part].to(_weight(module).device)))
     return tuple(sites)
 
 
@@ -118,26 +182,9 @@ def _width(module: nn.Module) -> int:
     return rows if isinstance(module, nn.Linear) else columns
 
 
-def _fused_columns(model: nn.Module, name: str, module: nn.Module) -> dict[str, Tensor] | None:
-    """Columns of queries, keys and values in a fused projection's output; none for any other module.
-
-    GPT-2's `c_attn` holds them one after the other, GPT-NeoX's `query_key_value` head by head, `qkv_proj` one after the other with as
-    many heads of keys and values as the model's configuration says.
-    """
-    leaf, width = name.rsplit(".", 1)[-1], _width(module)
-    config: Any = getattr(model, "config", None)
-    columns = torch.arange(width, device=_weight(module).device)
-    if leaf == "c_attn" and width % 3 == 0:
-        parts = columns.chunk(3)
-    elif leaf == "query_key_value" and getattr(config, "model_type", None) == "gpt_neox":
-        parts = [part.flatten() for part in columns.view(config.num_attention_heads, 3, -1).unbind(1)]
-    elif leaf == "qkv_proj" and hasattr(config, "num_key_value_heads"):
-        heads, shared = config.num_attention_heads, config.num_key_value_heads
-        size = width // (heads + 2 * shared)
-        parts = columns.split([heads * size, shared * size, shared * size])
-    else:
-        return None
-    return dict(zip(PARTS, parts, strict=True))
+def _memory(parameter: Tensor) -> object:
+    """What two parameters share if they are one weight under two names: the object, or where its numbers begin."""
+    return id(parameter) if parameter.is_meta or not parameter.numel() else (parameter.device, parameter.data_ptr())
 
 
 def _part_pattern(pattern: str) -> tuple[str, str | None]:
@@ -148,15 +195,36 @@ def _part_pattern(pattern: str) -> tuple[str, str | None]:
     return base, "*" if letters == "*]" else f"[{letters}"
 
 
-def _require_own_weight(name: str, module: nn.Module, owners: Mapping[int, list[str]]) -> None:
-    plain = next(kind for kind in _kinds() if isinstance(module, kind))
-    if type(module).forward is not plain.forward:
-        raise SiteError(f"site {name}: {type(module).__name__} has a forward of its own, not x @ W + bias; leave it out of sites")
-    places = owners.get(id(module.weight), [])
-    if not places:
-        raise SiteError(f"site {name}: its weight is computed (a parametrization), not a parameter; leave it out of sites")
+def _require_own_weight(name: str, module: nn.Module, owners: Mapping[object, list[str]]) -> None:
+    weight, leave_out = _weight(module), f"leave it out: add '!{name}' to sites"
+    if not isinstance(weight, nn.Parameter):
+        raise SiteError(f"site {name}: its weight is computed (a parametrization or a hook), not a parameter; {leave_out}")
+    if not weight.is_floating_point() or weight.dim() != 2 or type(weight.data) is not Tensor:
+        kind = f"{type(weight.data).__name__} of {str(weight.dtype).removeprefix('torch.')}, shape {tuple(weight.shape)}"
+        raise SiteError(f"site {name}: its weight is not a plain matrix of floats ({kind}; quantised or sharded?); {leave_out}")
+    places = owners[_memory(weight)]
     if len(places) > 1:
-        raise SiteError(f"site {name}: its weight is tied ({' = '.join(places)}), so replacing it would change both; leave it out of sites")
+        raise SiteError(f"site {name}: its weight is tied ({' = '.join(places)}), so replacing it would change both; {leave_out}")
+    if not _is_product(module):
+        raise SiteError(f"site {name}: {type(module).__name__} has a forward of its own, not x @ W + bias; {leave_out}")
+
+
+@torch.no_grad()
+def _is_product(module: nn.Module) -> bool:
+    """Whether the module's forward is x @ W + bias: the library's own, or one that gives the same numbers, if there are weights."""
+    plain = next(kind for kind in _kinds() if isinstance(module, kind))
+    weight = _weight(module)
+    if (type(module).forward is plain.forward and "forward" not in module.__dict__) or weight.is_meta:
+        return True
+    site = Site("", module)
+    x = torch.arange(2 * 3 * site.d_in, dtype=torch.float64).cos().view(2, 3, -1).to(weight)
+    expected = x @ site.W if site.bias is None else x @ site.W + site.bias
+    try:
+        given = module.forward(x)
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+        return False
+    close = isinstance(given, Tensor) and given.shape == expected.shape and given.dtype == expected.dtype
+    return close and bool((given - expected).abs().max() <= 1e-4 * expected.abs().max())
 
 
 def _no_match(pattern: str, names: list[str]) -> str:
@@ -202,16 +270,20 @@ def _restore(before: list[tuple[nn.Module, Callable[..., Tensor] | None]]) -> No
 
 @contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
-    """While active, the model is in evaluation mode and its parameters ask for no gradient; restored whatever happens."""
+    """While active, the model is in evaluation mode, its parameters ask for no gradient, and torch is in its `default_modes`.
+
+    Restored whatever happens, the model's buffers included: they are as they were, bit for bit.
+    """
     training = [(module, module.training) for module in model.modules()]
-    asks = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad and not parameter.is_inference()]
     try:
-        model.eval()
-        for parameter, _ in asks:
-            parameter.requires_grad_(False)
-        yield
+        with default_modes(), buffers_kept(model):
+            model.eval()
+            for parameter in asking:
+                parameter.requires_grad_(False)
+            yield
     finally:
         for module, mode in training:
             module.training = mode
-        for parameter, flag in asks:
-            parameter.requires_grad_(flag)
+        for parameter in asking:
+            parameter.requires_grad_(True)

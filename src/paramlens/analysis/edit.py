@@ -29,7 +29,7 @@ from paramlens.evaluation import ACTIVE
 from paramlens.machine import machine
 from paramlens.rundir import Run
 from paramlens.shown import Shown
-from paramlens.sites import at_rest, find_sites
+from paramlens.sites import at_rest, find_sites, named_sites
 from paramlens.tables import Cell, Column, Table, figure, row, site_cell, token_text
 from paramlens.tasks.facts import Fact, fact_of, shipped_facts
 from paramlens.tasks.language import encode_fact, save_language, token_texts
@@ -112,7 +112,7 @@ def selected_table(selected: Sequence[Selected]) -> Table:
 @contextmanager
 def changed(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """While active, the sites of `model` named in `weights` hold those; restored bit for bit, whatever happens."""
-    sites = find_sites(model, list(weights)) if weights else ()
+    sites = named_sites(model, list(weights)) if weights else ()
     before = [site.W.clone() for site in sites]
     try:
         for site in sites:

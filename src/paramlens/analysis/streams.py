@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from paramlens.analysis.held_out import data_of
 from paramlens.rundir import Run
-from paramlens.sites import Site, find_sites
+from paramlens.sites import Site, named_sites
 from paramlens.tasks import Batch
 from paramlens.tasks.induction import InductionTransformer
 from paramlens.tasks.language import token_texts
@@ -149,7 +149,7 @@ def _positions(model: Any, site: str) -> Tensor | None:
 
 def _found(model: nn.Module, name: str) -> list[Site]:
     present = name in dict(model.named_modules())
-    return list(find_sites(model, [name])) if present else []
+    return list(named_sites(model, [name])) if present else []
 
 
 def _through_gain(norm: Any, v: Float[Tensor, "part d"]) -> Float[Tensor, "part d"]:

@@ -1,0 +1,61 @@
+"""Ambient state: modes of torch that a caller may have set, and buffers that a model changes while it runs."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+_AUTOCAST = ("cpu", "cuda", "mps", "xpu")
+
+
+@contextmanager
+def default_modes() -> Iterator[None]:
+    """While active, neither inference mode nor autocast is on, and new tensors are float32 on the CPU unless said otherwise.
+
+    Whether gradients are on stays as it is; in inference mode they are off.
+    """
+    gradients = torch.is_grad_enabled()
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    with ExitStack() as modes:
+        if torch.is_inference_mode_enabled():
+            modes.enter_context(torch.inference_mode(False))
+            modes.enter_context(torch.set_grad_enabled(gradients))
+        for kind in _AUTOCAST:
+            if torch.is_autocast_enabled(kind):
+                modes.enter_context(torch.autocast(kind, enabled=False))
+        if device.type != "cpu":
+            modes.enter_context(torch.device("cpu"))
+        torch.set_default_dtype(torch.float32)
+        modes.callback(torch.set_default_dtype, dtype)
+        yield
+
+
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Afterwards every buffer of `model` is the tensor that it was, with the same bits, whether it was written to or replaced."""
+    attributes = {module: set(dir(module)) for module in model.modules()}
+    before = [
+        (module, name, buffer, buffer.detach().clone()) for module in attributes for name, buffer in module.named_buffers(recurse=False)
+    ]
+    known = {(module, name) for module, name, _, _ in before}
+    try:
+        yield
+    finally:
+        added = [(module, name) for module in attributes for name, _ in module.named_buffers(recurse=False) if (module, name) not in known]
+        for module, name in added:
+            if name in attributes[module]:
+                setattr(module, name, None)
+            else:
+                delattr(module, name)
+        for module, name, buffer, values in before:
+            if getattr(module, name) is not buffer:
+                setattr(module, name, buffer)
+            if not _same_bits(buffer, values):
+                with torch.no_grad():
+                    buffer.copy_(values)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same, NaN counting as equal to itself."""
+    return a.is_meta or bool(((a == b) | ((a != a) & (b != b))).all())
