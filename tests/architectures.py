@@ -18,6 +18,8 @@ _BERT = _SIZE | {"max_position_embeddings": 32, "is_decoder": True, "bos_token_i
 _MAMBA2 = {"num_heads": 4, "head_dim": 8, "n_groups": 1, "state_size": 4, "chunk_size": 4}
 _DECODER = {"vocab_size": VOCABULARY, "d_model": 16, "max_position_embeddings": 32}
 _MLA = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4}
+_DBRX = {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2}
+_ZAMBA = {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "mamba_d_state": 4, "mamba_dt_rank": 4}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
 _ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "first_k_dense_replace": 1, "n_shared_experts": 1}
 
@@ -37,7 +39,11 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "ctrl": ("CTRL", {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32, "dff": 24}),
     "dbrx": (
         "Dbrx",
-        _MPT | {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0}, "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2}},
+        _MPT
+        | {
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+            "ffn_config": _DBRX,
+        },
     ),
     "deepseek_v2": ("DeepseekV2", _LLAMA | _MLA | _ROUTED | {"num_key_value_heads": 4, "topk_group": 1, "n_group": 1}),
     "deepseek_v3": ("DeepseekV3", _LLAMA | _MLA | _ROUTED | {"num_key_value_heads": 4, "topk_group": 1, "n_group": 1}),
@@ -125,7 +131,15 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "xlnet": ("XLNet", {"vocab_size": VOCABULARY, "d_model": 16, "n_layer": 2, "n_head": 4, "d_inner": 24}),
     "zamba": (
         "Zamba",
-        _LLAMA | {"attention_hidden_size": 32, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4, "n_mamba_heads": 2},
+        _LLAMA
+        | {
+            "attention_hidden_size": 32,
+            "num_hidden_layers": 4,
+            "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+            "mamba_d_state": 4,
+            "mamba_dt_rank": 4,
+            "n_mamba_heads": 2,
+        },
     ),
 }
 """Name → what comes before `Config` in its class's name, and the fields."""

@@ -11,6 +11,9 @@ import audit
 SHAPED = (
     "sites",
     "decomposition",
+    "products",
+    "slices",
+    "entry",
     "factors",
     "importance",
     "mlps",

@@ -16,7 +16,8 @@
 
 A plan says which sites are replaced, and by which mask. Plans are stacked along the batch: one forward pass runs them all,
 and each site computes only what each plan needs of it, its own product or the masked one. A site that is given only the last
-positions of the sequence, because the loss needs no others, takes the mask's last positions. A plan that leaves the first blocks
+positions of the sequence, because the loss needs no others, takes the mask's last positions. One that is given all positions of all
+sequences in a row, [batch * pos, d_in], is seen as [batch, pos, d_in] like the others. A plan that leaves the first blocks
 of the model alone enters the stack at its own first block, with the target's activations.
 """
 
@@ -24,8 +25,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby, pairwise
-from typing import Any, Literal
+from itertools import pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -33,7 +34,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from paramlens.errors import BatchError, SiteError
-from paramlens.masks import Replacement, mask_noise, masked_linear, stochastic_mask
+from paramlens.masks import Replacement
+from paramlens.products import Product, aligned, joined, stacked_product
 from paramlens.shown import Shown
 from paramlens.sites import Site, given_input, swapped_in
 from paramlens.tables import Table, columns, row, site_cell
@@ -136,7 +138,7 @@ class Decomposition(Shown, nn.Module):
         if late := {name for name, [given] in seen.items() if _version(given.x) != given.version}:
             self._overwritten |= late
             return self.target_run(inputs)
-        return TargetRun(logits, {name: given.x for name, [given] in seen.items()}, tuple(blocks))
+        return TargetRun(logits, {name: aligned(given.x, logits.shape[:-1]) for name, [given] in seen.items()}, tuple(blocks))
 
     def _keep_inputs(self, seen: Mapping[str, list["_Given"]]) -> list[RemovableHandle]:
         return [
@@ -191,13 +193,16 @@ class Decomposition(Shown, nn.Module):
         order = sorted(range(len(plans)), key=starts.__getitem__)
         active = [sum(start <= i for start in starts) for i in range(len(self._blocks))]  # plans under way in each block
         plans = [plans[i] for i in order]
-        changed: dict[nn.Module, list[tuple[Site, _Product]]] = {}
+        changed: dict[nn.Module, list[tuple[Site, Product]]] = {}
+        leading: dict[nn.Module, tuple[int, ...]] = {}
         for site, U, V in zip(self.sites, self._U, self._V, strict=True):
             replacements = [plan.get(site.name) for plan in plans[: active[self._home[site.name]] if site.name in self._home else None]]
-            if any(replacement is not None for replacement in replacements):
-                changed.setdefault(site.module, []).append((site, _stacked_product(site, U, V, replacements)))
+            if given := [replacement.g.shape for replacement in replacements if replacement is not None]:
+                leading[site.module] = (len(replacements) * given[0][0], *given[0][1:-1])
+                changed.setdefault(site.module, []).append((site, stacked_product(site, U, V, replacements)))
         forwards: dict[nn.Module, Callable[..., Any]] = {
-            module: _joined(module, products, copies=products[0][0].name in self._overwritten) for module, products in changed.items()
+            module: joined(module, products, leading[module], copies=products[0][0].name in self._overwritten)
+            for module, products in changed.items()
         }
         replaced = set(forwards)
         if max(starts) > 0:
@@ -222,11 +227,11 @@ class Decomposition(Shown, nn.Module):
         seen: dict[str, list[_Given]] = {site.name: [] for site in self.sites}
         hooks = self._keep_inputs(seen)
         try:
-            self.masked_run(inputs, [plan])
+            logits = self.masked_run(inputs, [plan])[0]
         finally:
             for hook in hooks:
                 hook.remove()
-        return {name: given.x for name, [given] in seen.items()}
+        return {name: aligned(given.x, logits.shape[:-1]) for name, [given] in seen.items()}
 
 
 def _repeated(inputs: Inputs, times: int) -> Inputs:
@@ -303,67 +308,6 @@ def _entering(blocks: Sequence[nn.Module], runs: Sequence[BlockRun], active: Seq
     return {block: partial(forward, i, block.forward) for i, block in enumerate(blocks)}
 
 
-_TargetRows = Callable[[int, int], Tensor]
-"""What the target's own weight makes of the input's rows from one to another."""
-
-_Product = Callable[[Tensor, _TargetRows], Tensor]
-"""A site's output from its input."""
-
-
-def _joined(module: nn.Module, products: Sequence[tuple[Site, _Product]], *, copies: bool) -> Callable[..., Tensor]:
-    """The forward of a module with its sites replaced: the whole weight, or slices of a fused one.
-
-    copies: read a copy of the input, which the model writes into before gradients are taken.
-    """
-    original = module.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Tensor:
-        x = given_input(args, kwargs)
-        x = x.clone() if copies else x
-        site, product = products[0]
-        if site.columns is None:
-            return product(x, lambda start, end: original(x[start:end]))
-        output = whole = original(x)
-        for site, product in products:
-            assert site.columns is not None
-            columns = site.columns.to(x.device)
-            own = whole.index_select(-1, columns)
-            output = output.index_copy(-1, columns, product(x, lambda start, end, own=own: own[start:end]))
-        return output
-
-    return forward
-
-
-def _stacked_product(site: Site, U: Tensor, V: Tensor, replacements: list[Replacement | None]) -> _Product:
-    """What the site computes when `replacements` (one per plan, none: the target's weight) are stacked along its input."""
-    runs = [(kind, list(run)) for kind, run in groupby(replacements, key=_product)]
-
-    def product(x: Tensor, target: _TargetRows) -> Tensor:
-        rows = x.shape[0] // len(replacements)
-        outputs, start = list[Tensor](), 0
-        for kind, run in runs:
-            end = start + rows * len(run)
-            if kind == "target":
-                outputs.append(target(start, end))
-            else:
-                masked = [_fitted(replacement, x) for replacement in run if replacement is not None]
-                output = masked_linear(x[start:end], U, V, masked, site.bias)
-                if kind == "scoped":
-                    where = [replacement.where for replacement in masked if replacement.where is not None]
-                    output = torch.where(torch.cat(where)[..., None], output, target(start, end))
-                outputs.append(output)
-            start = end
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-    return product
-
-
-def _product(replacement: Replacement | None) -> Literal["target", "masked", "scoped"]:
-    if replacement is None:
-        return "target"
-    return "masked" if replacement.where is None else "scoped"
-
-
 def _count(calls: "Counter[nn.Module]", module: nn.Module, _args: object) -> None:
     calls[module] += 1
 
@@ -385,18 +329,6 @@ def _keep_input(seen: list[_Given], copies: bool, _module: nn.Module, args: tupl
 def _version(tensor: Tensor | None) -> int:
     """How often a tensor was written into, with all that shares its memory; those of inference mode do not count."""
     return 0 if tensor is None or tensor.is_inference() else tensor._version
-
-
-def _fitted(replacement: Replacement, x: Tensor) -> Replacement:
-    """The replacement's last positions, where the site is given no more than those."""
-    g, key, where = replacement.g, replacement.key, replacement.where
-    if where is not None:
-        where = where.expand(g.shape[:-1])
-    if x.dim() != 3 or g.shape[1] <= x.shape[1]:
-        return Replacement(g, key, where, replacement.sink)
-    last = slice(g.shape[1] - x.shape[1], None)
-    mask = g[:, last] if key is None else stochastic_mask(g[:, last], mask_noise(key, g)[:, last])
-    return Replacement(mask, None, None if where is None else where[:, last])
 
 
 def call(model: nn.Module, inputs: Inputs) -> Tensor:

@@ -5,6 +5,7 @@ what it is given, so that masks of ones give the target; the logits depend on ev
 pass; plans stacked along the batch do not see each other; and no run changes a weight.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -134,9 +135,10 @@ def _require_leading(inputs: Inputs, target: TargetRun) -> None:
     """Raise unless every site is given the batch's rows first, all sites with the same leading axes."""
     given = tensors_of(inputs)[0]
     rows = given.shape[0] if given.dim() else 1
+    in_a_row = {math.prod(given.shape[:2]), math.prod(target.logits.shape[:-1])}
     shapes = {name: tuple(value.shape[:-1]) for name, value in target.inputs.items()}
     for name, shape in shapes.items():
-        if not shape or shape[0] % rows or (len(shape) > 1 and shape[0] != rows):
+        if not (shape[:1] == (rows,) or (len(shape) == 1 and shape[0] in in_a_row)):
             what = f"site {name}: is given {tuple(target.inputs[name].shape)}, while the batch has {rows} rows"
             if shape[1:2] == (rows,):
                 raise SiteError(f"{what}: its axes are (pos, batch, d); build the model with batch_first=True")

@@ -2,7 +2,8 @@
 
 What attention returns at a position depends on that position's query alone, and on the keys and values of others as well. And where all
 values are zero, it depends on no query and no key. Both are gradients of what the attention module returns with respect to the
-projection's output, so that no name, shape or number of heads is believed.
+projection's output, so that no name, shape or number of heads is believed. Keys and values of an attention without softmax do the same,
+and are told apart by the attention's class alone.
 """
 
 from collections.abc import Callable
