@@ -98,13 +98,21 @@ def logits(model, ids: list[int] = [5, 80, 17, 200, 9, 42]):  # noqa: B006
         return model(input_ids=torch.tensor([ids]), use_cache=False).logits
 
 
+def assert_same_model(model, other) -> None:
+    """The same weights, bit for bit, and the same logits but for rounding, in which products depend on where memory lies."""
+    ours, theirs = model.state_dict(), other.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    torch.testing.assert_close(logits(model), logits(other), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", CAUSAL)
-def test_a_whole_folder_loads_and_what_is_saved_gives_the_very_same_logits(name: str, tmp_path: Path):
+def test_a_whole_folder_loads_and_what_is_saved_comes_back(name: str, tmp_path: Path):
     """Tied and untied heads, buffers that no file has, experts, windows and states: nothing of them counts as missing or not causal."""
     model = random_model(CAUSAL[name])
     save_language(model, byte_tokenizer(), tmp_path / "model")
     loaded = load_language(str(tmp_path / "model"))
-    assert torch.equal(logits(loaded.model), logits(model))
+    assert_same_model(loaded.model, model)
     assert not loaded.model.training
 
 
@@ -256,6 +264,12 @@ def test_the_command_line_refuses_a_broken_folder_with_2(break_it, tmp_path: Pat
     capsys.readouterr()
     assert main(["trace", str(path), "--prompt", KOBE, "--subject", "Kobe"]) == 2
     assert capsys.readouterr().err.startswith(f"paramlens: model {path}: ")
+
+
+def test_a_damaged_file_beside_the_weights_does_not_matter(tmp_path: Path):
+    path = folder(tmp_path / "model", llama())
+    (path / "consolidated.safetensors").write_bytes(b"cut")
+    load_language(str(path))
 
 
 def test_a_model_without_the_head_in_its_folder_is_refused_unless_the_head_is_tied(tmp_path: Path, words):
@@ -474,7 +488,7 @@ def test_settings_for_sampling_do_not_keep_a_model_from_being_saved(tmp_path: Pa
     before = copy.deepcopy(model.generation_config)
     whole_edit(model).save(tmp_path / "saved")
     assert model.generation_config.to_dict() == before.to_dict()
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()), logits(model))
+    assert_same_model(AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval(), model)
 
 
 def test_a_model_that_does_not_load_as_it_is_is_not_saved(tmp_path: Path):
@@ -492,9 +506,7 @@ def test_models_of_double_precision_and_with_a_head_untied_by_hand_load_as_they_
     untied.lm_head.weight = torch.nn.Parameter(torch.randn(300, 16))
     for name, model in (("double", double), ("untied", untied)):
         saved = whole_edit(model).save(tmp_path / name)
-        again = AutoModelForCausalLM.from_pretrained(saved).eval()
-        assert torch.equal(again.lm_head.weight, model.lm_head.weight)
-        assert torch.equal(logits(again), logits(model))
+        assert_same_model(AutoModelForCausalLM.from_pretrained(saved).eval(), model)
 
 
 def test_only_models_of_transformers_are_saved(tmp_path: Path):

@@ -225,8 +225,10 @@ def _require_whole_files(name: str, folder: Path) -> None:
     """Raise unless the safetensors files that the folder needs are there, each with all its bytes."""
     from safetensors import SafetensorError, safe_open
 
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file() or not index.is_file():
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if whole.is_file():
+        files = [whole]
+    elif not index.is_file():
         files = sorted(folder.glob("*.safetensors"))
     else:
         shards = _json_object(name, index).get("weight_map")
