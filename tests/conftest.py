@@ -31,7 +31,10 @@ SHAPED = (
     "tasks.induction",
     "tasks.facts",
     "tasks.language",
+    "tasks.limits",
+    "tasks.loading",
     "tasks.miniature",
+    "tasks.reading",
     "tasks.text",
     "analysis",
 )

@@ -91,10 +91,9 @@ def _lines(path: Path | None) -> list[str] | None:
     """The lines of a text file that hold anything."""
     if path is None:
         return None
-    try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"text {path}: cannot be read ({error}); give a text file in UTF-8") from None
+    from paramlens.tasks.reading import read_text
+
+    return [line.strip() for line in read_text(path, f"text {path}").split("\n") if line.strip()]
 
 
 def show_suppress(options: Suppress, _: list[str]) -> int:
@@ -144,7 +143,7 @@ def show_trace(options: Trace, _: list[str]) -> int:
     from paramlens.analysis.components import tokenizer_of
     from paramlens.analysis.trace import trace
     from paramlens.rundir import open_run
-    from paramlens.tasks.language import load_language
+    from paramlens.tasks.loading import load_language
 
     path = Path(options.model)
     run = open_run(path) if is_run(path) else None

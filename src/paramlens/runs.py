@@ -134,6 +134,7 @@ def decompose_config(
     follower, named = as_tracker(tracker), with_target(config, target)
     if named is not config:
         config, target = named, None
+    config = targets.placed(config)
     if isinstance(config.task, CustomTask):
         raise ConfigError("task: give one of a kind; a model of your own is decomposed in Python, paramlens.decompose(model, batches, ...)")
     if resume and target is not None:
@@ -149,6 +150,8 @@ def decompose_config(
     with locked(path):
         source = path if resume and targets.is_trained_here(config) else None if target is None else Path(target)
         found = _target(config, source, tracker=follower).to(config)
+        if not resume:
+            targets.require_sound(config, found)
         task = targets.make_task(config, found)
         return _run(config, task, path, resume=resume, overwrite=overwrite, tracker=follower, target=found)
 
@@ -205,6 +208,7 @@ def _resumable(config: Config, path: Path, *, extend_steps: int | None, overwrit
         raise RunDirError(f"{path}: a copy for reading, pushed without optimizer and generators; push --resumable makes one that goes on")
     require_whole_run(path)
     saved = load_config(path / "config.yaml")
+    config = targets.placed(config, like=saved)
     if extend_steps is not None:
         _require_extendable(saved, extend_steps)
         config, saved = (each.model_copy(update={"steps": extend_steps}) for each in (config, saved))

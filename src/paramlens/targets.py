@@ -13,9 +13,10 @@ from paramlens.config import Config, CustomTask, FactsTask, InductionTask, TextT
 from paramlens.errors import ConfigError, RunDirError
 from paramlens.layout import FORMAT, read_json, sync, write_json
 from paramlens.tasks import TargetHistory, Task
-from paramlens.tasks.facts import facts_task
+from paramlens.tasks.facts import facts_task, require_different
 from paramlens.tasks.induction import InductionTransformer, TargetCheck, induction_task, train_target
-from paramlens.tasks.language import Language, language_skeleton, load_language, save_language
+from paramlens.tasks.limits import embedding_rows, token_limit
+from paramlens.tasks.loading import Language, language_skeleton, load_language, save_language
 from paramlens.tasks.miniature import FactsCheck, miniature_model, train_miniature
 from paramlens.tasks.text import text_task
 from paramlens.tensorfile import copy_into, save_tensors
@@ -47,7 +48,7 @@ def skeleton(config: Config) -> tuple[nn.Module, int, int]:
     """The target without its weights, the longest sequence of a batch in tokens, and the vocabulary; nothing is trained or loaded.
 
     A sentence is counted as one token a word and one more where its tokenizer is not at hand. Raises `ConfigError` for a model that
-    cannot be found.
+    cannot be found, or that takes fewer tokens.
     """
     task = config.task
     if isinstance(task, InductionTask):
@@ -61,12 +62,47 @@ def skeleton(config: Config) -> tuple[nn.Module, int, int]:
     else:
         model = language_skeleton(task.model, revision=task.revision)
     words = max(len(sentence.split()) + 1 for sentence in task.sentences) if isinstance(task, FactsTask) else task.length
-    return model, words, int(model.get_parameter(_embedding_name(model)).shape[0])
+    if (limit := token_limit(model, words)) is not None:
+        named = "task.sentences" if isinstance(task, FactsTask) else "task.length"
+        raise ConfigError(f"{named}: {words} tokens, and the model takes at most {limit}; give at most that many")
+    rows = embedding_rows(model)
+    if rows is None:
+        raise ConfigError(f"model {task.model}: {type(model).__name__} has no table of tokens; give a language model on tokens")
+    return model, words, rows
 
 
-def _embedding_name(model: Any) -> str:
-    embedding = model.get_input_embeddings().weight
-    return next(name for name, parameter in model.named_parameters() if parameter is embedding)
+def placed(config: Config, like: Config | None = None) -> Config:
+    """The configuration with the paths in its task absolute where something lies there, so that a run can be opened from any folder.
+
+    like: a configuration whose paths are taken as they are where they lead to the same place, or end as a path that leads nowhere here.
+    """
+    if not isinstance(task := config.task, FactsTask | TextTask):
+        return config
+    update = dict[str, str]()
+    for name in ("model", "source"):
+        ours, theirs = (getattr(each.task, name, None) if each else None for each in (config, like))
+        if ours is not None:
+            update[name] = theirs if theirs is not None and _same_place(ours, theirs) else _absolute(ours)
+    return config.model_copy(update={"task": task.model_copy(update=update)})
+
+
+def _absolute(path: str) -> str:
+    """An absolute path of what lies at `path`; `path` itself, which may be an id on the Hub, where nothing does."""
+    here = Path(path).expanduser()
+    return str(here.resolve()) if here.exists() else path
+
+
+def _same_place(ours: str, theirs: str) -> bool:
+    if _absolute(ours) == _absolute(theirs):
+        return True
+    own = Path(ours).parts
+    return not Path(ours).expanduser().exists() and Path(theirs).is_absolute() and Path(theirs).parts[-len(own) :] == own
+
+
+def require_sound(config: Config, target: Target) -> None:
+    """Raise `ConfigError` if a new run of this configuration could say nothing of its target."""
+    if isinstance(config.task, FactsTask) and target.language is not None:
+        require_different(config.task, target.language.tokenizer)
 
 
 def training_steps(config: Config) -> int:

@@ -20,6 +20,7 @@ from paramlens.sites import at_rest
 from paramlens.tables import Cell, Column, Table, columns, row, shaded, site_cell
 from paramlens.tasks import Batch
 from paramlens.tasks.language import encode_sentence, padded
+from paramlens.tasks.limits import require_tokens
 
 SEQUENCES = 6
 """Held-out sequences shown of a run that has no sentences of its own."""
@@ -169,9 +170,11 @@ def own_sentences(run: Run) -> tuple[str, ...]:
 
 @torch.no_grad()
 def run_sentences(run: Run, sentences: Sequence[str]) -> Sentences:
-    """The target and γ on `sentences`. Raises `BatchError` for one of a single token."""
+    """The target and γ on `sentences`. Raises `BatchError` for one of a single token, or of more than the model takes."""
     tokenizer = tokenizer_of(run)
-    batch = padded(tokenizer, [encode_sentence(tokenizer, sentence) for sentence in sentences]).to(run.decomposition.device)
+    ids = [encode_sentence(tokenizer, sentence) for sentence in sentences]
+    require_tokens(run.decomposition.model, ids, [f"sentence {sentence!r}" for sentence in sentences])
+    batch = padded(tokenizer, ids).to(run.decomposition.device)
     target, g = importances(run.decomposition, run.importance, batch)
     assert batch.texts is not None
     return Sentences(batch, batch.texts, target.inputs, g)

@@ -32,7 +32,8 @@ from paramlens.shown import Shown
 from paramlens.sites import at_rest, find_sites, named_sites
 from paramlens.tables import Cell, Column, Table, figure, row, site_cell, token_text
 from paramlens.tasks.facts import Fact, fact_of, shipped_facts
-from paramlens.tasks.language import encode_fact, save_language, token_texts
+from paramlens.tasks.language import encode_fact, token_texts
+from paramlens.tasks.loading import save_language
 
 Method = Literal["projection", "subtraction"]
 
@@ -80,11 +81,16 @@ class Edit(Shown):
             return copy.deepcopy(self.model)
 
     def save(self, path: str | Path) -> Path:
-        """Write the edited model as a plain Hugging Face folder. Raises `ConfigError` if something is there, or if it is no such model."""
+        """Write the edited model as a plain Hugging Face folder. Raises `ConfigError` if something is there, or if it is no such model.
+
+        Also if transformers does not read this very model back: nothing is left there then.
+        """
         path = Path(path)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise ConfigError(f"save {path}: exists; give a new folder")
-        if not hasattr(self.model, "save_pretrained"):
+        from transformers import PreTrainedModel
+
+        if not isinstance(self.model, PreTrainedModel):  # one of PEFT's would save what was trained, without the edit
             raise ConfigError(f"save {path}: {type(self.model).__name__} is no transformers model; use Edit.copy() and save it yourself")
         with self.applied():
             save_language(self.model, self.tokenizer, path)

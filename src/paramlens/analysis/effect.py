@@ -20,6 +20,7 @@ from paramlens.tables import Cell, Table, columns, figure, row, shaded
 from paramlens.tasks import generator
 from paramlens.tasks.facts import Fact, kinds, recall, shipped_facts
 from paramlens.tasks.language import encode, padded
+from paramlens.tasks.limits import require_tokens
 
 DRAWS = 5
 """Draws of a control that is random; its figures are their means."""
@@ -147,8 +148,12 @@ def evaluate_edit(
 
 @torch.no_grad()
 def perplexity(model: nn.Module, tokenizer: object, texts: Sequence[str], *, batch: int = 32) -> float:
-    """Exp of the mean cross-entropy per token over all tokens of all texts but the first of each."""
+    """Exp of the mean cross-entropy per token over all tokens of all texts but the first of each.
+
+    Raises `ConfigError` if no text has two tokens, and `BatchError` for one that has more than the model takes.
+    """
     sequences = [ids for text in texts if len(ids := encode(tokenizer, text)) > 1]
+    require_tokens(model, sequences, ["text"] * len(sequences))
     if not sequences:
         raise ConfigError("perplexity: no text of two tokens or more")
     lost, count = 0.0, 0

@@ -19,8 +19,8 @@ from paramlens.losses import LossAt
 from paramlens.masks import Replacement
 from paramlens.rundir import Run
 from paramlens.tasks import Batch, generator
-from paramlens.tasks.facts import shipped_facts
-from paramlens.tasks.language import encode_sentence, padded
+from paramlens.tasks.facts import other_facts
+from paramlens.tasks.language import padded
 
 FACTS = 64
 """Other facts looked at."""
@@ -80,9 +80,9 @@ def off_data(run: Run, data: Sequence[HeldOut], *, threshold: float) -> OffData 
 def _elsewhere(run: Run, batch: Batch) -> tuple[str, Batch] | None:
     task = run.config.task
     if isinstance(task, FactsTask):
-        others = [fact.sentence for fact in shipped_facts() if fact.sentence not in task.sentences][:FACTS]
         tokenizer = data_of(run).tokenizer
-        return f"{len(others)} other facts", padded(tokenizer, [encode_sentence(tokenizer, sentence) for sentence in others])
+        others = other_facts(task, run.decomposition.model, tokenizer)[:FACTS]
+        return (f"{len(others)} other facts", padded(tokenizer, others)) if others else None
     if (ids := batch.token_ids) is None:
         return None
     noise = torch.rand(ids.shape, generator=generator("off data")).to(ids.device)

@@ -17,6 +17,7 @@ from paramlens.sites import at_rest
 from paramlens.tables import Cell, Column, Table, columns, shaded, token_text
 from paramlens.tasks import generator
 from paramlens.tasks.language import encode, encode_fact, model_inputs, token_texts
+from paramlens.tasks.limits import require_tokens
 
 NOISE = 3.0
 """Standard deviation of the noise on the subject's embeddings, in standard deviations of the embeddings."""
@@ -117,10 +118,13 @@ def trace(
     device = next(model.parameters()).device
     with at_rest(model):
         if answer is None:
-            ids = torch.tensor([encode(tokenizer, prompt)], device=device)
+            prompted = encode(tokenizer, prompt)
+            require_tokens(model, [prompted], [f"prompt {prompt!r}"])
+            ids = torch.tensor([prompted], device=device)
             likeliest = model(**model_inputs(ids)).logits[0, -1].argmax().item()
             answer = token_texts(tokenizer, [likeliest])[0].strip()
         before, after = encode_fact(tokenizer, prompt, answer)
+        require_tokens(model, [before + after], [f"prompt and answer {prompt!r} {answer!r}"])
         texts = token_texts(tokenizer, before)
         at = positions_of(texts, subject)
         tracer = _Tracer(model, torch.tensor(before + after, device=device), len(before), at, noise=noise, samples=samples, seed=seed)

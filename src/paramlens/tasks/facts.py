@@ -1,5 +1,6 @@
 """Facts: sentences of a prompt and an answer, the ones that are shipped, and the task of decomposing a few of them (§5.2, Figure 10)."""
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -15,7 +16,10 @@ from paramlens.config import FactsTask
 from paramlens.configfile import MOST_BYTES, parse_yaml
 from paramlens.errors import ConfigError
 from paramlens.tasks import Batch, Task, generator
-from paramlens.tasks.language import Language, encode_fact, encode_sentence, padded
+from paramlens.tasks.language import encode_fact, encode_sentence, padded
+from paramlens.tasks.limits import require_tokens, that_fit
+from paramlens.tasks.loading import Language
+from paramlens.tasks.reading import read_text
 
 
 @dataclass(frozen=True)
@@ -56,9 +60,9 @@ def read_facts(path: Path) -> tuple[Fact, ...]:
     try:
         if (size := path.stat().st_size) > MOST_BYTES:
             raise ConfigError(f"facts {path}: {size} bytes, at most {MOST_BYTES} are read; give a YAML or JSON list")
-        entries = parse_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"facts {path}: cannot be read ({str(error).splitlines()[0]}); give a YAML or JSON list") from None
+    except OSError as error:
+        raise ConfigError(f"facts {path}: cannot be read ({error.strerror}); give a YAML or JSON list") from None
+    entries = _parsed(read_text(path, f"facts {path}"), path)
     if not isinstance(entries, list) or not entries:
         raise ConfigError(f"facts {path}: give a list of {{prompt: ..., answer: ...}}")
     known = {"prompt": str, "answer": str, "relation": str, "subject": str, "reverse": bool}
@@ -69,6 +73,18 @@ def read_facts(path: Path) -> tuple[Fact, ...]:
             if key not in known or not isinstance(value, known[key]):
                 raise ConfigError(f"facts {path}, entry {number}: {key}: {value!r}; known are {', '.join(known)}, all text but reverse")
     return tuple(Fact(**entry) for entry in entries)
+
+
+def _parsed(text: str, path: Path) -> Any:
+    """What a JSON or else a YAML text says; YAML alone would take characters such as U+2028 in JSON's strings for ends of lines."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return parse_yaml(text)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"facts {path}: cannot be read ({str(error).splitlines()[0]}); give a YAML or JSON list") from None
 
 
 def fact_of(sentence: str, facts: Sequence[Fact]) -> Fact:
@@ -84,11 +100,12 @@ def facts_task(task: FactsTask, language: Language, *, seed: int) -> Task:
     """Batches of the task's sentences, with as many others of the shipped facts as it asks for, drawn anew for each step.
 
     A position's role is its token, in any of the sentences. Nothing is held out: these sentences are what is decomposed.
-    Raises `BatchError` for a sentence of one token.
+    Raises `BatchError` for a sentence of one token, or of more than the model takes; other facts that are too long are not drawn.
     """
     tokenizer = language.tokenizer
     own = [encode_sentence(tokenizer, sentence) for sentence in task.sentences]
-    others = [fact.sentence for fact in shipped_facts() if fact.sentence not in task.sentences]
+    require_tokens(language.model, own, [f"sentence {sentence!r}" for sentence in task.sentences])
+    others = other_facts(task, language.model, tokenizer) if task.others or task.elsewhere else []
     for name, count in (("others", task.others), ("elsewhere", task.elsewhere)):
         if count > len(others):
             raise ConfigError(f"task.{name} {count}: there are {len(others)} other facts; give at most as many")
@@ -101,7 +118,7 @@ def facts_task(task: FactsTask, language: Language, *, seed: int) -> Task:
 
     def drawn(name: str, step: int, count: int) -> list[list[int]]:
         order = torch.randperm(len(others), generator=generator(seed, name, step))[:count]
-        return [encode_sentence(tokenizer, others[i]) for i in order.tolist()]
+        return [others[i] for i in order.tolist()]
 
     def batch(step: int, stream: str) -> Batch:
         if stream != "train" or not task.others:
@@ -120,6 +137,23 @@ def facts_task(task: FactsTask, language: Language, *, seed: int) -> Task:
         held_out=1,
         tokenizer=tokenizer,
     )
+
+
+def other_facts(task: FactsTask, model: nn.Module, tokenizer: Any) -> list[list[int]]:
+    """Token ids of the shipped facts that are not the task's sentences and that the model can take."""
+    others = [fact.sentence for fact in shipped_facts() if fact.sentence not in task.sentences]
+    return that_fit(model, [encode_sentence(tokenizer, sentence) for sentence in others])
+
+
+def require_different(task: FactsTask, tokenizer: Any) -> None:
+    """Raise `ConfigError` if two sentences are the same tokens: nothing would be a sentence's own."""
+    seen: dict[tuple[int, ...], str] = {}
+    for sentence in task.sentences:
+        ids = tuple(encode_sentence(tokenizer, sentence))
+        if ids in seen:
+            first = "given twice" if seen[ids] == sentence else f"the same tokens as {seen[ids]!r} to the tokenizer"
+            raise ConfigError(f"task.sentences {sentence!r}: {first}; give different ones")
+        seen[ids] = sentence
 
 
 def kinds(facts: Sequence[Fact], target: Fact, decomposed: Sequence[str]) -> Iterator[tuple[Fact, str]]:
@@ -157,9 +191,11 @@ def answers_alike(facts: Sequence[Fact]) -> dict[str, list[str]]:
 def recall(model: nn.Module, tokenizer: Any, facts: Sequence[Fact], *, batch: int = 64) -> tuple[Tensor, Tensor]:
     """For every fact (fact,): whether its answer is the likeliest continuation, token by token, and the answer's probability in [0, 1].
 
-    The probability of an answer of several tokens is their product, each given those before. Raises `BatchError` as `encode_fact` does.
+    The probability of an answer of several tokens is their product, each given those before. Raises `BatchError` as `encode_fact` does,
+    and for a fact of more tokens than the model takes.
     """
     pairs = [encode_fact(tokenizer, fact.prompt, fact.answer) for fact in facts]
+    require_tokens(model, [before + after for before, after in pairs], [f"fact {fact.sentence!r}" for fact in facts])
     device = next(model.parameters()).device
     right, probability = list[bool](), list[float]()
     for start in range(0, len(pairs), batch):

@@ -13,7 +13,9 @@ from paramlens.config import Miniature
 from paramlens.errors import DivergedError
 from paramlens.tasks import TargetHistory, generator, seed_of
 from paramlens.tasks.facts import Fact, answers_alike, recall, shipped_facts
-from paramlens.tasks.language import Language, encode, model_inputs, padded
+from paramlens.tasks.language import encode, encode_sentence, model_inputs, padded
+from paramlens.tasks.limits import require_tokens
+from paramlens.tasks.loading import Language
 
 END = "<|endoftext|>"
 
@@ -36,13 +38,16 @@ def train_miniature(
 ) -> tuple[Language, TargetHistory]:
     """Train a `GPT2LMHeadModel` from nothing on the shipped facts, all tokens of a sentence counting.
 
-    sentences: their words become tokens before all others. Raises `DivergedError` if the loss is not finite.
+    sentences: their words become tokens before all others. Raises `DivergedError` if the loss is not finite, and `BatchError` for a
+    sentence that the model would not take.
     """
     facts = shipped_facts()
     tokenizer = facts_tokenizer(task, [fact.sentence for fact in facts], sentences)
     with torch.random.fork_rng(devices=[]):  # of dropout and the start
         torch.default_generator.manual_seed(seed_of(seed, "miniature"))
         model = miniature_model(task, len(tokenizer)).to(device).train()
+        named = [f"sentence {sentence!r}" for sentence in sentences]
+        require_tokens(model, [encode_sentence(tokenizer, sentence) for sentence in sentences], named)
         checks = _trained(model, tokenizer, task, facts, seed=seed, on_check=on_check)
     model.requires_grad_(True)
     converged = checks[-1].accuracy >= task.converged_accuracy

@@ -1,6 +1,6 @@
 """Any language model on any text: documents one after the other, cut into pieces of one length."""
 
-import json
+from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,46 +11,64 @@ from torch import Tensor
 from paramlens.config import TextTask
 from paramlens.errors import BatchError, ConfigError
 from paramlens.tasks import Batch, Task, generator
-from paramlens.tasks.language import Language, encode, model_inputs, token_texts
+from paramlens.tasks.language import encode, model_inputs, token_texts
+from paramlens.tasks.limits import require_tokens
+from paramlens.tasks.loading import Language
+from paramlens.tasks.reading import json_lines, read_text
 
 
 def read_documents(path: Path) -> list[str]:
     """The documents of a file: the whole of a text file, or the field `text` of every JSON line of a .jsonl file.
 
-    Raises `ConfigError` for a file that is missing or neither.
+    Raises `ConfigError` for a file that is missing, neither, or without any text.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"task.source {path}: cannot be read ({error}); give a text file in UTF-8 or JSON lines") from None
-    if path.suffix != ".jsonl":
-        return [text]
-    documents: list[str] = []
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            documents.append(json.loads(line)["text"])
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise ConfigError(f"task.source {path} line {number}: a JSON object with a field text is needed") from None
+    what = f"task.source {path}"
+    if path.suffix.lower() == ".jsonl":
+        documents = [_text(value, f"{what} line {number}") for number, value in json_lines(path, what)]
+    else:
+        documents = [read_text(path, what)]
+    if not any(document.strip() for document in documents):
+        raise ConfigError(f"{what}: there is no text in it; give a text file in UTF-8 or JSON lines")
     return documents
+
+
+def _text(value: Any, place: str) -> str:
+    """The field `text` of a line. Raises `ConfigError` if it is not there, no string, or half a surrogate pair."""
+    if not isinstance(value, dict) or "text" not in value:
+        raise ConfigError(f"{place}: a JSON object with a field text is needed")
+    text = value["text"]
+    if not isinstance(text, str):
+        raise ConfigError(f"{place}: its field text must be a string, not {text!r}; leave lines without text out")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{place}: its field text has half a surrogate pair, which is no character; mend it or leave it out") from None
+    return text
 
 
 def packed(tokenizer: Any, documents: Iterable[str], length: int) -> Tensor:
     """Token ids (piece, length): the documents one after the other, an end-of-text token after each; what is left over is dropped.
 
-    Raises `BatchError` if there is not even one piece.
+    Raises `BatchError` if there is not even one piece, or if the tokenizer knows none of the text.
     """
-    ids: list[int] = []
+    ids = array("q")
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for document in documents:
-        ids += [*encode(tokenizer, document), *end]
+        ids.extend([*encode(tokenizer, document), *end])
     if len(ids) < length:
         raise BatchError(f"the text has {len(ids)} tokens, fewer than one piece of {length}; give more text or a smaller task.length")
-    return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+    pieces = torch.frombuffer(ids, dtype=torch.long)[: len(ids) // length * length].view(-1, length)
+    own = pieces[~torch.isin(pieces, torch.tensor(tokenizer.all_special_ids, dtype=torch.long))]
+    if not len(own):
+        raise BatchError("the tokenizer knows nothing of the text, and reads it as special tokens alone; give the model's own tokenizer")
+    return pieces
 
 
 def text_task(task: TextTask, language: Language, *, seed: int, batch: int) -> Task:
     """Pieces of the text in a new order every epoch; the last share of them, `held_out`, for every other stream than "train"."""
     pieces = packed(language.tokenizer, read_documents(Path(task.source)), task.length)
+    largest = pieces[pieces.amax(1).argmax()].tolist()
+    require_tokens(language.model, [largest], [f"task.source {task.source} in pieces of task.length {task.length}"])
     kept = max(1, round(len(pieces) * task.held_out))
     if len(pieces) - kept < 1:
         raise BatchError(f"task.source {task.source}: {len(pieces)} piece of {task.length} tokens; give more text, some is held out")

@@ -1,0 +1,45 @@
+"""Text files and JSON lines as people have them: in UTF-8, with or without a byte order mark, with any ends of lines."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from paramlens.errors import ConfigError
+
+
+def read_text(path: Path, what: str) -> str:
+    """A text file in UTF-8, without its byte order mark. what: how messages call the file. Raises `ConfigError`."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unreadable(path, what, error) from None
+
+
+def json_lines(path: Path, what: str) -> Iterator[tuple[int, Any]]:
+    """The number and the value of every line that is not blank. Only a line feed ends a line: strings may hold U+2028 and the like.
+
+    Raises `ConfigError` naming the line that is not JSON.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, _value(line, f"{what} line {number}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unreadable(path, what, error) from None
+
+
+def _value(line: str, place: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{place}: not JSON ({error}); give one JSON object a line") from None
+
+
+def _unreadable(path: Path, what: str, error: OSError | UnicodeDecodeError) -> ConfigError:
+    if isinstance(error, OSError):
+        return ConfigError(f"{what}: cannot be read ({error.strerror}); give a text file in UTF-8 or JSON lines")
+    with path.open("rb") as file:
+        other = "UTF-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "another encoding or no text"
+    return ConfigError(f"{what}: not in UTF-8 but in {other}; save it in UTF-8")
