@@ -32,6 +32,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from paramlens.errors import BatchError, SiteError
+from paramlens.kept import Kept
 from paramlens.masks import Replacement, mask_noise, masked_linear, stochastic_mask
 from paramlens.shown import Shown
 from paramlens.sites import Site, given_input, swapped_in
@@ -72,6 +73,7 @@ class Decomposition(Shown, nn.Module):
         self.C = C
         self._blocks: tuple[nn.Module, ...] = ()
         self._home: dict[str, int] = {}  # site name → index of its block
+        self._copied: set[nn.Module] = set()  # whose input or output the model writes to later in a run
         device = self.sites[0].W.device
         self._U = nn.ParameterList(torch.zeros(site.d_in, C, dtype=dtype, device=device) for site in sites)
         self._V = nn.ParameterList(torch.zeros(C, site.d_out, dtype=dtype, device=device) for site in sites)
@@ -111,20 +113,33 @@ class Decomposition(Shown, nn.Module):
 
     def target_run(self, inputs: Inputs) -> TargetRun:
         """The target as it is: logits bit-equal to calling it, and what every site was given."""
-        seen: dict[str, list[Tensor]] = {site.name: [] for site in self.sites}
-        blocks: list[BlockRun] = []
-        hooks = [site.module.register_forward_pre_hook(partial(_keep_input, seen[site.name]), with_kwargs=True) for site in self.sites]
-        hooks += [block.register_forward_hook(partial(_keep_block, blocks), with_kwargs=True) for block in self._blocks]
+        kept, blocks = Kept(self._copied), list[BlockRun]()
+        hooks = [block.register_forward_hook(partial(_keep_block, kept, blocks), with_kwargs=True) for block in self._blocks]
         try:
             with torch.no_grad():
-                logits = call(self.model, inputs)
+                logits, seen = self._inputs_of(kept, lambda: call(self.model, inputs))
         finally:
             for hook in hooks:
                 hook.remove()
+        if kept.written():  # what was kept is no longer what it was
+            self._copied |= kept.written()
+            return self.target_run(inputs)
         for name, calls in seen.items():
             if len(calls) != 1:
                 raise SiteError(f"site {name}: the model calls it {len(calls)} times per run; a site must be called exactly once")
         return TargetRun(logits, {name: calls[0] for name, calls in seen.items()}, tuple(blocks))
+
+    def _inputs_of(self, kept: Kept, run: Callable[[], Tensor]) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        """What a run gives, and what every site is given in it, call by call."""
+        seen: dict[str, list[Tensor]] = {site.name: [] for site in self.sites}
+        hooks = [
+            site.module.register_forward_pre_hook(partial(_keep_input, kept, seen[site.name]), with_kwargs=True) for site in self.sites
+        ]
+        try:
+            return run(), seen
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @torch.no_grad()
     def find_blocks(self, inputs: Inputs) -> None:
@@ -197,13 +212,11 @@ class Decomposition(Shown, nn.Module):
 
     def masked_inputs(self, inputs: Inputs, plan: Plan) -> dict[str, Float[Tensor, "batch *pos d_in"]]:
         """What every site is given in the masked run of `plan`."""
-        seen: dict[str, list[Tensor]] = {site.name: [] for site in self.sites}
-        hooks = [site.module.register_forward_pre_hook(partial(_keep_input, seen[site.name]), with_kwargs=True) for site in self.sites]
-        try:
-            self.masked_run(inputs, [plan])
-        finally:
-            for hook in hooks:
-                hook.remove()
+        kept = Kept(self._copied)
+        _, seen = self._inputs_of(kept, lambda: self.masked_run(inputs, [plan]))
+        if kept.written():
+            self._copied |= kept.written()
+            return self.masked_inputs(inputs, plan)
         return {name: given for name, [given] in seen.items()}
 
 
@@ -237,15 +250,17 @@ def block_chains(model: nn.Module, inputs: Inputs) -> list[tuple[nn.Module, ...]
 
 
 def _hidden(values: Any) -> Tensor | None:
-    """The hidden state among a block's arguments or results: the tensor itself, or the first of a tuple."""
-    first = values[0] if isinstance(values, tuple) and values else values
+    """The hidden state among a block's arguments or results: the tensor itself, or the first of several."""
+    first = values[0] if isinstance(values, tuple | list) and values else values
     return first if isinstance(first, Tensor) else None
 
 
-def _keep_block(blocks: list[BlockRun], _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    hidden = _hidden(args)
+def _keep_block(kept: Kept, blocks: list[BlockRun], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    hidden, returned = _hidden(args), _hidden(output)
     rows = None if hidden is None else hidden.shape[0]
     batched = tuple(tensor.dim() > 0 and tensor.shape[0] == rows for tensor in tensors_of((args[1:], kwargs)))
+    if returned is not None and (own := kept(module, returned)) is not returned:
+        output = own if isinstance(output, Tensor) else (own, *output[1:])
     blocks.append(BlockRun(output, batched))
 
 
@@ -342,8 +357,8 @@ def _count(calls: "Counter[nn.Module]", module: nn.Module, _args: object) -> Non
     calls[module] += 1
 
 
-def _keep_input(seen: list[Tensor], _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    seen.append(given_input(args, kwargs))
+def _keep_input(kept: Kept, seen: list[Tensor], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    seen.append(kept(module, given_input(args, kwargs)))
 
 
 def _fitted(replacement: Replacement, x: Tensor) -> Replacement:
