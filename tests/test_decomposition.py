@@ -190,6 +190,54 @@ class Residual(nn.Module):
         return self.write(hidden)
 
 
+class InPlace(nn.Module):
+    """Blocks that add to the very tensor that the block before returned, and that a site has read."""
+
+    def __init__(self):
+        super().__init__()
+        self.read = nn.Linear(3, 4)
+        self.layers = nn.ModuleList(_Adding() for _ in range(3))
+        self.write = nn.Linear(4, 5)
+
+    def forward(self, x):
+        hidden = self.read(x)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return self.write(hidden)
+
+
+class _Adding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Linear(4, 4)
+
+    def forward(self, hidden):
+        hidden += self.mix(hidden).tanh()
+        return hidden[:]
+
+
+def test_what_is_kept_of_a_run_is_as_it_was_when_the_model_writes_in_place():
+    torch.manual_seed(3)
+    model, x = InPlace(), torch.randn(2, 5, 3)
+    with torch.no_grad():
+        hidden, expected = model.read(x), []
+        for layer in model.layers:
+            expected.append(hidden)
+            hidden = hidden + layer.mix(hidden).tanh()
+    decomposition = decomposed(model, "svd", patterns=["layers.*", "write"])
+    for _ in range(2):
+        target = decomposition.target_run(x)
+        for i, before in enumerate(expected):
+            torch.testing.assert_close(target.inputs[f"layers.{i}.mix"], before)
+        seen = decomposition.masked_inputs(x, {})
+        torch.testing.assert_close(seen["layers.1.mix"], expected[1])
+    decomposition.find_blocks(x)
+    with torch.no_grad():
+        target = decomposition.target_run(x)
+        plan = {"layers.2.mix": Replacement(torch.zeros(2, 5, decomposition.C))}
+        torch.testing.assert_close(decomposition.masked_run(x, [plan, {}], target), decomposition.masked_run(x, [plan, {}]))
+
+
 class _Layer(nn.Module):
     def __init__(self):
         super().__init__()

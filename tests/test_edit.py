@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from paramlens.analysis.components import inspect_prompt, inspect_subcomponent, run_sentences
-from paramlens.analysis.edit import Edit, Selected, answer_slopes, edit, positions_of, project_out, suppress, unique
+from paramlens.analysis.edit import Edit, Selected, answer_slopes, edit, project_out, suppress, unique
 from paramlens.analysis.effect import _controls, evaluate_edit, perplexity, without_activations
 from paramlens.errors import ConfigError, SiteError
 from paramlens.page import report
@@ -135,15 +135,6 @@ def test_the_contribution_is_what_the_slice_writes_along_the_answers_slope(facts
     x = run_sentences(facts_run, [KOBE]).inputs[first.site][0, first.position]
     u, v = facts_run.decomposition.U[first.site][:, first.subcomponent], facts_run.decomposition.V[first.site][first.subcomponent]
     assert first.contribution == pytest.approx(((x @ u) * (v @ slope)).item(), rel=1e-3)
-
-
-def test_positions_of_words():
-    texts = ["Ko", "be", " Bryant", " plays"]
-    assert positions_of(texts, "Kobe") == [0, 1]
-    assert positions_of(texts, "Kobe Bryant") == [0, 1, 2]
-    assert positions_of(texts, " Bryant") == [2]
-    with pytest.raises(ConfigError, match="'Tiger': not in 'Kobe Bryant plays'"):
-        positions_of(texts, "Tiger")
 
 
 def test_the_effect_is_measured_fact_by_fact(facts_run):

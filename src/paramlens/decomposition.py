@@ -31,9 +31,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from paramlens.errors import BatchError, SiteError
+from paramlens.kept import Kept
 from paramlens.masks import Replacement
 from paramlens.products import Product, aligned, joined, stacked_product
 from paramlens.shown import Shown
@@ -47,14 +47,10 @@ Plan = Mapping[str, Replacement]
 
 @dataclass(frozen=True)
 class BlockRun:
-    """What a block returned in the target's run, and of each tensor among its further arguments whether it leads with the batch axis.
-
-    version: of the hidden state among what it returned, which grows when the model writes into it afterwards.
-    """
+    """What a block returned in the target's run, and of each tensor among its further arguments whether it leads with the batch axis."""
 
     output: Any
     batched: tuple[bool, ...]
-    version: int
 
 
 @dataclass(frozen=True)
@@ -79,7 +75,7 @@ class Decomposition(Shown, nn.Module):
         self.C = C
         self._blocks: tuple[nn.Module, ...] = ()
         self._home: dict[str, int] = {}  # site name → index of its block
-        self._overwritten: set[str] = set()  # sites whose input the model writes into once they have read it
+        self._copied: set[nn.Module] = set()  # whose input or output the model writes to later in a run
         device = self.sites[0].W.device
         self._U = nn.ParameterList(torch.zeros(site.d_in, C, dtype=dtype, device=device) for site in sites)
         self._V = nn.ParameterList(torch.zeros(C, site.d_out, dtype=dtype, device=device) for site in sites)
@@ -119,32 +115,36 @@ class Decomposition(Shown, nn.Module):
 
     def target_run(self, inputs: Inputs) -> TargetRun:
         """The target as it is: logits bit-equal to calling it, and what every site was given, before the model wrote into that."""
-        seen: dict[str, list[_Given]] = {site.name: [] for site in self.sites}
-        blocks: list[BlockRun] = []
-        hooks = self._keep_inputs(seen)
-        hooks += [block.register_forward_hook(partial(_keep_block, blocks), with_kwargs=True) for block in self._blocks]
+        kept, blocks = Kept(self._copied), list[BlockRun]()
+        hooks = [block.register_forward_hook(partial(_keep_block, kept, blocks), with_kwargs=True) for block in self._blocks]
         try:
             with torch.no_grad():
-                logits = call(self.model, inputs)
+                logits, seen = self._inputs_of(kept, lambda: call(self.model, inputs))
         finally:
             for hook in hooks:
                 hook.remove()
+        if kept.written():  # what was kept is no longer what it was
+            self._copied |= kept.written()
+            return self.target_run(inputs)
         for name, calls in seen.items():
             if len(calls) != 1:
                 raise SiteError(
                     f"site {name}: the model calls it {len(calls)} times per run; a site must be called exactly once. "
                     f"Leave it out: add '!{name}' to sites"
                 )
-        if late := {name for name, [given] in seen.items() if _version(given.x) != given.version}:
-            self._overwritten |= late
-            return self.target_run(inputs)
-        return TargetRun(logits, {name: aligned(given.x, logits.shape[:-1]) for name, [given] in seen.items()}, tuple(blocks))
+        return TargetRun(logits, {name: aligned(given, logits.shape[:-1]) for name, [given] in seen.items()}, tuple(blocks))
 
-    def _keep_inputs(self, seen: Mapping[str, list["_Given"]]) -> list[RemovableHandle]:
-        return [
-            site.module.register_forward_pre_hook(partial(_keep_input, seen[site.name], site.name in self._overwritten), with_kwargs=True)
-            for site in self.sites
+    def _inputs_of(self, kept: Kept, run: Callable[[], Tensor]) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        """What a run gives, and what every site is given in it, call by call."""
+        seen: dict[str, list[Tensor]] = {site.name: [] for site in self.sites}
+        hooks = [
+            site.module.register_forward_pre_hook(partial(_keep_input, kept, seen[site.name]), with_kwargs=True) for site in self.sites
         ]
+        try:
+            return run(), seen
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @torch.no_grad()
     def find_blocks(self, inputs: Inputs) -> None:
@@ -163,8 +163,6 @@ class Decomposition(Shown, nn.Module):
         if not starts:
             return False
         target = self.target_run(inputs)
-        if any(_version(_hidden(run.output)) != run.version for run in target.blocks):
-            return False  # a later block writes into what this one returned
         off = {name: Replacement(target.inputs[name].new_zeros(*target.inputs[name].shape[:-1], self.C)) for name in self._home}
         ends = {starts[0], starts[-1]}
         plans: list[Plan] = [{}, *({name: off[name] for name, home in self._home.items() if home == start} for start in ends)]
@@ -201,8 +199,7 @@ class Decomposition(Shown, nn.Module):
                 leading[site.module] = (len(replacements) * given[0][0], *given[0][1:-1])
                 changed.setdefault(site.module, []).append((site, stacked_product(site, U, V, replacements)))
         forwards: dict[nn.Module, Callable[..., Any]] = {
-            module: joined(module, products, leading[module], copies=products[0][0].name in self._overwritten)
-            for module, products in changed.items()
+            module: joined(module, products, leading[module], copies=module in self._copied) for module, products in changed.items()
         }
         replaced = set(forwards)
         if max(starts) > 0:
@@ -224,14 +221,12 @@ class Decomposition(Shown, nn.Module):
 
     def masked_inputs(self, inputs: Inputs, plan: Plan) -> dict[str, Float[Tensor, "batch *pos d_in"]]:
         """What every site is given in the masked run of `plan`."""
-        seen: dict[str, list[_Given]] = {site.name: [] for site in self.sites}
-        hooks = self._keep_inputs(seen)
-        try:
-            logits = self.masked_run(inputs, [plan])[0]
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return {name: aligned(given.x, logits.shape[:-1]) for name, [given] in seen.items()}
+        kept = Kept(self._copied)
+        logits, seen = self._inputs_of(kept, lambda: self.masked_run(inputs, [plan])[0])
+        if kept.written():
+            self._copied |= kept.written()
+            return self.masked_inputs(inputs, plan)
+        return {name: aligned(given, logits.shape[:-1]) for name, [given] in seen.items()}
 
 
 def _repeated(inputs: Inputs, times: int) -> Inputs:
@@ -264,16 +259,18 @@ def block_chains(model: nn.Module, inputs: Inputs) -> list[tuple[nn.Module, ...]
 
 
 def _hidden(values: Any) -> Tensor | None:
-    """The hidden state among a block's arguments or results: the tensor itself, or the first of a tuple."""
-    first = values[0] if isinstance(values, tuple) and values else values
+    """The hidden state among a block's arguments or results: the tensor itself, or the first of several."""
+    first = values[0] if isinstance(values, tuple | list) and values else values
     return first if isinstance(first, Tensor) else None
 
 
-def _keep_block(blocks: list[BlockRun], _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    hidden = _hidden(args)
+def _keep_block(kept: Kept, blocks: list[BlockRun], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    hidden, returned = _hidden(args), _hidden(output)
     rows = None if hidden is None else hidden.shape[0]
     batched = tuple(tensor.dim() > 0 and tensor.shape[0] == rows for tensor in tensors_of((args[1:], kwargs)))
-    blocks.append(BlockRun(output, batched, _version(_hidden(output))))
+    if returned is not None and (own := kept(module, returned)) is not returned:
+        output = own if isinstance(output, Tensor) else (own, *output[1:])
+    blocks.append(BlockRun(output, batched))
 
 
 def _entering(blocks: Sequence[nn.Module], runs: Sequence[BlockRun], active: Sequence[int]) -> dict[nn.Module, Callable[..., Any]]:
@@ -312,23 +309,8 @@ def _count(calls: "Counter[nn.Module]", module: nn.Module, _args: object) -> Non
     calls[module] += 1
 
 
-@dataclass(frozen=True)
-class _Given:
-    """What a site was given, and its version then."""
-
-    x: Tensor
-    version: int
-
-
-def _keep_input(seen: list[_Given], copies: bool, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    x = given_input(args, kwargs)
-    x = x.clone() if copies or x.is_inference() else x
-    seen.append(_Given(x, _version(x)))
-
-
-def _version(tensor: Tensor | None) -> int:
-    """How often a tensor was written into, with all that shares its memory; those of inference mode do not count."""
-    return 0 if tensor is None or tensor.is_inference() else tensor._version
+def _keep_input(kept: Kept, seen: list[Tensor], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    seen.append(kept(module, given_input(args, kwargs)))
 
 
 def call(model: nn.Module, inputs: Inputs) -> Tensor:

@@ -66,4 +66,4 @@ def captured(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tenso
 
 
 def _keep(seen: dict[str, Tensor], name: str, _module: nn.Module, _args: object, pattern: Tensor) -> None:
-    seen[name] = pattern
+    seen[name] = pattern.clone()  # the model may go on to write to it

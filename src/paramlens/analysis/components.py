@@ -90,8 +90,9 @@ class Subcomponent(Shown):
     """One rank-1 part outer(u, v) of a site's weight.
 
     reads: tokens whose embedding, through the norm before the site, has the largest inner activation; positions: likewise; both empty for
-    a site that does not read the residual stream. writes, suppresses: tokens whose logit it raises and lowers most, through the final
-    norm's gain; empty for a site that does not write to the residual stream.
+    a site that does not read the residual stream. writes, suppresses: tokens whose logit it raises and lowers most, through the gain of the
+    norms on the way, before a cap on logits; empty for a site that does not write to the residual stream. What a site reads and writes is
+    measured; where a model does anything else on the way, nothing is known, and they are empty too.
     """
 
     run: str
@@ -131,7 +132,7 @@ class Subcomponent(Shown):
 
 def _listed(entries: Sequence[Read]) -> Cell:
     text = "  ".join(f"{each.what!r} {each.value:+.2f}" for each in entries)
-    return Cell(text) if text else Cell("not of the residual stream", "faint")
+    return Cell(text) if text else Cell("no direct path from or to the residual stream was found", "faint")
 
 
 def _token_strip(tokens: Sequence[str], importance: Sequence[float], inner: Sequence[float]) -> Table:

@@ -32,8 +32,9 @@ from paramlens.shown import Shown
 from paramlens.sites import at_rest, find_sites, named_sites
 from paramlens.tables import Cell, Column, Table, figure, row, site_cell, token_text
 from paramlens.tasks.facts import Fact, fact_of, shipped_facts
-from paramlens.tasks.language import encode_fact, token_texts
+from paramlens.tasks.language import encode_fact
 from paramlens.tasks.loading import save_language
+from paramlens.tasks.tokens import positions_of, token_texts
 
 Method = Literal["projection", "subtraction"]
 
@@ -248,7 +249,9 @@ def unique(
     with at_rest(task.model), machine(run.config):
         prompt_ids, _ = encode_fact(tokenizer, fact.prompt, fact.answer)
         words = token_texts(tokenizer, prompt_ids)
-        where = positions_of(words, tokens) if tokens is not None else range(len(words))
+        where = [i for i in positions_of(tokenizer, fact.prompt, tokens) if i < len(words)] if tokens is not None else range(len(words))
+        if not where:
+            raise ConfigError(f"tokens {tokens!r}: one token with the answer's start; name words that stand before it")
         seen = run_sentences(run, [fact.sentence, *others])
         slopes = answer_slopes(run, fact)
     named = {site.name for site in find_sites(task.model, sites)} if sites is not None else set(run.decomposition.names)
@@ -280,19 +283,6 @@ def find_fact(run: Run, sentence: str, facts: Sequence[Fact] | None) -> Fact:
     if not found.prompt:
         raise ConfigError(f"{sentence!r}: one word; give a sentence, its last word the answer")
     return found
-
-
-def positions_of(texts: Sequence[str], words: str) -> list[int]:
-    """Positions of the tokens that spell `words` in a sentence given as tokens. Raises `ConfigError` if they are not in it."""
-    starts, text = [], ""
-    for piece in texts:
-        starts.append(len(text))
-        text += piece
-    at = text.find(words.strip())
-    if at < 0 or not words.strip():
-        raise ConfigError(f"{words!r}: not in {text.strip()!r}")
-    end = at + len(words.strip())
-    return [i for i, start in enumerate(starts) if start < end and start + len(texts[i]) > at]
 
 
 def answer_slopes(run: Run, fact: Fact) -> dict[str, Float[Tensor, "pos d_out"]]:

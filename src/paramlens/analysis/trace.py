@@ -1,23 +1,25 @@
 """Causal tracing: where restoring one state of a run with a corrupted subject brings the answer back (Meng et al. 2022; Figures 7-9)."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from paramlens.analysis.edit import positions_of
+from paramlens.analysis.branches import Branch, find_branches, hooked, with_hidden, without
+from paramlens.analysis.branches import hidden_of as _hidden
 from paramlens.decomposition import block_chains
-from paramlens.errors import BatchError, ConfigError
+from paramlens.errors import ConfigError
 from paramlens.shown import Shown
 from paramlens.sites import at_rest
 from paramlens.tables import Cell, Column, Table, columns, shaded, token_text
 from paramlens.tasks import generator
-from paramlens.tasks.language import encode, encode_fact, model_inputs, token_texts
+from paramlens.tasks.language import encode_fact, model_inputs
 from paramlens.tasks.limits import require_tokens
+from paramlens.tasks.tokens import open_ended, positions_of, token_texts
 
 NOISE = 3.0
 """Standard deviation of the noise on the subject's embeddings, in standard deviations of the embeddings."""
@@ -27,13 +29,6 @@ SAMPLES = 10
 
 WINDOW = 3
 """Blocks whose MLPs or attentions are restored together."""
-
-_PARTS = {
-    "mlp": ("mlp", "feed_forward", "ffn", "block_sparse_moe"),
-    "attention": ("attn", "attention", "self_attn", "self_attention"),
-}
-
-Kind = Literal["hidden", "mlp", "attention"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -110,34 +105,39 @@ def trace(
 ) -> Trace:
     """Trace the answer to `prompt` in any causal language model of transformers, by hooks that are taken off again.
 
-    subject: words of the prompt. answer: none: the likeliest next token. Raises `ConfigError` for a subject that is not in the prompt, an
-    odd number, or a model whose blocks are not found.
+    subject: words of the prompt; where they stand more than once, the first place counts. answer: none: the likeliest next token.
+    noise: in standard deviations of what the model's embedding gives over its vocabulary, scaled as the model scales it (Gemma).
+    An MLP or an attention that adds the residual stream to its own result (BLOOM, MPT) is restored, or put to zero, without that stream.
+    Raises `ConfigError` for a subject that is not in the prompt, an odd number, or a model whose blocks are not found or in which what
+    attention and MLP add cannot be told apart, and `BatchError` for a prompt longer than the model takes.
     """
-    if samples < 1 or window < 1 or noise <= 0:
+    if samples < 1 or window < 1 or not 0 < noise < float("inf"):
         raise ConfigError(f"noise {noise}, samples {samples}, window {window}: give numbers above 0")
+    if not prompt.strip():
+        raise ConfigError("prompt: empty; give the words that come before the answer, the subject among them")
     device = next(model.parameters()).device
     with at_rest(model):
+        before, after = (open_ended(tokenizer, prompt), []) if answer is None else encode_fact(tokenizer, prompt, answer)
+        at = [position for position in positions_of(tokenizer, prompt, subject) if position < len(before)]
+        if not at:
+            raise ConfigError(f"{subject!r}: one token with the start of the answer; give a prompt that goes on after the subject")
+        require_tokens(model, [[*before, *after]], [f"prompt {prompt!r}" + ("" if answer is None else f" with its answer {answer!r}")])
         if answer is None:
-            prompted = encode(tokenizer, prompt)
-            require_tokens(model, [prompted], [f"prompt {prompt!r}"])
-            ids = torch.tensor([prompted], device=device)
-            likeliest = model(**model_inputs(ids)).logits[0, -1].argmax().item()
-            answer = token_texts(tokenizer, [likeliest])[0].strip()
-        before, after = encode_fact(tokenizer, prompt, answer)
-        require_tokens(model, [before + after], [f"prompt and answer {prompt!r} {answer!r}"])
-        texts = token_texts(tokenizer, before)
-        at = positions_of(texts, subject)
+            after = [int(model(**model_inputs(torch.tensor([before], device=device))).logits[0, -1].argmax())]
+            [text] = token_texts(tokenizer, after)
+            answer = text.strip() or text
         tracer = _Tracer(model, torch.tensor(before + after, device=device), len(before), at, noise=noise, samples=samples, seed=seed)
+        clean, corrupted = tracer.clean(), tracer.corrupted()
         maps = {kind: tracer.restored(kind, window) for kind in ("hidden", "mlp", "attention")}
         return Trace(
             model=name or type(model).__name__,
             prompt=prompt,
             subject=subject,
             answer=answer,
-            positions=texts,
+            positions=token_texts(tokenizer, before),
             subject_positions=at,
-            clean=tracer.clean(),
-            corrupted=tracer.corrupted(),
+            clean=clean,
+            corrupted=corrupted,
             noise=noise,
             samples=samples,
             window=window,
@@ -154,38 +154,45 @@ class _Tracer:
         self, model: Any, ids: Int[Tensor, "pos"], prompt: int, subject: Sequence[int], *, noise: float, samples: int, seed: int
     ) -> None:
         self.model, self.ids, self.prompt, self.samples = model, ids, prompt, samples
-        blocks = max(block_chains(model, model_inputs(ids[None])), key=len, default=())
+        self.subject, self.noise_size = list(subject), noise
+        inputs = model_inputs(ids[None])
+        blocks = max(block_chains(model, inputs), key=len, default=())
         if not blocks:
             raise ConfigError(f"trace: {type(model).__name__} has no chain of blocks that hand a hidden state on")
-        self.modules: dict[Kind, list[nn.Module]] = {"hidden": list(blocks)}
-        for kind in ("mlp", "attention"):
-            found = [next((child for name, child in block.named_children() if name in _PARTS[kind]), None) for block in blocks]
-            if any(each is None for each in found):
-                raise ConfigError(f"trace: a block of {type(model).__name__} has no {kind} (a child named {', '.join(_PARTS[kind])})")
-            self.modules[kind] = [each for each in found if each is not None]
-        self.embedding = model.get_input_embeddings()
-        weight = self.embedding.weight
+        self.branches: dict[str, list[Branch]] = {"hidden": [Branch(block) for block in blocks], **find_branches(model, blocks, inputs)}
+        self.embedding = _embedding(model)
+        deviation, width = _spread(self.embedding, ids)
         rng = generator(seed, "trace")
-        drawn = torch.randn(samples, len(subject), weight.shape[1], generator=rng, dtype=torch.float64)
-        self.subject, self.noise = list(subject), (noise * weight.double().std().item() * drawn).to(weight)
+        drawn = torch.randn(samples, len(subject), width, generator=rng, dtype=torch.float64)
+        self.noise = (noise * deviation * drawn).to(next(self.embedding.parameters()))
         self.states = self._clean_states()
 
-    def _clean_states(self) -> dict[nn.Module, Tensor]:
-        kept: dict[nn.Module, Tensor] = {}
+    def _clean_states(self) -> dict[Branch, Tensor]:
+        """The contributions of every branch, copied: a model may add to them in place."""
+        kept: dict[Branch, Tensor] = {}
 
-        def keep(module: nn.Module, _args: Any, output: Any) -> None:
-            kept[module] = _hidden(output)[0]
+        def keep(branch: Branch, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            own = _hidden(output) - branch.rest(args, kwargs, output)
+            kept[branch] = _by_row(own, 1)[0]
 
-        with _hooked([(module, keep) for modules in self.modules.values() for module in modules]):
+        with hooked([(branch.module, partial(keep, branch)) for branches in self.branches.values() for branch in branches]):
             self.model(**model_inputs(self.ids[None]))
         return kept
 
     def _probability(self, rows: int) -> Float[Tensor, "row"]:
         logits = self.model(**model_inputs(self.ids.expand(rows, -1))).logits[:, self.prompt - 1 : -1].double()
         expected = self.ids[self.prompt :].expand(rows, -1)
-        return logits.log_softmax(-1).gather(2, expected[..., None]).sum((1, 2)).exp()
+        found = logits.log_softmax(-1).gather(2, expected[..., None]).sum((1, 2)).exp()
+        if not found.isfinite().all():
+            cause = "the model's own logits are not finite numbers" if rows == 1 else f"noise {self.noise_size:g} makes the model overflow"
+            raise ConfigError(f"trace: {cause}, so there are no probabilities")
+        return found
 
-    def _corrupt(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    def _corrupt(self, _module: nn.Module, _args: Any, _kwargs: Any, output: Tensor) -> Tensor:
+        if output.dim() != 3 or output.shape[1] != len(self.ids):
+            raise ConfigError(
+                f"trace: the embedding gives {tuple(output.shape)}, not [batch, pos, d], so the subject cannot be found in it"
+            )
         noisy = output.clone()
         copies = len(output) // self.samples
         noisy[:, self.subject] += self.noise.repeat(copies, 1, 1)
@@ -195,52 +202,57 @@ class _Tracer:
         return self._probability(1).item()
 
     def corrupted(self) -> float:
-        with _hooked([(self.embedding, self._corrupt)]):
+        with hooked([(self.embedding, self._corrupt)]):
             return self._probability(self.samples).mean().item()
 
-    def restored(self, kind: Kind, window: int) -> list[list[float]]:
+    def restored(self, kind: str, window: int) -> list[list[float]]:
         """[block][position]; all positions of a block go through the model together, `samples` rows each."""
-        modules = self.modules[kind]
+        branches = self.branches[kind]
         rows = []
-        for block in range(len(modules)):
-            around = range(max(0, block - (window - 1) // 2), min(len(modules), block + window // 2 + 1))
-            chosen = [modules[block]] if kind == "hidden" else [modules[i] for i in around]
-            with _hooked([(self.embedding, self._corrupt), *((module, self._restore) for module in chosen)]):
+        for block in range(len(branches)):
+            around = range(max(0, block - (window - 1) // 2), min(len(branches), block + window // 2 + 1))
+            chosen = [branches[block]] if kind == "hidden" else [branches[i] for i in around]
+            with hooked([(self.embedding, self._corrupt), *((branch.module, partial(self._restore, branch)) for branch in chosen)]):
                 values = self._probability(self.samples * self.prompt)
             rows.append(values.view(self.prompt, self.samples).mean(1).tolist())
         return rows
 
-    def _restore(self, module: nn.Module, _args: Any, output: Any) -> Any:
-        hidden = _hidden(output).clone()
+    def _restore(self, branch: Branch, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        hidden, rest = _hidden(output).clone(), branch.rest(args, kwargs, output)
+        at, beside = (_by_row(each, self.samples * self.prompt) for each in (hidden, rest))
         for position in range(self.prompt):
-            hidden[position * self.samples : (position + 1) * self.samples, position] = self.states[module][position]
-        return _with_hidden(output, hidden)
+            rows = slice(position * self.samples, (position + 1) * self.samples)
+            at[rows, position] = self.states[branch][position] + beside[rows, position]
+        return with_hidden(output, hidden)
 
     def zeroed(self) -> list[float]:
         """Probability with one block's MLP put to zero at every position."""
         values = []
-        for module in self.modules["mlp"]:
-            with _hooked([(module, lambda _module, _args, output: _with_hidden(output, torch.zeros_like(_hidden(output))))]):
+        for branch in self.branches["mlp"]:
+            with hooked([(branch.module, partial(without, branch))]):
                 values.append(self._probability(1).item())
         return values
 
 
-def _hidden(output: Any) -> Tensor:
-    hidden = output[0] if isinstance(output, tuple) else output
-    if not isinstance(hidden, Tensor):
-        raise BatchError(f"trace: a block returned {type(output).__name__}, no hidden state")
-    return hidden
+def _by_row(hidden: Tensor, rows: int) -> Float[Tensor, "row pos d"]:
+    """A view of a hidden state as [row, pos, d]; some modules put out all rows' positions one after the other."""
+    return hidden.view(rows, -1, hidden.shape[-1])
 
 
-def _with_hidden(output: Any, hidden: Tensor) -> Any:
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-
-@contextmanager
-def _hooked(hooks: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    handles = [module.register_forward_hook(hook) for module, hook in hooks]
+def _embedding(model: Any) -> nn.Module:
     try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        embedding = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        embedding = None
+    if embedding is None or not any(True for _ in embedding.parameters()):
+        raise ConfigError(
+            f"trace: {type(model).__name__} names no token embeddings (get_input_embeddings), so there is no subject to corrupt"
+        )
+    return embedding
+
+
+def _spread(embedding: nn.Module, ids: Int[Tensor, "pos"]) -> tuple[float, int]:
+    """Standard deviation of what the embedding gives for its whole vocabulary, scaled as the module itself scales it, and its width."""
+    count = len(next(embedding.parameters()))
+    given = [embedding(part).double() for part in torch.arange(count, device=ids.device).split(8192)]
+    return torch.cat(given).std().item(), given[0].shape[-1]

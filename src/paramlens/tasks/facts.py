@@ -133,7 +133,7 @@ def facts_task(task: FactsTask, language: Language, *, seed: int) -> Task:
         batch,
         roles=tuple(names),
         elsewhere=elsewhere if task.elsewhere else None,
-        longest=max(longest, *(len(encode_sentence(tokenizer, sentence)) for sentence in others)),
+        longest=max(map(len, [*own, *others])),
         held_out=1,
         tokenizer=tokenizer,
     )

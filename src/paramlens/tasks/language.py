@@ -9,6 +9,7 @@ from torch import Tensor
 from paramlens.errors import BatchError
 from paramlens.tasks import Batch
 from paramlens.tasks.loading import Language, language_skeleton, load_language, save_language
+from paramlens.tasks.tokens import open_ended, token_texts
 
 __all__ = [
     "Language",
@@ -45,7 +46,7 @@ def encode_fact(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], li
 
     Raises `BatchError` for an answer that is empty, or that the vocabulary cannot spell.
     """
-    before, whole = encode(tokenizer, prompt), encode(tokenizer, f"{prompt} {answer.strip()}")
+    before, whole = open_ended(tokenizer, prompt), open_ended(tokenizer, f"{prompt} {answer.strip()}")
     shared = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), min(len(before), len(whole)))
     if not shared:
         raise BatchError(f"prompt {prompt!r}: no token of it stands before the answer; give a prompt that ends at a word")
@@ -58,12 +59,6 @@ def encode_fact(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], li
             f"answer {answer!r} to {prompt!r}: not in the model's vocabulary, which reads it as {token_texts(tokenizer, answered)}"
         )
     return whole[:shared], answered
-
-
-def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """The text of each token, a leading space where one stands before the word."""
-    marks = str.maketrans({"Ġ": " ", "▁": " ", "Ċ": "\n"})
-    return [str(token).translate(marks) for token in tokenizer.convert_ids_to_tokens(list(ids))]
 
 
 def padded(tokenizer: Any, sequences: Sequence[Sequence[int]]) -> Batch:

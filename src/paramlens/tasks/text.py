@@ -11,10 +11,11 @@ from torch import Tensor
 from paramlens.config import TextTask
 from paramlens.errors import BatchError, ConfigError
 from paramlens.tasks import Batch, Task, generator
-from paramlens.tasks.language import encode, model_inputs, token_texts
+from paramlens.tasks.language import encode, model_inputs
 from paramlens.tasks.limits import require_tokens
 from paramlens.tasks.loading import Language
 from paramlens.tasks.reading import json_lines, read_text
+from paramlens.tasks.tokens import token_texts
 
 
 def read_documents(path: Path) -> list[str]:
@@ -77,7 +78,8 @@ def text_task(task: TextTask, language: Language, *, seed: int, batch: int) -> T
     def piece(step: int, stream: str) -> Batch:
         own = train if stream == "train" else rest
         ids = own[_drawn(len(own), batch, step, (seed, "text", stream))]
-        return Batch(model_inputs(ids), texts=tuple(tuple(token_texts(language.tokenizer, row)) for row in ids.tolist()))
+        texts = token_texts(language.tokenizer, ids.flatten().tolist())
+        return Batch(model_inputs(ids), texts=tuple(zip(*[iter(texts)] * ids.shape[1], strict=True)))
 
     return Task(language.model, piece, held_out=-(-len(rest) // batch), longest=task.length, tokenizer=language.tokenizer)
 

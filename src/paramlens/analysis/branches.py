@@ -1,0 +1,174 @@
+"""What the attention and the MLP of every block add to the residual stream, measured: some modules add the stream to it themselves.
+
+A module's own contribution is what it returns, or that minus one of its arguments. Of the ways to put both contributions of a block to
+zero the right one is the first with which the block hands on what it is given; norms that the stream itself passes may stand between.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from paramlens.analysis.norms import factor, norm_of
+from paramlens.decomposition import call
+from paramlens.errors import BatchError, ConfigError
+from paramlens.tasks import Inputs
+
+Kind = Literal["mlp", "attention"]
+
+_NAMES: dict[Kind, tuple[str, ...]] = {
+    "mlp": ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "fc2"),
+    "attention": ("attn", "attention", "self_attn", "self_attention"),
+}
+"""Candidates; whether they are what their names say is measured."""
+
+Argument = int | str
+"""Place or keyword of a module's argument."""
+
+
+_Passed = tuple[nn.Module, Tensor, Tensor]
+"""A leaf, what it was given and what it made of it."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A module whose own contribution a block adds to the residual stream.
+
+    added: the argument that the module itself adds to its contribution, the residual stream; none: it returns the contribution alone.
+    """
+
+    module: nn.Module
+    added: Argument | None = None
+
+    def rest(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Tensor:
+        """What the module would return without a contribution of its own."""
+        if self.added is None:
+            return torch.zeros_like(hidden_of(output))
+        return (args[self.added] if isinstance(self.added, int) else kwargs[self.added]).clone()
+
+
+@torch.no_grad()
+def find_branches(model: nn.Module, blocks: Sequence[nn.Module], inputs: Inputs) -> dict[Kind, list[Branch]]:
+    """The attention and the MLP of every block. Raises `ConfigError` for a block in which they are not found, or add something else."""
+    modules: dict[Kind, list[nn.Module]] = {kind: [_named(block, kind) for block in blocks] for kind in ("mlp", "attention")}
+    arguments: dict[nn.Module, list[Argument]] = {}
+    given: dict[nn.Module, Tensor] = {}
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        named = {**dict(enumerate(args)), **kwargs}
+        arguments[module] = [name for name, value in named.items() if _like(value, hidden_of(output))]
+
+    def enter(block: nn.Module, args: tuple[Any, ...]) -> None:
+        given[block] = args[0].clone()
+
+    with hooked([(module, keep) for found in modules.values() for module in found], [(block, enter) for block in blocks]):
+        call(model, inputs)
+    found: dict[int, list[Branch]] = {}
+    named = [[None, *dict.fromkeys(name for each in modules[kind] for name in arguments.get(each, []))] for kind in modules]
+    for through_norms, way in product((False, True), product(*named)):
+        tried = {
+            i: [Branch(modules[kind][i], added) for kind, added in zip(modules, way, strict=True)]
+            for i in range(len(blocks))
+            if i not in found
+        }
+        fits = {i: pair for i, pair in tried.items() if all(each.added is None or each.added in arguments[each.module] for each in pair)}
+        if fits:
+            ends = _silenced(model, [blocks[i] for i in fits], given, [each for pair in fits.values() for each in pair], inputs)
+            found |= {i: pair for i, pair in fits.items() if _reaches(given[blocks[i]], *ends[blocks[i]], through_norms=through_norms)}
+    for i, block in enumerate(blocks):
+        if i not in found:
+            raise ConfigError(
+                f"trace: block {i} ({type(block).__name__}) does not hand on what it is given with its attention and its MLP at zero, so "
+                "what they add to the residual stream cannot be told; use decompose and circuit, which need no such parts"
+            )
+    return {kind: [found[i][place] for i in range(len(blocks))] for place, kind in enumerate(modules)}
+
+
+def _named(block: nn.Module, kind: Kind) -> nn.Module:
+    found = next((child for name in _NAMES[kind] for own, child in block.named_children() if own == name), None)
+    if found is None:
+        names = ", ".join(_NAMES[kind])
+        raise ConfigError(f"trace: {type(block).__name__} has no {kind} that is found (a child named {names}), so there is no map of it")
+    return found
+
+
+def _like(value: Any, hidden: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == hidden.shape and value.is_floating_point()
+
+
+def _silenced(
+    model: nn.Module, blocks: Sequence[nn.Module], given: Mapping[nn.Module, Tensor], branches: Sequence[Branch], inputs: Inputs
+) -> dict[nn.Module, tuple[Tensor, list[_Passed]]]:
+    """What each block, given its own input, returns when no branch contributes anything, and what its leaves make of what they get."""
+    owner = {module: block for block in blocks for module in block.modules() if not any(True for _ in module.children())}
+    returned: dict[nn.Module, Tensor] = {}
+    passed: dict[nn.Module, list[_Passed]] = {block: [] for block in blocks}
+
+    def enter(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (given[block].clone(), *args[1:])
+
+    def keep(module: nn.Module, args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> None:
+        if args and isinstance(output, Tensor) and _like(args[0], output):
+            passed[owner[module]].append((module, args[0].clone(), output.clone()))
+
+    def leave(block: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> None:
+        returned[block] = hidden_of(output).clone()
+
+    hooks = [(branch.module, partial(without, branch)) for branch in branches]
+    hooks += [*((leaf, keep) for leaf in owner), *((block, leave) for block in blocks)]
+    with hooked(hooks, [(block, enter) for block in blocks]):
+        call(model, inputs)
+    return {block: (returned[block], passed[block]) for block in blocks}
+
+
+def _reaches(start: Tensor, end: Tensor, passed: Sequence[_Passed], *, through_norms: bool) -> bool:
+    """Whether `end` is `start`, or what norms make of it one after the other."""
+    known = [start]
+    for module, given, output in passed if through_norms else ():
+        if any(_same(given, each) for each in known) and norm_of(module, given) is not None:
+            known.append(output)
+    return any(factor(end, each) is not None for each in known)  # some blocks multiply the whole stream by a number
+
+
+def _same(values: Tensor, others: Tensor) -> bool:
+    return values.shape == others.shape and bool((values - others).norm() <= 1e-3 * others.norm())
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden state that a module returns, alone or first of several."""
+    hidden = output[0] if isinstance(output, tuple | list) and output else output
+    if not isinstance(hidden, Tensor):
+        raise BatchError(f"trace: a module returned {type(output).__name__}, no hidden state")
+    return hidden
+
+
+def with_hidden(output: Any, hidden: Tensor) -> Any:
+    """The same output with another hidden state."""
+    return type(output)((hidden, *output[1:])) if isinstance(output, tuple | list) else hidden
+
+
+def without(branch: Branch, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    """The hook that puts a branch's contribution to zero."""
+    return with_hidden(output, branch.rest(args, kwargs, output))
+
+
+@contextmanager
+def hooked(
+    hooks: Sequence[tuple[nn.Module, Callable[..., Any]]], before: Sequence[tuple[nn.Module, Callable[..., Any]]] = ()
+) -> Iterator[None]:
+    """While active, each function is a forward hook of its module, called with (module, args, kwargs, output).
+
+    before: hooks that are called with (module, args) ahead of it.
+    """
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module, hook in hooks]
+    handles += [module.register_forward_pre_hook(hook) for module, hook in before]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
