@@ -23,7 +23,7 @@ from paramlens.rundir import Run
 from paramlens.shown import Shown
 from paramlens.sites import at_rest
 from paramlens.tables import Cell, Table, columns, metric, row, shaded, site_cell
-from paramlens.tasks import Task, generator
+from paramlens.tasks import Task, generator, seed_of
 
 EXAMPLE_LENGTH = 128
 """Longest example whose attention patterns are kept, tokens."""
@@ -202,7 +202,7 @@ def circuit(run: Run, *, threshold: float = ACTIVE, batches: int = 16, adversary
 def _metrics(run: Run, task: Task, data: Sequence[HeldOut], *, threshold: float, adversary: int) -> dict[str, float]:
     last_token_only, seed = run.config.last_token_only, run.config.seed
     rows: list[dict[str, float]] = []
-    for held in data:
+    for index, held in enumerate(data):
         row = evaluate(
             task,
             run.decomposition,
@@ -211,7 +211,7 @@ def _metrics(run: Run, task: Task, data: Sequence[HeldOut], *, threshold: float,
             held.g,
             last_token_only=last_token_only,
             threshold=threshold,
-            seed=seed,
+            seed=seed_of(seed, index),
         )
         if adversary:
             row["recon_adversarial"] = adversarial_recon(
@@ -220,7 +220,7 @@ def _metrics(run: Run, task: Task, data: Sequence[HeldOut], *, threshold: float,
                 held.target,
                 held.g,
                 at=LossAt(last_token_only, held.batch.present),
-                generator=generator(seed, "adversary"),
+                generator=generator(seed, "adversary", index),
                 steps=adversary,
             )
         rows.append(row)

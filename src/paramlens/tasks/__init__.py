@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
@@ -163,5 +164,6 @@ def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Gene
 
 
 def seed_of(*key: int | str) -> int:
-    """A 63-bit number that is a pure function of `key`."""
+    """A 63-bit number that is a pure function of `key`; a whole number of NumPy's counts as the same of Python's."""
+    key = tuple(int(part) if isinstance(part, Integral) else part for part in key)
     return int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
