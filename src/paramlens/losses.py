@@ -49,6 +49,12 @@ def faithfulness(decomposition: Decomposition) -> Float[Tensor, ""]:
     return torch.stack(squares).sum() / sum(site.W.numel() for site in decomposition.sites)
 
 
+def mean_square(decomposition: Decomposition) -> float:
+    """Mean squared entry of the weights of all sites: what faithfulness is measured against."""
+    squares = sum(site.W.double().square().sum().item() for site in decomposition.sites)
+    return squares / sum(site.W.numel() for site in decomposition.sites)
+
+
 def minimality(
     pre: Mapping[str, Float[Tensor, "*batch C"]], *, p: float | Tensor, eps: float, present: Float[Tensor, ""] | float = 1.0
 ) -> Float[Tensor, ""]:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ from paramlens.layout import (
     write_json,
     write_text,
 )
+from paramlens.losses import faithfulness, mean_square
 from paramlens.manifest import file_sha256, problems, write_manifest
 from paramlens.metrics import MetricsFile
 from paramlens.shown import Shown
@@ -54,6 +55,7 @@ from paramlens.tables import Chart, Column, Line, Table, columns, metric, row
 from paramlens.tasks import Batches, TargetHistory, Task
 from paramlens.tasks.batches import batch_function
 from paramlens.tensorfile import copy_into, require_fit
+from paramlens.verdicts import Verdict, verdict_table, verdicts
 
 
 class RunDirectory:
@@ -175,11 +177,21 @@ class Run(Shown):
         """How a toy target was trained; none for any other."""
         return targets.history(self.path) if (self.path / "target.json").exists() else None
 
+    @cached_property
+    @torch.no_grad()
+    def verdicts(self) -> tuple[Verdict, ...]:
+        """Whether the decomposition can be trusted, from the last evaluation up to the loaded checkpoint; `circuit` has more of them."""
+        measured = [line["evaluation"] for line in self.metrics if "evaluation" in line and line["step"] <= self.step]
+        left_out = faithfulness(self.decomposition).item()
+        now = {"faithfulness": left_out, "faithfulness_relative": left_out / mean_square(self.decomposition)}
+        history = self.target_history
+        return tuple(verdicts((measured[-1] if measured else {}) | now, target=None if history is None else asdict(history)))
+
     def summary(self) -> str:
         return f"{self.path}, {self.status} at step {self.step}: {self.decomposition.summary()}"
 
     def tables(self) -> tuple[Table, ...]:
-        """What was decomposed and how, and the last losses and evaluation, from the files of the directory alone."""
+        """What was decomposed and how, the last losses and evaluation, and whether the decomposition can be trusted."""
         described, info = read_description(self.path), self.info
         trained = [line for line in self.metrics if "losses" in line]
         target = f"{described.target.id} {described.target.revision or ''}".strip()
@@ -196,7 +208,7 @@ class Run(Shown):
         )
         last = dict(trained[-1]["losses"]) if trained else {}
         measured = next((line["evaluation"] for line in reversed(self.metrics) if "evaluation" in line), {})
-        return facts, *(
+        numbers = (
             Table(title, columns("", "value"), tuple(row(name, metric(name, value)) for name, value in values.items()))
             for title, values in (
                 (f"Losses at step {trained[-1]['step'] if trained else 0:,}", last),
@@ -204,6 +216,7 @@ class Run(Shown):
             )
             if values
         )
+        return facts, *numbers, verdict_table(self.verdicts)
 
     def charts(self) -> tuple[Chart, ...]:
         """The losses over the steps."""

@@ -35,7 +35,7 @@ from paramlens.page.figures import (
     trace_figure,
     zero_figure,
 )
-from paramlens.page.verdicts import verdicts
+from paramlens.verdicts import verdicts
 
 if TYPE_CHECKING:
     from paramlens.rundir import Run
@@ -80,7 +80,7 @@ def report(run: "Run | str | Path", *, budget: float = BUDGET) -> Path:
         "inspections": analyses["inspect"]["prompts"] if isinstance(config.task, FactsTask) else [],
         "edits": (analyses.kept["suppress"] or {"edits": []})["edits"],
         "target": target,
-        "verdicts": list(verdicts(circuit, target)),
+        "verdicts": list(verdicts(circuit["metrics"], off_data=circuit["off_data"], target=target)),
         "sections": list(_sections(found)),
         "figures": _embedded({figure.name: _drawn(figure) for figure in found}),
         "style": Markup(_shipped("style.css")),
