@@ -52,8 +52,8 @@ from paramlens.metrics import MetricsFile
 from paramlens.shown import Shown
 from paramlens.sites import find_sites
 from paramlens.tables import Chart, Column, Line, Table, columns, metric, row
-from paramlens.tasks import Batches, TargetHistory, Task
-from paramlens.tasks.batches import batch_function
+from paramlens.tasks import Batches, EvaluatedOn, TargetHistory, Task
+from paramlens.tasks.batches import own_task
 from paramlens.tensorfile import copy_into, require_fit
 from paramlens.verdicts import Verdict, verdict_table, verdicts
 
@@ -167,6 +167,12 @@ class Run(Shown):
         """`run.json`."""
         return read_json(self.path / "run.json")
 
+    @property
+    def evaluated_on(self) -> EvaluatedOn:
+        """What the evaluations in `metrics.jsonl` looked at; runs of before this was recorded are told by their task."""
+        before: EvaluatedOn = "training" if self.config.task.kind in ("facts", "custom") else "held-out"
+        return self.info.get("evaluated_on", before)
+
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
         """Lines of `metrics.jsonl`."""
@@ -212,7 +218,7 @@ class Run(Shown):
             Table(title, columns("", "value"), tuple(row(name, metric(name, value)) for name, value in values.items()))
             for title, values in (
                 (f"Losses at step {trained[-1]['step'] if trained else 0:,}", last),
-                ("Held out: nats, accuracies", measured),
+                (f"{'Held out' if self.evaluated_on == 'held-out' else 'Training data'}: nats, accuracies", measured),
             )
             if values
         )
@@ -277,7 +283,7 @@ def open_run(
         task = _rebuild_task(path, described.rebuilt())
         model = task.model
     elif batches is not None:
-        task = Task(model, batch_function(batches, model))
+        task = own_task(model, batches, evaluated_on="given")
     require_target(path, described, model)
     decomposition, importance = build(described, model)
     load_parameters(folder, decomposition, importance)

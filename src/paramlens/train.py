@@ -142,9 +142,9 @@ def set_rates(optimizer: torch.optim.Optimizer, share: float) -> None:
 
 
 def held_out(config: Config, task: Task, decomposition: Decomposition, importance: Importance) -> dict[str, float]:
-    """Metrics of `evaluation.evaluate`, mean over the loss positions of `evaluate.batches` held-out batches."""
+    """Metrics of `evaluation.evaluate`, mean over the loss positions of `evaluate.batches` held-out batches, or all there are."""
     rows, counts = list[dict[str, float]](), list[int]()
-    for index in range(config.evaluate.batches):
+    for index in range(min(config.evaluate.batches, task.held_out or config.evaluate.batches)):
         batch = task.batch(index, "evaluate").to(decomposition.device)
         target, g = importances(decomposition, importance, batch)
         seed = seed_of(config.seed, index)

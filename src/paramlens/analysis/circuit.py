@@ -23,7 +23,7 @@ from paramlens.rundir import Run
 from paramlens.shown import Shown
 from paramlens.sites import at_rest
 from paramlens.tables import Cell, Table, columns, metric, row, shaded, site_cell
-from paramlens.tasks import Task, generator, seed_of
+from paramlens.tasks import EvaluatedOn, Task, generator, seed_of
 from paramlens.verdicts import Verdict, verdict_table, verdicts
 
 EXAMPLE_LENGTH = 128
@@ -56,7 +56,7 @@ class PatternPair:
 
 @dataclass(frozen=True)
 class ExampleSequence:
-    """One held-out sequence: tokens (where the input is tokens), roles, and at each site and position the summed importance Σ_c g."""
+    """One of the sequences: tokens (where the input is tokens), roles, and at each site and position the summed importance Σ_c g."""
 
     tokens: list[str]
     """Their text, or their numbers where the task has none."""
@@ -79,6 +79,8 @@ class Circuit(Shown):
     step: int
     threshold: float
     sequences: int
+    evaluated_on: EvaluatedOn
+    """What the sequences are: held-out ones, the training data, or what `open_run` was given."""
     roles: list[str]
     sites: dict[str, SiteCircuit]
     metrics: dict[str, float]
@@ -109,7 +111,7 @@ class Circuit(Shown):
         highest = max(count for site in self.sites.values() for count in site.active.values())
         places = 1 if len(self.roles) > _WIDE else 3
         active = Table(
-            f"Active subcomponents (importance > {self.threshold:g}), {self.sequences} sequences",
+            f"Active subcomponents (importance > {self.threshold:g}), {self.sequences} {self.evaluated_on} sequences",
             columns("site", *self.roles, "unique"),
             tuple(
                 (
@@ -156,6 +158,8 @@ def _changes(changes: Sequence[Intervention]) -> Table:
 def circuit(run: Run, *, threshold: float = ACTIVE, batches: int = 16, adversary: int = STEPS) -> Circuit:
     """Table 1 of `run` on `batches` held-out batches: a (active by role), b (unique), c (metrics); interventions and maps.
 
+    A task without held-out batches has its training data looked at, which `evaluated_on` says.
+
     adversary: steps of projected gradient that look for the worst masks (recon_adversarial); 0 leaves it out. The roles of a task without
     any are one, "all". Raises `ConfigError` for a number out of range and for a run on your own model that was opened without batches.
     """
@@ -188,6 +192,7 @@ def circuit(run: Run, *, threshold: float = ACTIVE, batches: int = 16, adversary
         step=run.step,
         threshold=threshold,
         sequences=sum(len(held.roles) for held in data),
+        evaluated_on=task.evaluated_on,
         roles=roles,
         sites={name: _site(value, role_index, roles, threshold, if_silent=_if_silent(run, name, threshold)) for name, value in g.items()},
         metrics=metrics,

@@ -1,7 +1,7 @@
 """A decomposition where it was not fitted: a few inputs leave everything else open, and training data of one kind leaves other kinds open.
 
-Facts runs are looked at on other facts. Runs on tokens see held-out sequences whose tokens are shuffled, each in its sequence: the same
-tokens, without what made them sequences. Other inputs offer nothing of the kind.
+Facts runs are looked at on other facts. Runs on tokens see their sequences with shuffled tokens, each in its sequence: the same tokens,
+without what made them sequences. Other inputs offer nothing of the kind.
 """
 
 from collections.abc import Mapping, Sequence
@@ -93,7 +93,7 @@ def _elsewhere(run: Run, batch: Batch) -> tuple[str, Batch] | None:
     absent = torch.zeros_like(ids, dtype=torch.bool) if batch.present is None else ~batch.present
     places, order = absent.sort(dim=1, stable=True).indices, noise.masked_fill(absent, 2).argsort(1)  # present ones first in both
     shuffled = ids.scatter(1, places, ids.gather(1, order))
-    return "held-out sequences with their tokens shuffled", batch.with_token_ids(shuffled)
+    return f"{data_of(run).evaluated_on} sequences with their tokens shuffled", batch.with_token_ids(shuffled)
 
 
 def _weights(run: Run, data: Sequence[HeldOut], threshold: float) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], int]:

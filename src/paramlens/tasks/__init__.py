@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from numbers import Integral
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Bool, Int
@@ -15,6 +15,7 @@ Leaf = TypeVar("Leaf")
 
 Inputs = Tensor | Mapping[str, Any] | tuple[Any, ...] | list[Any]
 Batches = Callable[[int], Any] | Sequence[Any] | Iterable[Any]
+EvaluatedOn = Literal["held-out", "training", "given"]
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,8 @@ class Task:
     """Columns of its longest batch; None where that is not known beforehand."""
     held_out: int | None = None
     """Batches that a held-out stream has before it repeats; none: without end."""
+    evaluated_on: EvaluatedOn = "held-out"
+    """What all streams but "train" hold: batches kept from training, the training batches themselves, or what `open_run` was given."""
     last_token: Callable[[Inputs], Inputs] | None = None
     """Inputs that make the target compute the logits of the last position only, where it can."""
 

@@ -118,6 +118,7 @@ def facts_task(task: FactsTask, language: Language, *, seed: int) -> Task:
         elsewhere=elsewhere if task.elsewhere else None,
         longest=max(longest, *(len(encode_sentence(tokenizer, sentence)) for sentence in others)),
         held_out=1,
+        evaluated_on="training",
         tokenizer=tokenizer,
     )
 
