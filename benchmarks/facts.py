@@ -425,7 +425,7 @@ def _edit_lines(rows: Sequence[Mapping[str, Any]], edits: Mapping[str, Any]) -> 
 def _kept(effects: Sequence[Mapping[str, Any]]) -> list[str]:
     cells = []
     for kind in KINDS:
-        values = [effect["kept"][kind] for effect in effects if kind in effect["kept"]]
+        values = [value for effect in effects if (value := effect["kept"].get(kind)) is not None]
         worst = max if kind in ("target", "paraphrase") else min
         cells.append(f"{statistics.mean(values):.3f} ({worst(values):.3f})" if values else "-")
     return cells

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from paramlens import train
 from paramlens.analysis.attention import attention_divergence, attention_patterns
 from paramlens.analysis.circuit import circuit, silence
 from paramlens.analysis.held_out import held_out
@@ -160,3 +161,18 @@ def test_the_one_role_of_a_model_of_ones_own_is_no_place_to_look_around(tmp_path
     torch.manual_seed(0)
     run = decompose(Embedded(6), [torch.randint(6, (4, 1))], out=tmp_path / "run", **SMALL)
     assert circuit(run, batches=1).maps == {}
+
+
+def test_every_batch_has_masks_of_its_own(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """Two equal batches are given other random masks each, by the trainer and by the circuit: their mean is of two draws."""
+    torch.manual_seed(0)
+    run = decompose(Embedded(6), lambda _: torch.tensor([[1, 2, 3]]), out=tmp_path / "run", **SMALL)
+    config = run.config.model_copy(update={"evaluate": run.config.evaluate.model_copy(update={"batches": 2})})
+    rows = []
+    for module in ("paramlens.train", "paramlens.analysis.circuit"):
+        monkeypatch.setattr(f"{module}.evaluate", lambda *args, **how: rows.append(evaluate(*args, **how)) or rows[-1])
+    train.held_out(config, run.task, run.decomposition, run.importance)
+    circuit(run, batches=2, adversary=0)
+    assert [row["recon"] for row in rows] == pytest.approx([rows[0]["recon"]] * 4)
+    assert rows[0]["stochastic_recon"] != rows[1]["stochastic_recon"]
+    assert rows[2]["stochastic_recon"] != rows[3]["stochastic_recon"]

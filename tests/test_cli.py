@@ -253,7 +253,9 @@ def test_suppress_edits_evaluates_and_saves(facts, capsys: pytest.CaptureFixture
     assert len(found["selected"]) == 2
     assert [(fact["kind"], fact["prompt"]) for fact in found["facts"]] == [("target", KOBE[:-11]), ("general", "Snow is")]
     assert set(found["facts"][0]) >= {"prompt", "answer", "kind", "before", "after"}
-    assert found["controls"]["random directions"]["kept"]["target"] > 0
+    assert found["controls"]["random directions"]["kept"].keys() == {"target", "general"}
+    assert found["known"].keys() == {"target", "general"}
+    assert {"name", "standing", "figure", "text"} <= found["verdicts"][0].keys()
     assert (tmp_path / "edited" / "config.json").is_file()
     kept = json.loads((tmp_path / "facts" / "analysis" / "suppress.json").read_text())
     assert len(kept["edits"]) == 1

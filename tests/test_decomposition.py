@@ -10,6 +10,7 @@ from paramlens.errors import BatchError, SiteError
 from paramlens.factors import initialise, project, project_gradients
 from paramlens.losses import faithfulness
 from paramlens.masks import Replacement
+from paramlens.runs import decompose
 from paramlens.sites import find_sites
 from paramlens.tasks import generator
 from paramlens.tasks.induction import InductionTransformer
@@ -378,3 +379,18 @@ def test_projected_gradients_leave_the_sum_alone(target):
     assert abs(lost) < 1e-4  # what is lost stands at a right angle to what is kept
     project_gradients(decomposition)
     assert all(torch.allclose(value.grad, kept, atol=1e-6) for value, kept in zip(decomposition.parameters(), after, strict=True))
+
+
+def test_the_default_start_is_the_target_itself(tmp_path):
+    """One step from it, at a rate that moves nothing, U V is still W where C reaches its rank."""
+    torch.manual_seed(0)
+    how = {"C": 3, "steps": 1, "gamma": {"kind": "vector"}, "optim": {"lr": 1e-12}}
+    run = decompose(nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 4)), [torch.ones(2, 4, 3)], out=tmp_path / "run", sites="0", **how)
+    assert run.metrics[-1]["evaluation"]["faithfulness"] < 1e-12
+
+
+def test_sites_without_a_weight_are_refused(tmp_path):
+    model = nn.Linear(3, 3)
+    nn.init.zeros_(model.weight)
+    with pytest.raises(SiteError, match=r"sites \*: every weight is 0, so there is nothing to decompose"):
+        decompose(nn.Sequential(model), [torch.ones(2, 4, 3)], C=2, steps=1, out=tmp_path / "run", gamma={"kind": "vector"})

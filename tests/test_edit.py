@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import statistics
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,16 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from paramlens.analysis.components import inspect_prompt, inspect_subcomponent, run_sentences
+from paramlens.analysis.controls import CONTROLS, controls, independent_slices, without_activations
 from paramlens.analysis.edit import Edit, Selected, answer_slopes, edit, project_out, suppress, unique
-from paramlens.analysis.effect import _controls, evaluate_edit, perplexity, without_activations
+from paramlens.analysis.effect import _effect, evaluate_edit, perplexity
+from paramlens.config import Init
+from paramlens.decomposition import Decomposition
 from paramlens.errors import ConfigError, SiteError
+from paramlens.factors import initialise
 from paramlens.page import report
 from paramlens.sites import at_rest
+from paramlens.tables import Cell
 from paramlens.tasks import generator
 from paramlens.tasks.facts import Fact, fact_of, recall, shipped_facts
 from paramlens.tasks.language import encode, model_inputs
@@ -151,7 +157,11 @@ def test_the_effect_is_measured_fact_by_fact(facts_run):
     assert [each.after for each in result.facts] == pytest.approx(after.tolist())
     assert result.effect.perplexity == pytest.approx(lost)
     assert result.perplexity_before != pytest.approx(lost, rel=1e-9)
-    assert result.effect.kept["target"] == pytest.approx((after[0] / before[0]).item())
+    for kind, (known, count) in result.known.items():
+        own = [each for each in result.facts if each.kind == kind]
+        ratios = [each.after / each.before for each in own if each.right_before]
+        assert (known, count) == (len(ratios), len(own))
+        assert result.effect.kept[kind] == (pytest.approx(statistics.median(ratios)) if ratios else None)
     assert {each.kind for each in result.facts} >= {"target", "other-target", "same-sport", "general", "reverse"}
     assert set(result.controls) == {"random directions", "top singular directions", "random subcomponents", "activation read"}
     assert json.loads(json.dumps(result.to_json()))["selected"][0]["site"] == FIRST
@@ -163,7 +173,9 @@ def test_controls_take_as_many_slices_at_the_same_sites(facts_run):
     ranks = {FIRST: 2, "transformer.h.1.mlp.c_proj": 1}
     weights = {site.name: site.W for site in facts_run.decomposition.sites}
     with at_rest(facts_run.task.model):
-        made = _controls(facts_run, done, fact_of(KOBE, shipped_facts()))
+        found = controls(facts_run, done, fact_of(KOBE, shipped_facts()), CONTROLS)
+    made = {name: each.draws for name, each in found.items()}
+    assert {each.slices for each in found.values()} == {3}
     assert {name: len(draws) for name, draws in made.items()}["random directions"] == 5
     for draws in made.values():
         for draw in draws:
@@ -182,6 +194,72 @@ def test_the_activation_edit_writes_nothing_for_those_activations():
     other = numbers(6, key="y")
     other -= x.T @ torch.linalg.lstsq(x.T, other[:, None]).solution[:, 0]
     torch.testing.assert_close(other @ edited, other @ W)
+
+
+def test_equal_activations_are_read_once():
+    """A QR of three rows of which two are equal would make up a third direction, and take out what nothing reads."""
+    W, x = numbers(6, 4, key="W"), numbers(2, 6, key="x")
+    torch.testing.assert_close(without_activations(W, x[[0, 1, 0]]), without_activations(W, x))
+
+
+def test_a_control_that_would_take_out_less_is_left_out_with_the_reason(facts_run):
+    """All but two subcomponents of a site taken out; all of a site whose weight has fewer singular directions; parts that write nothing."""
+    C, fact = facts_run.decomposition.C, fact_of(KOBE, shipped_facts())
+    most = edit(facts_run, [Selected(FIRST, c) for c in range(C - 2)])
+    result = evaluate_edit(facts_run, most, KOBE, facts=[fact])
+    reason = f"{FIRST} has 2 other subcomponents that write anything, and {C - 2} were taken out"
+    assert "random subcomponents" not in result.controls
+    assert result.controls_left_out == {"random subcomponents": reason}
+    assert f"no control by random subcomponents: {reason}" in {note.text for note in result.tables()[1].notes}
+    with torch.no_grad():
+        W, V = (facts_run.decomposition.sites[0].W, facts_run.decomposition.V[FIRST])
+        before = V.clone()
+        V[3:] = 0
+        few = controls(facts_run, edit(facts_run, [Selected(FIRST, 0), Selected(FIRST, 1)]), fact, CONTROLS)
+        V.copy_(before)
+    assert few["random subcomponents"].why_not == f"{FIRST} has 1 other subcomponents that write anything, and 2 were taken out"
+    assert few["top singular directions"].why_not is None
+    narrow = dataclasses.replace(facts_run, decomposition=Decomposition(facts_run.task.model, facts_run.decomposition.sites, C=20))
+    initialise(narrow.decomposition, Init(kind="random"), generator=generator("narrow"))
+    everything = controls(narrow, edit(narrow, [Selected(FIRST, c) for c in range(18)]), fact, CONTROLS)
+    assert everything["top singular directions"].why_not == f"{FIRST} has 16 singular directions, and 18 subcomponents were taken out"
+    assert everything["random directions"].slices == 18
+    assert W.shape[0] == 16
+
+
+def test_independent_slices_are_counted():
+    u, v, W = numbers(4, 3, key="u"), numbers(3, 5, key="v"), numbers(4, 5, key="W")
+    assert independent_slices(u, v, of=W) == 3
+    assert independent_slices(u[:, [0, 0, 1]], v[[0, 0, 1]], of=W) == 2
+    assert independent_slices(u[:, [0, 0, 1]], v[[0, 2, 1]], of=W) == 3
+    assert independent_slices(u, torch.cat([v[:2], torch.zeros(1, 5, dtype=torch.float64)]), of=W) == 2
+
+
+def test_what_is_kept_is_of_the_facts_that_were_known():
+    """0.9 → 0.45 and 0.8 → 0.8 known, 0.01 → 0.1 not: the median is of the first two; of a kind with none known there is none."""
+    fact = Fact("a", "b")
+    named = [(fact, "target"), (fact, "general"), (fact, "general"), (fact, "general")]
+    before, after = (torch.tensor(values, dtype=torch.float64) for values in ([0.02, 0.9, 0.8, 0.01], [0.0196, 0.45, 0.8, 0.1]))
+    known, right = torch.tensor([False, True, True, False]), torch.tensor([False, False, True, True])
+    found = _effect(named, before, known, after, right, None)
+    assert found.kept == {"target": None, "general": pytest.approx(0.75)}
+    assert found.kept_mean == {"target": None, "general": pytest.approx(0.75)}
+    assert found.right == {"target": None, "general": 0.5}
+
+
+def test_an_edit_of_what_is_not_to_be_trusted_says_so(facts_run):
+    """A model trained for four steps, decomposed for six: it knows little, and the masked model is far from it."""
+    done = edit(facts_run, [Selected(FIRST, 1)])
+    result = evaluate_edit(facts_run, done, KOBE, controls=())
+    failed = [verdict for verdict in result.verdicts if verdict.standing == "fails"]
+    assert "target" in {verdict.name for verdict in failed}
+    assert all(f"{verdict.name} {verdict.figure}" in done.warnings[0] for verdict in failed)
+    assert done.warnings[0] in {note.text for note in done.tables()[0].notes}
+    assert result.facts[0].right_before is False
+    assert result.warnings[1].startswith("the model does not know the target: P('basketball') is ")
+    notes = [note.text for table in result.tables() for note in table.notes]
+    assert any(note.startswith("P('basketball') after 'Kobe Bryant plays the sport of': ") for note in notes)
+    assert result.tables()[1].rows[0][1:] == (Cell("0 of 1"), Cell("-", "faint"))
 
 
 @pytest.mark.parametrize(

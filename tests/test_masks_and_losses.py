@@ -50,6 +50,53 @@ def test_noise_is_uniform_and_unrelated_between_places_and_keys(dtype: torch.dty
     assert torch.corrcoef(neighbours)[0, 1].abs() < 0.012
 
 
+PLACES = 200_000
+
+
+def noise(key: int, dtype: torch.dtype) -> torch.Tensor:
+    return mask_noise(key, torch.empty(PLACES, dtype=dtype)).double()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_key_is_another_one_shifted(dtype: torch.dtype):
+    """Neighbouring keys at every lag of places: the largest of that many correlations stays within what chance allows.
+
+    Of m independent ones, each of deviation 1 / √n, none exceeds √(2 ln m + 2 ln 10^5) / √n but once in 10^5 times.
+    """
+    length, key = 2 * PLACES, 12345
+    spectra = [torch.fft.rfft(noise(key + other, dtype) - 0.5, length) for other in (0, 1, 2, 2**16, 2**20)]
+    first, others = spectra[0], spectra[1:]
+    for i, other in enumerate([first, *others]):
+        correlation = torch.fft.irfft(first.conj() * other, length) * 12 / PLACES
+        if i == 0:
+            assert correlation[0].item() == pytest.approx(1, abs=0.02)
+            correlation[0] = 0
+        bound = math.sqrt(2 * math.log(length * len(spectra)) + 2 * math.log(1e5)) / math.sqrt(PLACES)
+        assert correlation.abs().max().item() < bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("key", [0, 1, 2**16, 2**31 - 1])
+def test_noise_of_any_key_is_uniform(key: int, dtype: torch.dtype):
+    """Mean, variance and the Kolmogorov-Smirnov distance, each within five deviations (KS: p < 10^-6) of n independent draws."""
+    u = noise(key, dtype)
+    assert abs(u.mean().item() - 1 / 2) < 5 / math.sqrt(12 * PLACES)
+    assert abs(u.var().item() - 1 / 12) < 5 / math.sqrt(180 * PLACES)
+    distance = (u.sort().values - (torch.arange(PLACES) + 0.5) / PLACES).abs().max().item()
+    assert distance < 2.7 / math.sqrt(PLACES)
+
+
+def test_noise_does_not_depend_on_threads():
+    found = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(mask_noise(3, torch.empty(3, 5000)))
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(*found)
+
+
 def test_rounded_mask():
     assert rounded_mask(torch.tensor([0.0, 0.1, 0.1001, 1.0]), threshold=0.1).tolist() == [0, 0, 1, 1]
 

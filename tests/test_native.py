@@ -1,7 +1,12 @@
 """The compiled loops against PyTorch's own functions, their behaviour at what is not finite, and on any number of threads."""
 
+import inspect
 import math
+import re
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -138,6 +143,89 @@ def test_masks_draw_their_noise_in_place():
     x, U, V, g = numbers(3, 700, 4), torch.eye(4), torch.eye(4), torch.rand(3, 700, 4, generator=generator("g"))
     out = masked_linear(x, U, V, [Replacement(g, key=77)], None)
     torch.testing.assert_close(out, x * (g + (1 - g) * mask_noise(77, g)))
+
+
+KERNELS = {kernel.name: kernel for kernel in vars(native).values() if isinstance(kernel, native._Kernel)}
+
+
+def arguments(kernel: native._Kernel, **changed) -> list:
+    """Valid ones by the kernel's own types, those of a kind replaced."""
+    valid = {"t": torch.ones(6), "i": 3, "f": 2.0} | changed
+    return [valid[kind] for kind in kernel.types]
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernel_is_told_what_its_body_reads(name: str):
+    """The body's own subscripts say how it reads each argument; the types it is packed by are these."""
+    body = inspect.getsource(getattr(native._kernels(), name))
+    read = dict.fromkeys(map(int, re.findall(r"\bd\[(\d+)\]", body)), "i")
+    read |= dict.fromkeys(map(int, re.findall(r"_floats\(d\[(\d+)\]", body)), "t")
+    read |= dict.fromkeys(map(int, re.findall(r"\bfloats\[(\d+)\]", body)), "f")
+    read.pop(0, None)  # the units
+    assert "".join(read[i] for i in sorted(read)) == KERNELS[name].types
+    assert sorted(read) == list(range(1, len(KERNELS[name].types) + 1))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernel_converts_numbers_or_refuses_them(name: str):
+    kernel = KERNELS[name]
+    expected = list(kernel.packed(2, *arguments(kernel, t=(tensor := torch.ones(6)))))
+    for number in (2, np.float32(2), np.int64(2), torch.tensor(2.0), torch.tensor(2)):
+        assert list(kernel.packed(2, *arguments(kernel, t=tensor, f=number))) == expected
+    for number in (np.int32(3), torch.tensor(3)):
+        assert list(kernel.packed(2, *arguments(kernel, t=tensor, i=number))) == expected
+    refused = [{"t": bad} for bad in (torch.ones(6).double(), torch.ones(2, 6).T, torch.ones(1, device="meta"), 2.0, None)]
+    refused += [{"i": 3.0}, {"i": None}] + ([{"f": "2"}, {"f": torch.ones(2)}, {"f": None}] if "f" in kernel.types else [])
+    for changed in refused:
+        with pytest.raises(TypeError, match=f"kernel {name}: "):
+            kernel.packed(2, *arguments(kernel, **changed))
+    with pytest.raises(TypeError, match="arguments"):
+        kernel.packed(2)
+
+
+OUTSIDE = """
+import numpy as np, torch
+from paramlens.losses import minimality
+
+for p in (1.0, 1, np.float32(1), np.int64(1), torch.tensor(1), torch.tensor(1.0)):
+    for eps in (0.0, 0, np.float64(0), torch.tensor(0)):
+        pre = torch.tensor([[0.25, 0.5, -1.0]]).requires_grad_()
+        value = minimality({"site": pre}, p=p, eps=eps)
+        value.backward()
+        print(round(value.item(), 5), [round(slope, 5) for slope in pre.grad[0].tolist()])
+"""
+
+
+def test_a_power_may_be_any_number():
+    """At p = 1 minimality is the sum of the importances: an int is not taken for the bits of a float, where no types are checked."""
+    found = subprocess.run([sys.executable, "-c", OUTSIDE], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert found == ["0.75 [1.0, 1.0, 0.0]"] * 24
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_strides_do_not_matter(name: str):
+    """Every input as a transposed view of memory that holds it the other way round."""
+    function, shapes = FUNCTIONS[name]
+    tensors = [numbers(*shape, key=f"{name} {i}") for i, shape in enumerate(shapes)]
+    strided = [tensor.mT.contiguous().mT for tensor in tensors]
+    slope = numbers(*function(*tensors).shape, key="slope")
+    results = []
+    for given, above in ((tensors, slope), (strided, slope.mT.contiguous().mT if slope.dim() > 1 else slope)):
+        inputs = [tensor.detach().requires_grad_() for tensor in given]
+        out = function(*inputs)
+        results.append([out, *torch.autograd.grad(out, inputs, above)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_divergence_from_a_target_of_another_form(dtype: torch.dtype):
+    """A target whose memory is transposed, or whose numbers are of another precision."""
+    target, logits = numbers(4, 6, 9, key="p").log_softmax(-1), numbers(3, 4, 6, 9, key="q").requires_grad_()
+    given = target.to(dtype).mT.contiguous().mT
+    results = [(value := kl_divergence(each, logits).sum(), torch.autograd.grad(value, logits)[0]) for each in (target, given)]
+    torch.testing.assert_close(results[0][0], results[1][0].float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-5, atol=1e-6)
 
 
 def test_other_types_are_left_to_pytorch():

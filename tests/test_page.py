@@ -22,9 +22,9 @@ from paramlens.analysis.trace import trace
 from paramlens.configfile import make_config
 from paramlens.errors import ConfigError, RunDirError
 from paramlens.page import report
-from paramlens.page.verdicts import verdicts
 from paramlens.rundir import open_run
 from paramlens.runs import decompose, decompose_config
+from paramlens.verdicts import verdicts
 
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = [
@@ -167,7 +167,8 @@ def test_verdicts_follow_the_figures(complete):
     numbers = json.loads((complete / "analysis/circuit.json").read_text())
     numbers["metrics"] |= {"recon": 0.009, "recon_rounded": 0.09, "recon_adversarial": 0.2, "faithfulness_relative": 1e-5}
     numbers["metrics"] |= {"accuracy_target": 1.0, "accuracy_masked": 0.9}
-    found = {verdict.name: verdict for verdict in verdicts(numbers, {"converged": False, "checks": [{"accuracy": 0.5}]})}
+    target = {"converged": False, "checks": [{"accuracy": 0.5}]}
+    found = {verdict.name: verdict for verdict in verdicts(numbers["metrics"], off_data=numbers["off_data"], target=target)}
     standings = {name: verdict.standing for name, verdict in found.items() if name != "off the data"}
     expected = {
         "target": "fails",
@@ -179,7 +180,7 @@ def test_verdicts_follow_the_figures(complete):
     }
     assert standings == expected
     assert found["on or off"].figure == "0.09 nats"
-    assert "target" not in {verdict.name for verdict in verdicts(numbers | {"off_data": None}, None)}
+    assert "target" not in {verdict.name for verdict in verdicts(numbers["metrics"])}
 
 
 @contextmanager

@@ -50,14 +50,19 @@ def test_runs_of_every_format_open(version: str, kind: str):
 
 @pytest.mark.parametrize("version", FORMATS)
 def test_runs_of_every_format_go_on(version: str, tmp_path):
-    """From the checkpoint at step 8 to what that version ended with, to rounding; the directory is then of the newest format."""
+    """From the checkpoint at step 8 to near what that version ended with; the directory is then of the newest format.
+
+    Random masks are another draw of the same distribution in another version, so the last steps go nearly the same way, not the same.
+    """
     path = tmp_path / "run"
     shutil.copytree(GOLDEN / version / "induction", path)
     shutil.rmtree(checkpoint_path(path, 12))
     run = decompose_config(load_config(path / "config.yaml"), out=path, resume=True)
-    theirs = load_file(checkpoint_path(GOLDEN / version / "induction", 12) / "components.safetensors")
-    for name, value in load_file(checkpoint_path(path, 12) / "components.safetensors").items():
-        torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=1e-5)
+    start, ours, theirs = (
+        torch.cat([value.flatten() for value in load_file(checkpoint_path(where, step) / "components.safetensors").values()])
+        for where, step in ((path, 8), (path, 12), (GOLDEN / version / "induction", 12))
+    )
+    assert (ours - theirs).norm() < 0.1 * (theirs - start).norm()
     assert (run.info["format"], verify(path).whole) == (2, True)
     assert [line["step"] for line in run.metrics] == [line["step"] for line in open_run(GOLDEN / version / "induction").metrics]
 

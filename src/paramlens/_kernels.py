@@ -291,12 +291,29 @@ def minimality(d: Any, first: int, last: int) -> None:
 
 
 @njit(inline="always")
-def _uniform(key: Any, index: Any) -> Any:
-    """The number of place `index` under a 32-bit key, uniform on the multiples of 2^-24 in [0, 1).
+def _mixed(x: Any) -> Any:
+    """A bijection of 64-bit numbers in which every bit of the argument moves every bit of the result (the finalizer of splitmix64)."""
+    x = np.uint64(x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = np.uint64(x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.uint64(x ^ (x >> np.uint64(31)))
+
+
+@njit(inline="always")
+def _stream(key: Any) -> Any:
+    """A key's walk through the 32-bit numbers: where it starts and its odd stride, both of the key mixed.
+
+    Streams that differ in the start alone would be one sequence, shifted; with strides of their own, two of them meet in single places.
+    """
+    words = _mixed(np.uint64(key) + np.uint64(0x9E3779B97F4A7C15))
+    return np.uint32(words), np.uint32(np.uint32(words >> np.uint64(32)) | np.uint32(1))
+
+
+@njit(inline="always")
+def _uniform(x: Any) -> Any:
+    """A 32-bit number made uniform on the multiples of 2^-24 in [0, 1).
 
     A bijection of 32-bit numbers (multiply and shift) in which every bit of its argument moves every bit of its result.
     """
-    x = np.uint32(np.uint32(index) + np.uint32(key))
     x = np.uint32(np.uint32(x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D))
     x = np.uint32(np.uint32(x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B))
     x = np.uint32(x ^ (x >> np.uint32(16)))
@@ -305,21 +322,22 @@ def _uniform(key: Any, index: Any) -> Any:
 
 def uniform(d: Any, first: int, last: int) -> None:
     """`out`[i] = the noise of place i under a key; a unit is BLOCK numbers."""
-    start, key = first * BLOCK, np.uint32(d[3])
+    start, (origin, stride) = first * BLOCK, _stream(d[3])
     n = i32(min(last * BLOCK, d[2]) - start)
     out, place = _floats(d[1] + 4 * start, (n,)), np.uint32(start)
     for i in range(i32(0), n):
-        out[i] = _uniform(key, np.uint32(place + np.uint32(i)))
+        out[i] = _uniform(np.uint32(origin + np.uint32(np.uint32(place + np.uint32(i)) * stride)))
 
 
 def mask_forward(d: Any, first: int, last: int) -> None:
     """`inner` *= g, or g + (1 - g) u with u the noise of its place, from `origin` on, under a key; in place."""
-    start, noisy, key = first * BLOCK, d[4], np.uint32(d[5])
+    start, noisy, (origin, stride) = first * BLOCK, d[4], _stream(d[5])
     n = i32(min(last * BLOCK, d[3]) - start)
     inner, g, place = _floats(d[1] + 4 * start, (n,)), _floats(d[2] + 4 * start, (n,)), np.uint32(d[6] + start)
     if noisy:
         for i in range(i32(0), n):
-            inner[i] *= g[i] + (ONE - g[i]) * _uniform(key, np.uint32(place + np.uint32(i)))
+            u = _uniform(np.uint32(origin + np.uint32(np.uint32(place + np.uint32(i)) * stride)))
+            inner[i] *= g[i] + (ONE - g[i]) * u
     else:
         for i in range(n):
             inner[i] *= g[i]
@@ -327,13 +345,13 @@ def mask_forward(d: Any, first: int, last: int) -> None:
 
 def mask_backward(d: Any, first: int, last: int) -> None:
     """From inner activations and the gradient above the mask: `inner` becomes the masked one, `grad` that of the inner, g's is added to."""
-    start, noisy, key = first * BLOCK, d[6], np.uint32(d[7])
+    start, noisy, (origin, stride) = first * BLOCK, d[6], _stream(d[7])
     n = i32(min(last * BLOCK, d[5]) - start)
     inner, grad, place = _floats(d[1] + 4 * start, (n,)), _floats(d[2] + 4 * start, (n,)), np.uint32(d[8] + start)
     g, grad_g = _floats(d[3] + 4 * start, (n,)), _floats(d[4] + 4 * start, (n,))
     if noisy:
         for i in range(i32(0), n):
-            u = _uniform(key, np.uint32(place + np.uint32(i)))
+            u = _uniform(np.uint32(origin + np.uint32(np.uint32(place + np.uint32(i)) * stride)))
             grad_g[i] += grad[i] * inner[i] * (ONE - u)
             mask = g[i] + (ONE - g[i]) * u
             inner[i] *= mask

@@ -11,6 +11,7 @@ from paramlens.errors import ConfigError
 from paramlens.layout import is_run, require_run
 from paramlens.options import Agree, Inspect, ShowCircuit, Suppress, Svd, Trace
 from paramlens.terminal import emit
+from paramlens.verdicts import verdict_table
 
 if TYPE_CHECKING:
     from paramlens.analysis.agreement import Agreement
@@ -102,8 +103,9 @@ def show_suppress(options: Suppress, _: list[str]) -> int:
         raise ConfigError("suppress: give --site and --subcomponent together, or neither")
     by_hand = [(options.site, c) for c in options.subcomponent if options.site is not None]
     from paramlens.analysis.components import own_sentences
+    from paramlens.analysis.controls import CONTROLS
     from paramlens.analysis.edit import suppress
-    from paramlens.analysis.effect import CONTROLS, evaluate_edit
+    from paramlens.analysis.effect import evaluate_edit
     from paramlens.rundir import open_run
     from paramlens.tasks.facts import read_facts, shipped_facts
 
@@ -121,8 +123,12 @@ def show_suppress(options: Suppress, _: list[str]) -> int:
         threshold=options.threshold,
         facts=facts,
     )
-    document: dict[str, Any] = {"selected": [dataclasses.asdict(each) for each in edit.selected]}
-    tables = edit.tables()
+    stderr = Console(stderr=True)
+    for text in edit.warnings:
+        stderr.print(f"paramlens: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+    selected, verdicts = ([dataclasses.asdict(each) for each in found] for found in (edit.selected, run.verdicts))
+    document: dict[str, Any] = {"selected": selected, "verdicts": verdicts, "warnings": list(edit.warnings)}
+    tables = (*edit.tables(), verdict_table(run.verdicts))
     target = options.unique_to or options.fact or next(iter(own_sentences(run)), None)
     if options.evaluate != "none":
         if target is None:
@@ -134,7 +140,7 @@ def show_suppress(options: Suppress, _: list[str]) -> int:
         run.keep_analysis("suppress", "edits", document, same=("target", "method", "selected"))
     if options.save is not None:
         document["saved"] = str(edit.save(options.save))
-        Console(stderr=True).print(f"saved: {options.save}", highlight=False, markup=False, soft_wrap=True)
+        stderr.print(f"saved: {options.save}", highlight=False, markup=False, soft_wrap=True)
     emit(document, tables, as_json=options.json)
     return 0
 

@@ -49,6 +49,7 @@ from paramlens.options import (
 )
 from paramlens.signals import termination
 from paramlens.terminal import emit, print_tables
+from paramlens.verdicts import failures, verdict_table
 
 if TYPE_CHECKING:
     from paramlens.rundir import Run
@@ -221,7 +222,9 @@ def _decompose(options: Decompose, rest: list[str]) -> int:
         extended = ["--extend-steps", str(options.extend_steps)] if options.extend_steps is not None else []
         track = ["--track", *options.track] if options.track else []
         return _interrupted(["paramlens", "decompose", options.config, "--resume", *rest, *place, *model, *extended, *track], stopped)
-    _emit(_run_document(run), as_json=options.json, text=f"run: {path}")
+    emit(_run_document(run), [verdict_table(run.verdicts)], as_json=options.json)
+    if not options.json:
+        Console().print(f"\nrun: {path}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
@@ -244,7 +247,9 @@ def _decompose_seeds(options: Decompose, config: Config, rest: list[str]) -> int
         print(json.dumps({"runs": runs, "agreement": found.to_json() if found else None}))
         return 0
     for path in paths:
-        Console().print(f"run: {path}", highlight=False, markup=False, soft_wrap=True)
+        failed = failures(open_run(path).verdicts)
+        text = f"run: {path}{f' (fails: {failed})' if failed else ''}"
+        Console().print(text, highlight=False, markup=False, soft_wrap=True)
     if found:
         print_tables(found.tables())
     return 0
@@ -252,7 +257,8 @@ def _decompose_seeds(options: Decompose, config: Config, rest: list[str]) -> int
 
 def _run_document(run: "Run") -> dict[str, Any]:
     trained = [line for line in run.metrics if "losses" in line]
-    return {"run": str(run.path), "steps": run.step, "seconds": run.info["seconds"], "losses": trained[-1]["losses"] if trained else {}}
+    losses, found = trained[-1]["losses"] if trained else {}, [dataclasses.asdict(verdict) for verdict in run.verdicts]
+    return {"run": str(run.path), "steps": run.step, "seconds": run.info["seconds"], "losses": losses, "verdicts": found}
 
 
 def _interrupted(again: list[str], stopped: RunInterrupted) -> int:

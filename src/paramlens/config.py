@@ -221,8 +221,10 @@ class Gamma(_Frozen):
 class Init(_Frozen):
     """Where U and V start."""
 
-    kind: Literal["random", "svd", "svd_rotated"] = "random"
-    """`svd` and `svd_rotated` hold U V = W to rounding whenever C >= rank W; the second turns the factors by a random rotation."""
+    kind: Literal["random", "svd", "svd_rotated"] = "svd"
+    """`svd` starts at W's singular pairs, `svd_rotated` at a random rotation of them: both hold U V = W to rounding where C >= rank W, and
+    start at the best U V of rank C where C is lower (nothing of rank C can be W). `random`: the paper does not say where it starts. Seeds
+    that start at `svd` start alike, so agreement between seeds is measured from `svd_rotated`."""
     warmup_steps: Natural = 0
     """Faithfulness-only steps on U and V before step 0 (for `random`)."""
     warmup_lr: Positive = 1e-2

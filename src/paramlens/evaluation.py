@@ -1,4 +1,4 @@
-"""What a decomposition scores on a held-out batch; the trainer and the analyses measure with this one function."""
+"""What a decomposition scores on a batch; the trainer and the analyses measure with this one function."""
 
 from collections.abc import Mapping, Sequence
 

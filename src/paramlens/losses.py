@@ -49,6 +49,12 @@ def faithfulness(decomposition: Decomposition) -> Float[Tensor, ""]:
     return torch.stack(squares).sum() / sum(site.W.numel() for site in decomposition.sites)
 
 
+def mean_square(decomposition: Decomposition) -> float:
+    """Mean squared entry of the weights of all sites: what faithfulness is measured against."""
+    squares = sum(site.W.double().square().sum().item() for site in decomposition.sites)
+    return squares / sum(site.W.numel() for site in decomposition.sites)
+
+
 def minimality(
     pre: Mapping[str, Float[Tensor, "*batch C"]], *, p: float | Tensor, eps: float, present: Float[Tensor, ""] | float = 1.0
 ) -> Float[Tensor, ""]:
@@ -153,13 +159,14 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Float[Tensor, "plan *batch token"], target: Tensor) -> Float[Tensor, "plan *batch"]:
-        share = target.exp()
         if native.serves(logits, target):
             logits, target = logits.contiguous(), target.contiguous()
+            share = target.exp()
             divergence, norm = logits.new_empty(logits.shape[:-1]), logits.new_empty(logits.shape[:-1])
             sizes = (target.shape[-1], target.numel() // target.shape[-1])
             native.divergence_forward(norm.numel(), logits, target, share, divergence, norm, *sizes)
         else:
+            share = target.exp()
             divergence, norm = _divergences(logits, target, share)
         ctx.save_for_backward(logits, share, norm)
         return divergence
@@ -168,7 +175,7 @@ class _Divergence(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Float[Tensor, "plan *batch"]) -> tuple[Float[Tensor, "plan *batch token"], None]:
         logits, share, norm = ctx.saved_tensors
-        if native.serves(logits, grad):
+        if native.serves(logits, share, norm, grad):
             below = torch.empty_like(logits)
             sizes = (share.shape[-1], share.numel() // share.shape[-1])
             native.divergence_backward(norm.numel(), logits, share, norm, grad.contiguous(), below, *sizes)

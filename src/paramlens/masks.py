@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from paramlens import native
 from paramlens.errors import BatchError
+from paramlens.tasks import generator
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Replacement:
     """A site's masked weight in one plan: mask r = g, or, with a key, r = g + (1 - g) u for the noise u of that key, in [g, 1].
 
     where: (batch, pos or 1) at which it stands in, elsewhere the target's own weight; none: everywhere.
-    sink: shaped as g; the compiled product adds g's gradient there instead of handing autograd a tensor of its own for each plan.
+    sink: contiguous, shaped as g; the compiled product adds g's gradient there instead of handing autograd one tensor for each plan.
     """
 
     g: Float[Tensor, "*batch C"]
@@ -76,7 +77,7 @@ def mask_noise(key: int, like: Float[Tensor, "*batch C"]) -> Float[Tensor, "*bat
         noise = torch.empty_like(like, memory_format=torch.contiguous_format)
         native.uniform(native.units(noise), noise, noise.numel(), key)
         return noise
-    rng = torch.Generator(device=like.device).manual_seed(key)
+    rng = generator("noise", key, device=like.device)
     return torch.rand(like.shape, generator=rng, device=like.device, dtype=like.dtype)
 
 
@@ -95,8 +96,10 @@ def masked_linear(
     if leading != tuple(x.shape[:-1]):
         raise BatchError(f"mask has leading axes {leading}, the site's input {tuple(x.shape[:-1])}; masks come from the same batch")
     gs, keys = [replacement.g for replacement in replacements], [replacement.key for replacement in replacements]
-    if native.serves(x, U, *gs) and _noise_source.get() is None:
-        product = _MaskedProduct.apply(x, U, V, keys, [replacement.sink for replacement in replacements], *gs)
+    if native.serves(x, U, V, *gs) and _noise_source.get() is None:
+        sinks = [replacement.sink for replacement in replacements]
+        assert all(sink is None or sink.is_contiguous() for sink in sinks), "a sink is written to in rows of its own memory"
+        product = _MaskedProduct.apply(x, U, V, keys, sinks, *gs)
         return product if bias is None else product + bias
     masks = [g if key is None else stochastic_mask(g, mask_noise(key, g)) for g, key in zip(gs, keys, strict=True)]
     return F.linear((x @ U) * torch.cat(masks), V.T, bias)

@@ -34,8 +34,9 @@ class Mlps(torch.autograd.Function):
         w_out: Float[Tensor, "site C d_gate"],
         b_out: Float[Tensor, "site C"],
     ) -> Float[Tensor, "site row C"]:
+        b_in, w_out, b_out = b_in.contiguous(), w_out.contiguous(), b_out.contiguous()
         ctx.save_for_backward(rows, w_in, b_in, w_out)
-        if native.serves(rows, w_in):
+        if native.serves(rows, w_in, b_in, w_out, b_out):
             return _native_forward(rows, w_in, b_in, w_out, b_out)
         flat_w, flat_b = w_in.permute(0, 2, 1, 3).flatten(2), b_in.flatten(1)[:, None]
         pre = rows.new_empty(*rows.shape[:2], w_out.shape[1])
@@ -48,7 +49,7 @@ class Mlps(torch.autograd.Function):
     def backward(ctx: Any, grad: Float[Tensor, "site row C"]) -> tuple[Tensor | None, ...]:
         rows, w_in, b_in, w_out = ctx.saved_tensors
         grad_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
-        if native.serves(rows, w_in):
+        if native.serves(rows, w_in, b_in, w_out, grad):
             return _native_backward(rows, w_in, b_in, w_out, grad, grad_rows)
         flat_w, flat_b = w_in.permute(0, 2, 1, 3).flatten(2), b_in.flatten(1)[:, None]
         grad_w_in, grad_b_in, grad_w_out = torch.zeros_like(flat_w), torch.zeros_like(flat_b), torch.zeros_like(w_out)
@@ -132,11 +133,11 @@ class ScalarMlps(torch.autograd.Function):
         w_out: Float[Tensor, "site C d_gate"],
         b_out: Float[Tensor, "site C"],
     ) -> Float[Tensor, "site row C"]:
-        w_in = w_in.contiguous()
+        inner, w_in, b_in, w_out, b_out = (each.contiguous() for each in (inner, w_in, b_in, w_out, b_out))
         ctx.save_for_backward(inner, w_in, b_in, w_out)
         pre = torch.empty_like(inner)
         for part in _chunks(inner, w_in):
-            if native.serves(inner, w_in):
+            if native.serves(inner, w_in, b_in, w_out, b_out):
                 for s in range(len(inner)):
                     x, out = inner[s, part], pre[s, part]
                     native.scalar_mlps_forward(x.shape[1], x, w_in[s], b_in[s], w_out[s], b_out[s], out, *x.shape, w_in.shape[-1])
@@ -153,7 +154,7 @@ class ScalarMlps(torch.autograd.Function):
         grad_w_in, grad_b_in, grad_w_out = torch.zeros_like(w_in), torch.zeros_like(b_in), torch.zeros_like(w_out)
         grad_b_out = b_in.new_zeros(b_in.shape[:2])
         for part in _chunks(inner, w_in):
-            if native.serves(inner, w_in):
+            if native.serves(inner, w_in, b_in, w_out, grad):
                 for s in range(len(inner)):
                     x, sums = inner[s, part], (grad_w_in[s], grad_b_in[s], grad_w_out[s], grad_b_out[s])
                     given = (x, w_in[s], b_in[s], w_out[s], grad[s, part], grad_inner[s, part])

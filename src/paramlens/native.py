@@ -6,7 +6,10 @@ depend on the number of threads.
 """
 
 import ctypes
+import operator
+from collections.abc import Callable
 from functools import cache
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +64,20 @@ def _openmp() -> ctypes.CDLL | None:
 
 
 class _Kernel:
-    """A loop over `units`, split over threads. Arguments: contiguous tensors, whole numbers, floats; none is a null address."""
+    """A loop over `units`, split over threads, and the types of its other arguments in order, as its body unpacks them.
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    Calls raise `TypeError` for an argument that is not of its type: packed as it is, the body would read it as something else.
+    """
+
+    def __init__(self, name: str, types: str) -> None:
+        """types: a letter for each argument: t, a contiguous float32 tensor on the CPU; i, a whole number; f, a float."""
+        self.name, self.types = name, types
         self.run: Any = None
 
-    def __call__(self, units: int, *arguments: Tensor | int | float | None) -> None:
+    def __call__(self, units: int, *arguments: Tensor | float) -> None:
         if self.run is None:
             self.run = _kernels().compiled(self.name, _openmp())
-        packed = (ctypes.c_int64 * _kernels().SLOTS)(units, *map(_packed, arguments))
+        packed = self.packed(units, *arguments)
         threads = min(torch.get_num_threads(), units)
         openmp = _openmp()
         if openmp is None or threads <= 1:
@@ -78,27 +85,50 @@ class _Kernel:
         else:
             openmp.GOMP_parallel(self.run.address, packed, threads, 0)
 
+    def packed(self, units: int, *arguments: Tensor | float) -> "ctypes.Array[ctypes.c_int64]":
+        """The one argument of the compiled body: `units` and `arguments` as 64-bit words, floats as their bits."""
+        if len(arguments) != len(self.types):
+            raise TypeError(f"kernel {self.name}: {len(arguments)} arguments; it takes {len(self.types)} after the units")
+        try:
+            words = [_PACK[kind](value) for kind, value in zip(self.types, arguments, strict=True)]
+        except TypeError as error:
+            raise TypeError(f"kernel {self.name}: {error}") from None
+        return (ctypes.c_int64 * _kernels().SLOTS)(operator.index(units), *words)
 
-def _packed(value: Tensor | int | float | None) -> int:
-    if isinstance(value, Tensor):
-        assert value.is_contiguous()
-        return value.data_ptr()
-    if isinstance(value, float):
-        return ctypes.c_int64.from_buffer(ctypes.c_double(value)).value
-    return 0 if value is None else value
+
+def _address(value: object) -> int:
+    if not (isinstance(value, Tensor) and value.dtype == torch.float32 and value.device.type == "cpu" and value.is_contiguous()):
+        raise TypeError(f"a contiguous float32 tensor on the CPU is needed, not {_described(value)}")
+    return value.data_ptr()
 
 
-mlps_forward = _Kernel("mlps_forward")
-mlps_backward = _Kernel("mlps_backward")
-scalar_mlps_forward = _Kernel("scalar_mlps_forward")
-scalar_mlps_backward = _Kernel("scalar_mlps_backward")
-lower_backward = _Kernel("lower_backward")
-minimality = _Kernel("minimality")
-uniform = _Kernel("uniform")
-mask_forward = _Kernel("mask_forward")
-mask_backward = _Kernel("mask_backward")
-divergence_forward = _Kernel("divergence_forward")
-divergence_backward = _Kernel("divergence_backward")
+def _float_bits(value: Any) -> int:
+    if not isinstance(value, Real) and not (isinstance(value, Tensor) and value.dim() == 0):
+        raise TypeError(f"a number is needed, not {_described(value)}")
+    return ctypes.c_int64.from_buffer(ctypes.c_double(float(value))).value
+
+
+def _described(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    strided = "" if value.is_contiguous() else ", not contiguous"
+    return f"a tensor {tuple(value.shape)} of {value.dtype} on {value.device}{strided}"
+
+
+_PACK: dict[str, Callable[[Any], int]] = {"t": _address, "i": operator.index, "f": _float_bits}
+
+
+mlps_forward = _Kernel("mlps_forward", "tttttiii")
+mlps_backward = _Kernel("mlps_backward", "tttttttiii")
+scalar_mlps_forward = _Kernel("scalar_mlps_forward", "ttttttiii")
+scalar_mlps_backward = _Kernel("scalar_mlps_backward", "ttttttttttiii")
+lower_backward = _Kernel("lower_backward", "ttti")
+minimality = _Kernel("minimality", "tttiff")
+uniform = _Kernel("uniform", "tii")
+mask_forward = _Kernel("mask_forward", "ttiiii")
+mask_backward = _Kernel("mask_backward", "ttttiiii")
+divergence_forward = _Kernel("divergence_forward", "tttttii")
+divergence_backward = _Kernel("divergence_backward", "tttttii")
 
 
 def units(tensor: Tensor) -> int:

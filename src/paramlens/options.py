@@ -108,7 +108,7 @@ class ShowCircuit:
     threshold: float = 0.1
     """A subcomponent is active where its importance exceeds this, in [0, 1)."""
     batches: int = 16
-    """Held-out batches evaluated."""
+    """Batches evaluated: held-out ones, where the run has such."""
     adversary: int = 20
     """Steps of projected gradient towards the worst masks; 0 leaves recon_adversarial out."""
     json: bool = False
@@ -124,7 +124,7 @@ class Svd:
     tolerance: float | None = None
     """KL in nats at which the pruning stops; none: the decomposition's own recon."""
     batches: int = 16
-    """Held-out batches evaluated."""
+    """Batches evaluated: held-out ones, where the run has such."""
     at_once: int = 1
     """Singular values removed with every pick: more is faster and less exact."""
     json: bool = False
@@ -140,7 +140,7 @@ class Agree:
     threshold: float = 0.1
     """A subcomponent takes part where its importance exceeds this at one token at least."""
     batches: int = 16
-    """Held-out batches evaluated, of the first run."""
+    """Batches evaluated, of the first run: held-out ones, where it has such."""
     json: bool = False
     """One JSON document on stdout."""
 

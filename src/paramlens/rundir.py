@@ -13,7 +13,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,15 +46,17 @@ from paramlens.layout import (
     write_json,
     write_text,
 )
+from paramlens.losses import faithfulness, mean_square
 from paramlens.manifest import file_sha256, problems, write_manifest
 from paramlens.metrics import MetricsFile
 from paramlens.modes import default_modes
 from paramlens.shown import Shown
 from paramlens.sites import named_sites
 from paramlens.tables import Chart, Column, Line, Table, columns, metric, row
-from paramlens.tasks import Batches, TargetHistory, Task
-from paramlens.tasks.batches import batch_function
+from paramlens.tasks import Batches, EvaluatedOn, TargetHistory, Task
+from paramlens.tasks.batches import own_task
 from paramlens.tensorfile import copy_into, require_fit
+from paramlens.verdicts import Verdict, verdict_table, verdicts
 
 
 class RunDirectory:
@@ -166,6 +168,12 @@ class Run(Shown):
         """`run.json`."""
         return read_json(self.path / "run.json")
 
+    @property
+    def evaluated_on(self) -> EvaluatedOn:
+        """What the evaluations in `metrics.jsonl` looked at; runs of before this was recorded are told by their task."""
+        before: EvaluatedOn = "training" if self.config.task.kind in ("facts", "custom") else "held-out"
+        return self.info.get("evaluated_on", before)
+
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
         """Lines of `metrics.jsonl`."""
@@ -176,11 +184,21 @@ class Run(Shown):
         """How a toy target was trained; none for any other."""
         return targets.history(self.path) if (self.path / "target.json").exists() else None
 
+    @cached_property
+    @torch.no_grad()
+    def verdicts(self) -> tuple[Verdict, ...]:
+        """Whether the decomposition can be trusted, from the last evaluation up to the loaded checkpoint; `circuit` has more of them."""
+        measured = [line["evaluation"] for line in self.metrics if "evaluation" in line and line["step"] <= self.step]
+        left_out = faithfulness(self.decomposition).item()
+        now = {"faithfulness": left_out, "faithfulness_relative": left_out / mean_square(self.decomposition)}
+        history = self.target_history
+        return tuple(verdicts((measured[-1] if measured else {}) | now, target=None if history is None else asdict(history)))
+
     def summary(self) -> str:
         return f"{self.path}, {self.status} at step {self.step}: {self.decomposition.summary()}"
 
     def tables(self) -> tuple[Table, ...]:
-        """What was decomposed and how, and the last losses and evaluation, from the files of the directory alone."""
+        """What was decomposed and how, the last losses and evaluation, and whether the decomposition can be trusted."""
         described, info = read_description(self.path), self.info
         trained = [line for line in self.metrics if "losses" in line]
         target = f"{described.target.id} {described.target.revision or ''}".strip()
@@ -197,14 +215,15 @@ class Run(Shown):
         )
         last = dict(trained[-1]["losses"]) if trained else {}
         measured = next((line["evaluation"] for line in reversed(self.metrics) if "evaluation" in line), {})
-        return facts, *(
+        numbers = (
             Table(title, columns("", "value"), tuple(row(name, metric(name, value)) for name, value in values.items()))
             for title, values in (
                 (f"Losses at step {trained[-1]['step'] if trained else 0:,}", last),
-                ("Held out: nats, accuracies", measured),
+                (f"{'Held out' if self.evaluated_on == 'held-out' else 'Training data'}: nats, accuracies", measured),
             )
             if values
         )
+        return facts, *numbers, verdict_table(self.verdicts)
 
     def charts(self) -> tuple[Chart, ...]:
         """The losses over the steps."""
@@ -266,7 +285,7 @@ def open_run(
         task = _rebuild_task(path, described.rebuilt())
         model = task.model
     elif batches is not None:
-        task = Task(model, batch_function(batches, model))
+        task = own_task(model, batches, evaluated_on="given")
     require_target(path, described, model)
     decomposition, importance = build(described, model)
     load_parameters(folder, decomposition, importance)

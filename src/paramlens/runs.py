@@ -43,7 +43,7 @@ from paramlens.saving import require_space
 from paramlens.sites import at_rest, find_sites
 from paramlens.targets import Target
 from paramlens.tasks import Batches, Inputs, Task, generator
-from paramlens.tasks.batches import batch_function, longest_of
+from paramlens.tasks.batches import own_task
 from paramlens.trackers import as_tracker
 from paramlens.tracking import TargetTracker, Tracker, tell_target
 from paramlens.train import make_optimizer, restore, train
@@ -54,6 +54,7 @@ def decompose(
     model: nn.Module,
     batches: Batches,
     *,
+    held_out: Batches | None = None,
     sites: str | Sequence[str] = ("*",),
     C: int = 64,
     steps: int = 1000,
@@ -70,6 +71,8 @@ def decompose(
     A batch is passed as `model(x)`, `model(*sequence)` or `model(**mapping)`; tensors lead with the batch axis. What `forward` has no
     place for (labels, the y of (x, y) pairs) is left out. Of sequences of several lengths an `attention_mask` (batch, pos), as
     tokenizers make it, or a `paramlens.Batch` says which positions are present; no others count.
+    held_out: batches that are not decomposed, in the same forms (of an iterable the first 64), which evaluations and analyses look at;
+    without them those look at `batches`, and results say "training".
     out: the run directory; none: a new temporary one. fields: any field of `Config`, nested ones as mappings (`optim={"lr": 3e-3}`).
     resume: take the run in `out` up at its newest checkpoint, to end in the same bytes as if it had never stopped; extend_steps: to this
     many steps instead of those it was started with, where nothing it did so far depended on their number.
@@ -86,10 +89,10 @@ def decompose(
         raise ConfigError(f"device {fields['device']}: the model is on {device}; move the model, or leave device out")
     tree = {"device": device, **fields, "sites": [sites] if isinstance(sites, str) else list(sites), "C": C, "steps": steps}
     config = make_config(tree, source="decompose")
-    batch = batch_function(batches, model)
-    task = Task(model=model, batch=batch, longest=longest_of(batches, batch), last_token=_last_logits(model))
-    if resume and not (callable(batches) or isinstance(batches, Sequence)):
-        raise ConfigError("resume: batches from an iterable cannot be taken up at a step; give a function of the step or a sequence")
+    task = dataclasses.replace(own_task(model, batches, held_out=held_out), last_token=_last_logits(model))
+    for name, given in (("batches", batches), ("held_out", held_out)):
+        if resume and given is not None and not (callable(given) or isinstance(given, Sequence)):
+            raise ConfigError(f"resume: {name} from an iterable cannot be taken up at a step; give a function of the step or a sequence")
     follower = as_tracker(tracker)
     path = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="paramlens-"))
     if resume:
@@ -306,7 +309,7 @@ def _run(
         if start == config.steps:
             tracker.message(f"{path}: already finished at step {start}")
         else:
-            directory.record(status="running", threads=torch.get_num_threads())
+            directory.record(status="running", threads=torch.get_num_threads(), evaluated_on=task.evaluated_on)
             train(config, task, decomposition, importance, optimizer, directory, start=start, tracker=tracker)
     return dataclasses.replace(open_run(path, model=task.model), task=task)
 
@@ -346,6 +349,8 @@ def _reopened(
 def _built(config: Config, task: Task) -> tuple[Decomposition, Importance]:
     dtype = getattr(torch, config.dtype)
     sites = find_sites(task.model, config.sites)
+    if not any(site.W.any() for site in sites):
+        raise SiteError(f"sites {', '.join(config.sites)}: every weight is 0, so there is nothing to decompose; load the model's weights")
     for site in sites:
         if site.W.dtype != dtype:
             raise ConfigError(f"dtype {config.dtype}: site {site.name} is {site.W.dtype}; convert the model or change dtype")

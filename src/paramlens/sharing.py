@@ -139,8 +139,9 @@ def _metrics(path: Path) -> list[str]:
     file = path / "analysis" / "circuit.json"
     if not file.is_file():
         return []
-    rows = [f"| {name} | {value:.3g} |" for name, value in read_json(file)["metrics"].items()]
-    return ["| held out | |", "|---|---:|", *rows, ""]
+    found = read_json(file)
+    rows = [f"| {name} | {value:.3g} |" for name, value in found["metrics"].items()]
+    return [f"| {found.get('evaluated_on', 'metric')} | |", "|---|---:|", *rows, ""]
 
 
 def _newest(path: Path) -> int:

@@ -37,7 +37,7 @@ class LoggedStep:
 
 @runtime_checkable
 class Tracker(Protocol):
-    """Follows a run: `start` once per phase, `update` at logged steps, `evaluated` with held-out metrics, `close` at the end.
+    """Follows a run: `start` once per phase, `update` at logged steps, `evaluated` with what an evaluation measured, `close` at the end.
 
     `start` is told the run directory, the configuration and the steps done before; what was told of later steps is told again.
     `message` is for what a person should read, and comes before `start` too.
@@ -133,7 +133,7 @@ class Terminal:
         self._show(step, text.split("  "), name="target step")
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Held-out metrics are for metrics.jsonl; a person sees the losses."""
+        """Evaluations are for metrics.jsonl; a person sees the losses."""
 
     def message(self, text: str) -> None:
         if self._progress is not None:

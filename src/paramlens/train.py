@@ -22,7 +22,7 @@ from paramlens.rundir import RunDirectory, load_parameters
 from paramlens.saving import Saver
 from paramlens.signals import interrupts
 from paramlens.step import Step, Steps
-from paramlens.tasks import Batch, Task
+from paramlens.tasks import Batch, Task, seed_of
 from paramlens.tracking import LoggedStep, Tracker
 
 
@@ -142,12 +142,13 @@ def set_rates(optimizer: torch.optim.Optimizer, share: float) -> None:
 
 
 def held_out(config: Config, task: Task, decomposition: Decomposition, importance: Importance) -> dict[str, float]:
-    """Metrics of `evaluation.evaluate`, mean over the loss positions of `evaluate.batches` held-out batches."""
+    """Metrics of `evaluation.evaluate`, mean over the loss positions of `evaluate.batches` held-out batches, or all there are."""
     rows, counts = list[dict[str, float]](), list[int]()
-    for index in range(config.evaluate.batches):
+    for index in range(min(config.evaluate.batches, task.held_out or config.evaluate.batches)):
         batch = task.batch(index, "evaluate").to(decomposition.device)
         target, g = importances(decomposition, importance, batch)
-        rows.append(evaluate(task, decomposition, batch, target, g, last_token_only=config.last_token_only, seed=config.seed))
+        seed = seed_of(config.seed, index)
+        rows.append(evaluate(task, decomposition, batch, target, g, last_token_only=config.last_token_only, seed=seed))
         counts.append(LossAt(config.last_token_only, batch.present).count(target.logits))
     return {name: mean_over_batches([row[name] for row in rows], counts) for name in rows[0]}
 

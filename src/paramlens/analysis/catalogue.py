@@ -22,10 +22,10 @@ from paramlens.tables import Table, columns, row
 
 @dataclass(frozen=True)
 class Part:
-    """A subcomponent and what it does. highest, mean: of g over all present held-out positions.
+    """A subcomponent and what it does. highest, mean: of g over all present positions.
 
     removed: KL(target ‖ target without it) in nats, all other subcomponents on at every token and the other sites the target's own;
-    removed_masked: KL(target ‖ masked model without it), masks g. Both on the first held-out batch, at the positions that the loss sees.
+    removed_masked: KL(target ‖ masked model without it), masks g. Both on the first evaluated batch, at the positions that the loss sees.
     """
 
     what: Subcomponent
@@ -45,7 +45,7 @@ class SiteParts:
 
 @dataclass(frozen=True, repr=False)
 class Catalogue(Shown):
-    """All parts of a run that are active (g > threshold) at one held-out or shown position at least; the others are active nowhere.
+    """All parts of a run that are active (g > threshold) at one evaluated or shown position at least; the others are active nowhere.
 
     tokens, roles: of every shown sequence, the same ones for all parts; roles is none where positions have none.
     """
@@ -57,7 +57,7 @@ class Catalogue(Shown):
     positions: int
     """Held-out positions looked at."""
     masked: float
-    """KL(target ‖ masked model) in nats on the first held-out batch: what `removed_masked` starts from."""
+    """KL(target ‖ masked model) in nats on the first evaluated batch: what `removed_masked` starts from."""
     tokens: list[list[str]]
     roles: list[list[str]] | None
     sites: dict[str, SiteParts]
@@ -132,7 +132,7 @@ def _summed(shown: Sentences, site: str) -> list[list[float]]:
 
 
 class _Removal:
-    """KL of runs without one subcomponent, on one held-out batch."""
+    """KL of runs without one subcomponent, on one batch."""
 
     def __init__(self, run: Run, held: HeldOut) -> None:
         self.decomposition, self.held = run.decomposition, held

@@ -17,13 +17,14 @@ from paramlens.config import InductionTask
 from paramlens.decomposition import Decomposition
 from paramlens.errors import ConfigError
 from paramlens.evaluation import ACTIVE, evaluate, mean_over_batches
-from paramlens.losses import LossAt
+from paramlens.losses import LossAt, mean_square
 from paramlens.machine import machine
 from paramlens.rundir import Run
 from paramlens.shown import Shown
 from paramlens.sites import at_rest
 from paramlens.tables import Cell, Table, columns, metric, row, shaded, site_cell
-from paramlens.tasks import Task, generator
+from paramlens.tasks import EvaluatedOn, Task, generator, seed_of
+from paramlens.verdicts import Verdict, verdict_table, verdicts
 
 EXAMPLE_LENGTH = 128
 """Longest example whose attention patterns are kept, tokens."""
@@ -55,7 +56,7 @@ class PatternPair:
 
 @dataclass(frozen=True)
 class ExampleSequence:
-    """One held-out sequence: tokens (where the input is tokens), roles, and at each site and position the summed importance Σ_c g."""
+    """One of the sequences: tokens (where the input is tokens), roles, and at each site and position the summed importance Σ_c g."""
 
     tokens: list[str]
     """Their text, or their numbers where the task has none."""
@@ -78,6 +79,8 @@ class Circuit(Shown):
     step: int
     threshold: float
     sequences: int
+    evaluated_on: EvaluatedOn
+    """What the sequences are: held-out ones, the training data, or what `open_run` was given."""
     roles: list[str]
     sites: dict[str, SiteCircuit]
     metrics: dict[str, float]
@@ -91,6 +94,8 @@ class Circuit(Shown):
     example: ExampleSequence
     off_data: OffData | None
     """The same decomposition on inputs of another kind; none where the task offers none."""
+    verdicts: list[Verdict]
+    """Whether the decomposition can be trusted."""
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
@@ -102,11 +107,11 @@ class Circuit(Shown):
         )
 
     def tables(self) -> tuple[Table, ...]:
-        """Tables 1a and 1b as one, with a word on silent sites; 1c; and interventions, where they say more than the divergence."""
+        """Tables 1a and 1b as one, with a word on silent sites; 1c; interventions, where they say more than the divergence; verdicts."""
         highest = max(count for site in self.sites.values() for count in site.active.values())
         places = 1 if len(self.roles) > _WIDE else 3
         active = Table(
-            f"Active subcomponents (importance > {self.threshold:g}), {self.sequences} sequences",
+            f"Active subcomponents (importance > {self.threshold:g}), {self.sequences} {self.evaluated_on} sequences",
             columns("site", *self.roles, "unique"),
             tuple(
                 (
@@ -126,7 +131,7 @@ class Circuit(Shown):
             notes=() if self.off_data is None else (Cell(f"off data: {self.off_data.what}", "faint"),),
         )
         telling = any(change.attention or change.accuracy is not None for change in self.interventions)
-        return (active, metrics, _changes(self.interventions)) if telling else (active, metrics)
+        return active, metrics, *([_changes(self.interventions)] if telling else []), verdict_table(self.verdicts)
 
 
 _WIDE = 6
@@ -152,6 +157,8 @@ def _changes(changes: Sequence[Intervention]) -> Table:
 
 def circuit(run: Run, *, threshold: float = ACTIVE, batches: int = 16, adversary: int = STEPS) -> Circuit:
     """Table 1 of `run` on `batches` held-out batches: a (active by role), b (unique), c (metrics); interventions and maps.
+
+    A task without held-out batches has its training data looked at, which `evaluated_on` says.
 
     adversary: steps of projected gradient that look for the worst masks (recon_adversarial); 0 leaves it out. The roles of a task without
     any are one, "all". Raises `ConfigError` for a number out of range and for a run on your own model that was opened without batches.
@@ -179,11 +186,13 @@ def circuit(run: Run, *, threshold: float = ACTIVE, batches: int = 16, adversary
         everywhere = [each[ALL_POSITIONS] for each in divergence.values()]
         linked = [divergence[link.pattern][link.query] for link in task.links]
         metrics |= {"attention_kl": _average(linked or everywhere), "attention_kl_all": _average(everywhere)}
+    trained = None if run.target_history is None else asdict(run.target_history)
     return Circuit(
         run=str(run.path),
         step=run.step,
         threshold=threshold,
         sequences=sum(len(held.roles) for held in data),
+        evaluated_on=task.evaluated_on,
         roles=roles,
         sites={name: _site(value, role_index, roles, threshold, if_silent=_if_silent(run, name, threshold)) for name, value in g.items()},
         metrics=metrics,
@@ -196,13 +205,14 @@ def circuit(run: Run, *, threshold: float = ACTIVE, batches: int = 16, adversary
         maps=aligned_importance(g, role_index, roles) if task.roles and not data[0].batch.texts else {},  # roles that are no tokens
         example=_example(data[0], roles, patterns[0]),
         off_data=elsewhere,
+        verdicts=list(verdicts(metrics, off_data=None if elsewhere is None else asdict(elsewhere), target=trained)),
     )
 
 
 def _metrics(run: Run, task: Task, data: Sequence[HeldOut], *, threshold: float, adversary: int) -> dict[str, float]:
     last_token_only, seed = run.config.last_token_only, run.config.seed
     rows: list[dict[str, float]] = []
-    for held in data:
+    for index, held in enumerate(data):
         row = evaluate(
             task,
             run.decomposition,
@@ -211,7 +221,7 @@ def _metrics(run: Run, task: Task, data: Sequence[HeldOut], *, threshold: float,
             held.g,
             last_token_only=last_token_only,
             threshold=threshold,
-            seed=seed,
+            seed=seed_of(seed, index),
         )
         if adversary:
             row["recon_adversarial"] = adversarial_recon(
@@ -220,19 +230,13 @@ def _metrics(run: Run, task: Task, data: Sequence[HeldOut], *, threshold: float,
                 held.target,
                 held.g,
                 at=LossAt(last_token_only, held.batch.present),
-                generator=generator(seed, "adversary"),
+                generator=generator(seed, "adversary", index),
                 steps=adversary,
             )
         rows.append(row)
     counts = [LossAt(last_token_only, held.batch.present).count(held.target.logits) for held in data]
     metrics = {name: mean_over_batches([row[name] for row in rows], counts) for name in rows[0]}
-    return metrics | {"faithfulness_relative": metrics["faithfulness"] / _mean_square(run.decomposition)}
-
-
-def _mean_square(decomposition: Decomposition) -> float:
-    """Mean squared entry of the weights of all sites."""
-    squares = sum(site.W.double().square().sum().item() for site in decomposition.sites)
-    return squares / sum(site.W.numel() for site in decomposition.sites)
+    return metrics | {"faithfulness_relative": metrics["faithfulness"] / mean_square(run.decomposition)}
 
 
 def _patterns(decomposition: Decomposition, held: HeldOut, names: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:

@@ -38,7 +38,7 @@ class Edge:
 
 @dataclass(frozen=True, repr=False)
 class Edges(Shown):
-    """Effects between sites on held-out data; pairs without any effect are left out."""
+    """Effects between sites on the evaluated sequences; pairs without any effect are left out."""
 
     run: str
     step: int

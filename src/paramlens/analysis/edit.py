@@ -7,7 +7,7 @@ subtraction  W ← W - Σ_k u_k v_kᵀ, the parts themselves, as a mask of 0 tak
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +35,7 @@ from paramlens.tasks.facts import Fact, fact_of, shipped_facts
 from paramlens.tasks.language import encode_fact
 from paramlens.tasks.loading import save_language
 from paramlens.tasks.tokens import positions_of, token_texts
+from paramlens.verdicts import failures
 
 Method = Literal["projection", "subtraction"]
 
@@ -62,13 +63,16 @@ class Edit(Shown):
     selected: tuple[Selected, ...]
     method: Method
     weights: Mapping[str, Float[Tensor, "d_in d_out"]]
+    warnings: tuple[str, ...] = ()
+    """What speaks against trusting it: verdicts that its decomposition fails."""
 
     def summary(self) -> str:
         return f"{self.method} of {len(self.selected)} subcomponents at {len(self.weights)} sites"
 
     def tables(self) -> tuple[Table, ...]:
-        """The subcomponents that it takes out."""
-        return (selected_table(self.selected),)
+        """The subcomponents that it takes out, and what speaks against trusting that."""
+        table = selected_table(self.selected)
+        return (replace(table, notes=(*table.notes, *(Cell(text, "warn") for text in self.warnings))),)
 
     @contextmanager
     def applied(self) -> Iterator[nn.Module]:
@@ -214,7 +218,9 @@ def edit(run: Run, selected: Sequence[Selected], *, method: Method = "projection
                 continue
             reads, writes = run.decomposition.U[site.name][:, index], run.decomposition.V[site.name][index]
             weights[site.name] = taken_out(site.W, reads, writes, method)
-    return Edit(task.model, task.tokenizer, tuple(selected), method, weights)
+    failed = failures(run.verdicts)
+    text = f"the decomposition fails ({failed}): its subcomponents do not stand for what the model computes"
+    return Edit(task.model, task.tokenizer, tuple(selected), method, weights, (text,) if failed else ())
 
 
 def _best(ranked: Sequence[Selected], *, top: int | None, per_token: int | None) -> list[Selected]:

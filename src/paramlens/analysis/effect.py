@@ -1,6 +1,6 @@
 """What an edit does to every fact, beside edits of equal rank at the same sites that know nothing of the decomposition (Figures 3, 4)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import mean, median
 
@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from paramlens.analysis.components import own_sentences, run_sentences, tokenizer_of
-from paramlens.analysis.edit import Edit, Selected, changed, find_fact, selected_table, taken_out, without_largest, without_random
+from paramlens.analysis.components import own_sentences, tokenizer_of
+from paramlens.analysis.controls import CONTROLS, edit_slices
+from paramlens.analysis.controls import controls as controls_of
+from paramlens.analysis.edit import Edit, Selected, changed, find_fact, selected_table
 from paramlens.analysis.held_out import data_of
 from paramlens.errors import ConfigError
 from paramlens.machine import machine
@@ -17,15 +19,10 @@ from paramlens.rundir import Run
 from paramlens.shown import Shown
 from paramlens.sites import at_rest
 from paramlens.tables import Cell, Table, columns, figure, row, shaded
-from paramlens.tasks import generator
 from paramlens.tasks.facts import Fact, kinds, recall, shipped_facts
 from paramlens.tasks.language import encode, padded
 from paramlens.tasks.limits import require_tokens
-
-DRAWS = 5
-"""Draws of a control that is random; its figures are their means."""
-
-CONTROLS = ("random directions", "top singular directions", "random subcomponents", "activation read")
+from paramlens.verdicts import Verdict, verdict_table
 
 KINDS = ("target", "paraphrase", "other-target", "same-sport", "other-sport", "general", "reverse")
 
@@ -46,21 +43,24 @@ class FactEffect:
 
 @dataclass(frozen=True)
 class Effect:
-    """What one edit leaves: by kind of fact, after / before. kept: its median; kept_mean: its mean; right: share still the likeliest."""
+    """What one edit leaves: by kind of fact, after / before. kept: its median; kept_mean: its mean; right: share still the likeliest.
 
-    kept: dict[str, float]
-    kept_mean: dict[str, float]
-    right: dict[str, float]
+    All of the facts that the model knew: those whose answer was the likeliest continuation before. None for a kind of which it knew none.
+    """
+
+    kept: dict[str, float | None]
+    kept_mean: dict[str, float | None]
+    right: dict[str, float | None]
     perplexity: float | None
     """exp of the mean cross-entropy in nats per token of unrelated text; none where there is none."""
 
 
 @dataclass(frozen=True, repr=False)
 class Suppression(Shown):
-    """An edit, its effect on a fact set, and controls of equal rank at the same sites.
+    """An edit, its effect on a fact set, and controls at the same sites.
 
-    controls: random directions; the weight's top singular directions; as many of the run's other subcomponents, drawn at random;
-    and the plain edit that reads the tokens' activations: at the same sites and tokens W ← W - x̂ (x̂ᵀ W).
+    controls: as many random slices; as many of the weight's top singular slices; as many of the run's other subcomponents, drawn at
+    random; and the plain edit that reads the tokens' activations, W ← W - x̂ (x̂ᵀ W), one slice for each direction of theirs.
     """
 
     run: str
@@ -72,29 +72,56 @@ class Suppression(Shown):
     effect: Effect
     perplexity_before: float | None
     controls: dict[str, Effect]
+    controls_left_out: dict[str, str]
+    """Control → why there is none that takes as much out."""
+    slices: dict[str, int]
+    """Independent rank-1 slices that the "edit" and each control take out, summed over sites."""
+    known: dict[str, tuple[int, int]]
+    """Kind of fact → how many the model knew before (the answer was the likeliest continuation), of how many."""
+    verdicts: list[Verdict]
+    """Whether the decomposition can be trusted."""
+    warnings: list[str]
+    """What makes the effect mean less than it says."""
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
 
     def summary(self) -> str:
-        kept = ", ".join(f"{kind} {value:.3f}" for kind, value in list(self.effect.kept.items())[:2])
+        kept = ", ".join(f"{kind} {figure(value, 3)}" for kind, value in list(self.effect.kept.items())[:2])
         return f"{self.method} of {len(self.selected)} subcomponents from {self.run}, probability kept: {kept}"
 
     def tables(self) -> tuple[Table, ...]:
-        """What was taken out, and by kind of fact the share of its probability that an answer keeps, beside the controls."""
+        """What was taken out; by kind of fact the share of its probability that an answer keeps, beside the controls; verdicts."""
         effects = {"these parts": self.effect} | {name.replace("subcomponents", "parts"): each for name, each in self.controls.items()}
         kept = [
-            (Cell(kind), *(shaded(f"{effect.kept[kind]:.3f}", effect.kept[kind], 1.0) for effect in effects.values()))
+            (Cell(kind), Cell("{} of {}".format(*self.known[kind])), *(_kept_cell(effect.kept[kind]) for effect in effects.values()))
             for kind in self.effect.kept
         ]
-        perplexities = row("perplexity", *(figure(effect.perplexity, 2) for effect in effects.values()))
+        perplexities = row("perplexity", "", *(figure(effect.perplexity, 2) for effect in effects.values()))
+        slices = row("slices taken out", "", *(str(number) for number in self.slices.values()), tone="faint")
+        target = next(fact for fact in self.facts if fact.kind == "target")
+        notes = [
+            Cell(f"P({target.answer!r}) after {target.prompt!r}: {_probability(target.before)} before, {_probability(target.after)} after"),
+            Cell("known: facts whose answer is the likeliest continuation before the edit; medians are of these"),
+            Cell(f"perplexity before: {figure(self.perplexity_before, 2)}"),
+            *(Cell(f"no control by {name}: {why}") for name, why in self.controls_left_out.items()),
+            *(Cell(text, "warn") for text in self.warnings),
+        ]
         table = Table(
             f"Probability kept, median by kind ({self.method}): {self.target}",
-            columns("kind of fact", *effects),
-            (*kept, perplexities),
-            notes=(Cell(f"perplexity before: {figure(self.perplexity_before, 2)}"),),
+            columns("kind of fact", "known", *effects),
+            (*kept, perplexities, slices),
+            notes=tuple(notes),
         )
-        return selected_table(self.selected), table
+        return selected_table(self.selected), table, verdict_table(self.verdicts)
+
+
+def _kept_cell(value: float | None) -> Cell:
+    return Cell("-", "faint") if value is None else shaded(f"{value:.3f}", value, 1.0)
+
+
+def _probability(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.001 else f"{value:.1e}"
 
 
 @torch.no_grad()
@@ -109,7 +136,7 @@ def evaluate_edit(
 ) -> Suppression:
     """The effect of `edit` on every one of `facts`, of which `target` (a sentence or prompt) is the one that was to go.
 
-    facts: none: the shipped ones. controls: those of `CONTROLS` to compare with.
+    facts: none: the shipped ones. controls: those of `CONTROLS` to compare with; one that cannot take as much out is left out.
     texts: unrelated text for the perplexity; none: the sentences of the general facts.
     """
     facts = list(facts if facts is not None else shipped_facts())
@@ -125,25 +152,47 @@ def evaluate_edit(
     def effect(weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Effect]:
         with changed(model, weights):
             right, probability, after = look()
-        return right, probability, _effect(named, before, probability, right, after)
+        return right, probability, _effect(named, before, known, probability, right, after)
 
     with at_rest(model), machine(run.config):
-        right_before, before, perplexity_before = look()
+        known, before, perplexity_before = look()
         right, after, own = effect(edit.weights)
-        others = _controls(run, edit, fact) if controls else {}
-        compared = {name: _mean([effect(weights)[2] for weights in others[name]]) for name in controls}
-    rows = zip(named, before.tolist(), after.tolist(), right_before.tolist(), right.tolist(), strict=True)
+        others = controls_of(run, edit, fact, controls) if controls else {}
+        compared = {name: _mean([effect(weights)[2] for weights in each.draws]) for name, each in others.items() if each.draws}
+    rows = zip(named, before.tolist(), after.tolist(), known.tolist(), right.tolist(), strict=True)
+    found = [FactEffect(each.prompt, each.answer, kind, *numbers) for (each, kind), *numbers in rows]
     return Suppression(
         run=str(run.path),
         step=run.step,
         method=edit.method,
         target=fact.sentence,
         selected=list(edit.selected),
-        facts=[FactEffect(each.prompt, each.answer, kind, *numbers) for (each, kind), *numbers in rows],
+        facts=found,
         effect=own,
         perplexity_before=perplexity_before,
         controls=compared,
+        controls_left_out={name: each.why_not for name, each in others.items() if each.why_not},
+        slices={"edit": edit_slices(run, edit)} | {name: others[name].slices for name in compared},
+        known=_known(found),
+        verdicts=list(run.verdicts),
+        warnings=[*edit.warnings, *_unknown(found)],
     )
+
+
+def _known(facts: Sequence[FactEffect]) -> dict[str, tuple[int, int]]:
+    by_kind = {kind: [fact.right_before for fact in facts if fact.kind == kind] for kind in KINDS}
+    return {kind: (sum(right), len(right)) for kind, right in by_kind.items() if right}
+
+
+def _unknown(facts: Sequence[FactEffect]) -> Iterator[str]:
+    """A warning where the model does not know the fact that was to go, or no other."""
+    for fact in facts:
+        if fact.kind == "target" and not fact.right_before:
+            probability = _probability(fact.before)
+            yield f"the model does not know the target: P({fact.answer!r}) is {probability} before the edit, and another token is likelier"
+    others = [fact.right_before for fact in facts if fact.kind != "target"]
+    if others and not any(others):
+        yield f"the model knows none of the {len(others)} other facts, so nothing shows what else the edit does"
 
 
 @torch.no_grad()
@@ -169,56 +218,28 @@ def perplexity(model: nn.Module, tokenizer: object, texts: Sequence[str], *, bat
     return float(torch.tensor(lost / count).exp())
 
 
-def _effect(named: Sequence[tuple[Fact, str]], before: Tensor, after: Tensor, right: Tensor, perplexity: float | None) -> Effect:
-    ratio, kept = (after / before.clamp(min=1e-12)).tolist(), dict[str, list[float]]()
-    still: dict[str, list[bool]] = {}
-    for (_, kind), value, correct in zip(named, ratio, right.tolist(), strict=True):
-        kept.setdefault(kind, []).append(value)
-        still.setdefault(kind, []).append(correct)
-    present = [kind for kind in KINDS if kind in kept]
+def _effect(
+    named: Sequence[tuple[Fact, str]], before: Tensor, known: Tensor, after: Tensor, right: Tensor, perplexity: float | None
+) -> Effect:
+    """What is left of the facts that the model knew before; of a kind of which it knew none there is nothing to say."""
+    kept: dict[str, list[float]] = {kind: [] for kind in KINDS if any(kind == each for _, each in named)}
+    still: dict[str, list[bool]] = {kind: [] for kind in kept}
+    for (_, kind), was, counts, now, correct in zip(named, before.tolist(), known.tolist(), after.tolist(), right.tolist(), strict=True):
+        if counts:
+            kept[kind].append(now / was)
+            still[kind].append(correct)
     return Effect(
-        kept={kind: median(kept[kind]) for kind in present},
-        kept_mean={kind: mean(kept[kind]) for kind in present},
-        right={kind: sum(still[kind]) / len(still[kind]) for kind in present},
+        kept={kind: median(values) if values else None for kind, values in kept.items()},
+        kept_mean={kind: mean(values) if values else None for kind, values in kept.items()},
+        right={kind: sum(values) / len(values) if values else None for kind, values in still.items()},
         perplexity=perplexity,
     )
 
 
 def _mean(effects: Sequence[Effect]) -> Effect:
-    def over(name: str) -> dict[str, float]:
-        return {kind: mean(getattr(effect, name)[kind] for effect in effects) for kind in effects[0].kept}
+    def over(name: str) -> dict[str, float | None]:
+        first: dict[str, float | None] = getattr(effects[0], name)
+        return {kind: None if value is None else mean(getattr(effect, name)[kind] for effect in effects) for kind, value in first.items()}
 
     known = [effect.perplexity for effect in effects if effect.perplexity is not None]
     return Effect(over("kept"), over("kept_mean"), over("right"), mean(known) if known else None)
-
-
-def _controls(run: Run, edit: Edit, fact: Fact) -> dict[str, list[dict[str, Tensor]]]:
-    """Control → its draws, each new weights for the edited sites: as many slices as the edit takes there."""
-    seen = run_sentences(run, [fact.sentence])
-    made: dict[str, list[dict[str, Tensor]]] = {name: [{} for _ in range(DRAWS if "random" in name else 1)] for name in CONTROLS}
-    for site in run.decomposition.sites:
-        chosen = [each for each in edit.selected if each.site == site.name]
-        if not chosen:
-            continue
-        W, U, V, r = site.W, run.decomposition.U[site.name], run.decomposition.V[site.name], len(chosen)
-        rest = [c for c in range(run.decomposition.C) if c not in {each.subcomponent for each in chosen}]
-        for draw in range(DRAWS):
-            rng = generator("control", site.name, draw)
-            made["random directions"][draw][site.name] = without_random(W, r, generator=rng)
-            drawn = [rest[i] for i in torch.randperm(len(rest), generator=rng)[:r].tolist()]
-            made["random subcomponents"][draw][site.name] = taken_out(W, U[:, drawn], V[drawn], edit.method)
-        made["top singular directions"][0][site.name] = without_largest(W, r)
-        made["activation read"][0][site.name] = without_activations(W, _activations(seen.inputs[site.name][0], chosen))
-    return made
-
-
-def _activations(x: Tensor, chosen: Sequence[Selected]) -> Tensor:
-    """The site's inputs at the tokens where the chosen subcomponents stand; of those named by hand, at all tokens."""
-    places = sorted({each.position for each in chosen if each.position is not None}) or range(len(x))
-    return x[list(places)]
-
-
-def without_activations(W: Tensor, x: Tensor) -> Tensor:
-    """W ← W - X̂ᵀ X̂ W: the plain edit that reads the given activations (rows of x) and takes out all that the weight writes for them."""
-    basis = torch.linalg.qr(x.double().T).Q
-    return (W.double() - basis @ (basis.T @ W.double())).to(W.dtype)

@@ -1,4 +1,7 @@
-"""Held-out batches of a run, with what every analysis needs of them: the target's run, importances, and the role of each position."""
+"""Held-out batches of a run (its training data, where it has no others), with what every analysis needs of them.
+
+That is the target's run, importances, and the role of each position.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

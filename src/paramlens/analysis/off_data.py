@@ -1,7 +1,7 @@
 """A decomposition where it was not fitted: a few inputs leave everything else open, and training data of one kind leaves other kinds open.
 
-Facts runs are looked at on other facts. Runs on tokens see held-out sequences whose tokens are shuffled, each in its sequence: the same
-tokens, without what made them sequences. Other inputs offer nothing of the kind.
+Facts runs are looked at on other facts. Runs on tokens see their sequences with shuffled tokens, each in its sequence: the same tokens,
+without what made them sequences. Other inputs offer nothing of the kind.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from paramlens.analysis.controls import weight_rank
 from paramlens.analysis.edit import changed, without_largest, without_random
 from paramlens.analysis.held_out import HeldOut, data_of
 from paramlens.config import CustomTask, FactsTask
@@ -31,8 +32,8 @@ class OffData:
     """Off the data, in nats. recon: KL(target ‖ masked model), masks g of γ on these inputs.
 
     removed: KL(target ‖ target without the subcomponents that are active anywhere on the run's data), beside weights from which as many
-    directions were taken at the same sites: drawn at random, and the largest singular ones. A decomposition of these data alone is narrow
-    where `removed` is below both.
+    slices were taken at the same sites: drawn at random, and the largest singular ones, where every site has as many. A decomposition of
+    these data alone is narrow where `removed` is below both.
     """
 
     what: str
@@ -40,6 +41,8 @@ class OffData:
     recon: float
     removed: float
     controls: dict[str, float]
+    parts: int
+    """Subcomponents active anywhere on the run's data, over all sites: with none, nothing is removed, and there are no controls."""
 
 
 @torch.no_grad()
@@ -67,13 +70,14 @@ def off_data(run: Run, data: Sequence[HeldOut], *, threshold: float) -> OffData 
             return divergence(call(run.decomposition.model, batch.inputs))
 
     masked = run.decomposition.masked_run(batch.inputs, [{site: Replacement(value) for site, value in g.items()}])[0]
-    own, controls = _weights(run, data, threshold)
+    own, controls, parts = _weights(run, data, threshold)
     return OffData(
         what=what,
         sequences=len(target.logits),
         recon=divergence(masked),
         removed=without(own),
         controls={name: without(weights) for name, weights in controls.items()},
+        parts=parts,
     )
 
 
@@ -89,18 +93,22 @@ def _elsewhere(run: Run, batch: Batch) -> tuple[str, Batch] | None:
     absent = torch.zeros_like(ids, dtype=torch.bool) if batch.present is None else ~batch.present
     places, order = absent.sort(dim=1, stable=True).indices, noise.masked_fill(absent, 2).argsort(1)  # present ones first in both
     shuffled = ids.scatter(1, places, ids.gather(1, order))
-    return "held-out sequences with their tokens shuffled", batch.with_token_ids(shuffled)
+    return f"{data_of(run).evaluated_on} sequences with their tokens shuffled", batch.with_token_ids(shuffled)
 
 
-def _weights(run: Run, data: Sequence[HeldOut], threshold: float) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-    """Every site without its parts that are active somewhere, and the controls of as many directions."""
-    own, drawn, largest = ({}, {}, {})
+def _weights(run: Run, data: Sequence[HeldOut], threshold: float) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], int]:
+    """Every site without its parts that are active somewhere, the controls that take as many slices out there, and how many those are."""
+    own, drawn, largest = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
+    total, has_as_many = 0, True
     for site in run.decomposition.sites:
         g = torch.cat([held.g[site.name].flatten(0, -2) for held in data])
         parts = (g > threshold).any(0).nonzero()[:, 0]
-        W, count = site.W, min(len(parts), *site.W.shape)
-        U, V = run.decomposition.U[site.name], run.decomposition.V[site.name]
+        if not (count := len(parts)):
+            continue
+        W, U, V = site.W, run.decomposition.U[site.name], run.decomposition.V[site.name]
         own[site.name] = W - U[:, parts] @ V[parts]
         drawn[site.name] = without_random(W, count, generator=generator("off data", site.name))
         largest[site.name] = without_largest(W, count)
-    return own, {"random directions": drawn, "largest singular directions": largest}
+        total, has_as_many = total + count, has_as_many and weight_rank(W) >= count
+    controls = {"random directions": drawn} | ({"largest singular directions": largest} if has_as_many else {})
+    return own, controls if total else {}, total

@@ -35,7 +35,7 @@ from paramlens.page.figures import (
     trace_figure,
     zero_figure,
 )
-from paramlens.page.verdicts import verdicts
+from paramlens.verdicts import verdicts
 
 if TYPE_CHECKING:
     from paramlens.rundir import Run
@@ -76,11 +76,12 @@ def report(run: "Run | str | Path", *, budget: float = BUDGET) -> Path:
     shown = {
         "circuit": circuit,
         "info": read_json(path / "run.json"),
+        "evaluated_on": circuit.get("evaluated_on", "training" if isinstance(config.task, CustomTask | FactsTask) else "held-out"),
         "config": config,
         "inspections": analyses["inspect"]["prompts"] if isinstance(config.task, FactsTask) else [],
         "edits": (analyses.kept["suppress"] or {"edits": []})["edits"],
         "target": target,
-        "verdicts": list(verdicts(circuit, target)),
+        "verdicts": list(verdicts(circuit["metrics"], off_data=circuit["off_data"], target=target)),
         "sections": list(_sections(found)),
         "figures": _embedded({figure.name: _drawn(figure) for figure in found}),
         "style": Markup(_shipped("style.css")),
@@ -106,9 +107,7 @@ def _figures(
 ) -> Iterator[Figure]:
     """All that there are data for."""
     if circuit["example"]["attention"]:
-        yield Figure(
-            "patterns", "attention", "Attention in one held-out sequence: the target's, and the masked model's.", patterns_figure(circuit)
-        )
+        yield Figure("patterns", "attention", "Attention in one sequence: the target's, and the masked model's.", patterns_figure(circuit))
     if circuit["attention_by_role"]:
         caption = "Attention from a role (rows) to a role (columns): the target's, and the masked model's."
         yield Figure("roleattention", "attention", caption, role_attention_figure(circuit))

@@ -36,15 +36,15 @@ class Figure:
 
 
 def losses_figure(metrics: Sequence[Mapping[str, Any]]) -> go.Figure:
-    """Training losses and held-out reconstruction over steps."""
+    """Training losses and evaluated reconstruction over steps."""
     figure = go.Figure()
     trained = [line for line in metrics if "losses" in line]
-    held_out = [line for line in metrics if "evaluation" in line]
+    evaluated = [line for line in metrics if "evaluation" in line]
     for colour, name in enumerate(trained[-1]["losses"] if trained else []):
         _line(figure, name, [line["step"] for line in trained], [line["losses"][name] for line in trained], colour)
-    if held_out:
-        recon = [line["evaluation"]["recon"] for line in held_out]
-        _line(figure, "recon, held out", [line["step"] for line in held_out], recon, _LAST, dash="dot")
+    if evaluated:
+        recon = [line["evaluation"]["recon"] for line in evaluated]
+        _line(figure, "recon, evaluated", [line["step"] for line in evaluated], recon, _LAST, dash="dot")
     figure.update_yaxes(type="log", exponentformat="power")
     figure.update_xaxes(title="step")
     return _styled(figure, height=380)

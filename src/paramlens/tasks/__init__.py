@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
-from typing import Any, TypeVar
+from numbers import Integral
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Bool, Int
@@ -14,6 +15,7 @@ Leaf = TypeVar("Leaf")
 
 Inputs = Tensor | Mapping[str, Any] | tuple[Any, ...] | list[Any]
 Batches = Callable[[int], Any] | Sequence[Any] | Iterable[Any]
+EvaluatedOn = Literal["held-out", "training", "given"]
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,8 @@ class Task:
     """Columns of its longest batch; None where that is not known beforehand."""
     held_out: int | None = None
     """Batches that a held-out stream has before it repeats; none: without end."""
+    evaluated_on: EvaluatedOn = "held-out"
+    """What all streams but "train" hold: batches kept from training, the training batches themselves, or what `open_run` was given."""
     last_token: Callable[[Inputs], Inputs] | None = None
     """Inputs that make the target compute the logits of the last position only, where it can."""
 
@@ -163,5 +167,6 @@ def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Gene
 
 
 def seed_of(*key: int | str) -> int:
-    """A 63-bit number that is a pure function of `key`."""
+    """A 63-bit number that is a pure function of `key`; a whole number of NumPy's counts as the same of Python's."""
+    key = tuple(int(part) if isinstance(part, Integral) else part for part in key)
     return int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from paramlens.errors import BatchError, ConfigError
-from paramlens.tasks import Batch, Batches, Inputs, map_leaves, tensors_of
+from paramlens.tasks import Batch, Batches, EvaluatedOn, Inputs, Task, map_leaves, tensors_of
 
 MASK = "attention_mask"
 """Name under which tokenizers hand over which positions are present, (batch, pos), 1 present and 0 padding."""
@@ -21,21 +22,49 @@ LABELS = ("labels", "label", "label_ids")
 _FORMS = "give a tensor, a tuple or mapping of tensors (as the model is called), a dataclass of them, or a paramlens.Batch"
 
 
-def batch_function(batches: Batches, model: nn.Module) -> Callable[[int, str], Batch]:
+HELD_OUT = 64
+"""Batches that are taken of held-out ones given as an iterable, which is read once, before the run."""
+
+
+def own_task(model: nn.Module, batches: Batches, *, held_out: Batches | None = None, evaluated_on: EvaluatedOn = "training") -> Task:
+    """The task of a model of the caller's own.
+
+    held_out: what evaluations and analyses look at, in the forms of `batches`; of an iterable the first `HELD_OUT`. Without it they look
+    at `batches`, which `evaluated_on` says. Raises `ConfigError` and `BatchError` for what is not a series of batches.
+    """
+    train, looked_at = batch_function(batches, model), batches
+    other = train
+    if held_out is not None:
+        looked_at = held_out if callable(held_out) or isinstance(held_out, Tensor | Mapping | str | Batch | Sequence) else _first(held_out)
+        other, evaluated_on = batch_function(looked_at, model, name="held_out"), "held-out"
+    return Task(
+        model,
+        lambda step, stream: train(step, stream) if stream == "train" else other(step, stream),
+        longest=max(longest_of(batches, train) or 0, longest_of(looked_at, other) or 0) or None,
+        held_out=len(looked_at) if isinstance(looked_at, Sequence) else None,
+        evaluated_on=evaluated_on,
+    )
+
+
+def _first(batches: Iterable[Any]) -> list[Any]:
+    return list(itertools.islice(batches, HELD_OUT)) if isinstance(batches, Iterable) else batches
+
+
+def batch_function(batches: Batches, model: nn.Module, *, name: str = "batches") -> Callable[[int, str], Batch]:
     """The caller's own batches as a task's: a function of the step, a sequence (cycled), or an iterable (iterated anew when exhausted).
 
-    Held-out streams see the same batches: the caller has no others. Raises `ConfigError` and `BatchError` for anything else.
+    Held-out streams see the same batches. name: the caller's argument. Raises `ConfigError` and `BatchError` for anything else.
     """
     if isinstance(batches, Tensor | Mapping | str | Batch) or not (callable(batches) or isinstance(batches, Iterable)):
         raise ConfigError(
-            f"batches: {type(batches).__name__} is not a series of batches; give a list of batches, a function of the step, or a DataLoader"
+            f"{name}: {type(batches).__name__} is not a series of batches; give a list of batches, a function of the step, or a DataLoader"
         )
     form = BatchForm(model)
     if callable(batches):
         return lambda step, _: form(batches(step), f"batch of step {step}")
     if isinstance(batches, Sequence):
         if not len(batches):
-            raise BatchError("batches: an empty sequence; give at least one batch")
+            raise BatchError(f"{name}: an empty sequence; give at least one batch")
         return lambda step, _: form(batches[step % len(batches)], f"batch {step % len(batches)}")
     endless = _repeated(batches)
     first = next(endless)

@@ -135,6 +135,7 @@ def facts_task(task: FactsTask, language: Language, *, seed: int) -> Task:
         elsewhere=elsewhere if task.elsewhere else None,
         longest=max(map(len, [*own, *others])),
         held_out=1,
+        evaluated_on="training",
         tokenizer=tokenizer,
     )
 

@@ -9,7 +9,7 @@ async function showSite(site, { view = null, column = null, chosen = null, home 
   if (mine !== asked) return; // another place was chosen meanwhile
   const about = DATA.sites[site];
   const ranked = parts.map((part) => ({ part, value: importanceIn(part, view, column) })).sort((a, b) => (b.value ?? -1) - (a.value ?? -1));
-  const where = !view ? "mean over held-out positions" : view.kind === "sequence" ? `at “${view.columns[column].trim() || "space"}”, position ${column} of ${view.label}` : view.kind === "role" ? `at ${view.columns[column]}` : `at ${view.columns[column]} ${view.label}, mean of the shown sequences`;
+  const where = !view ? "mean over all positions" : view.kind === "sequence" ? `at “${view.columns[column].trim() || "space"}”, position ${column} of ${view.label}` : view.kind === "role" ? `at ${view.columns[column]}` : `at ${view.columns[column]} ${view.label}, mean of the shown sequences`;
   const list = html("ol", { class: "parts", "aria-label": `Subcomponents of ${about.name}` });
   const detail = html("div", { id: "part", "aria-live": "polite" });
   const fill = (count) => list.replaceChildren(...ranked.slice(0, count).map(({ part, value }) => html("li", {}, partButton(site, part, value, detail))));

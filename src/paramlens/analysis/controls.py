@@ -1,0 +1,157 @@
+"""Controls of an edit: other edits of the same sites that know nothing of the decomposition, each only where it takes as much out."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from paramlens.analysis.components import run_sentences
+from paramlens.analysis.edit import Edit, Method, Selected, taken_out, without_largest, without_random
+from paramlens.rundir import Run
+from paramlens.tasks import generator
+from paramlens.tasks.facts import Fact
+
+DRAWS = 5
+"""Draws of a control that is random; its figures are their means."""
+
+CONTROLS = ("random directions", "top singular directions", "random subcomponents", "activation read")
+
+ROUNDING = torch.finfo(torch.float32).eps
+"""Relative size below which a number is rounding."""
+
+
+@dataclass(frozen=True)
+class Control:
+    """New weights for the edited sites, one mapping for each draw; none where `why_not` says why there is no such control.
+
+    slices: independent rank-1 slices that it takes out, summed over sites.
+    """
+
+    draws: tuple[Mapping[str, Tensor], ...] = ()
+    slices: int = 0
+    why_not: str | None = None
+
+
+class _NoControlError(Exception):
+    """Its message says why there is no such control."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """An edited site. own, rest: the subcomponents that the edit takes out there, and all others; x: (token, d_in), its inputs."""
+
+    site: str
+    W: Float[Tensor, "d_in d_out"]
+    U: Float[Tensor, "d_in C"]
+    V: Float[Tensor, "C d_out"]
+    own: list[int]
+    rest: list[int]
+    x: Float[Tensor, "token d_in"]
+    method: Method
+
+    @property
+    def slices(self) -> int:
+        """Independent slices that the edit takes out."""
+        return independent_slices(self.U[:, self.own], self.V[self.own], of=self.W)
+
+
+def controls(run: Run, edit: Edit, fact: Fact, names: Sequence[str]) -> dict[str, Control]:
+    """The controls of `names`, each with as many slices at every edited site as the edit takes there, or the reason why there is none.
+
+    activation read: as many as the tokens' activations have directions, each with all that the weight writes for it.
+    """
+    places = _places(run, edit, fact)
+    return {name: _control(name, places) for name in names}
+
+
+def edit_slices(run: Run, edit: Edit) -> int:
+    """Independent slices that an edit takes out, summed over sites."""
+    total = 0
+    for site in run.decomposition.sites:
+        own = [each.subcomponent for each in edit.selected if each.site == site.name]
+        U, V = run.decomposition.U[site.name], run.decomposition.V[site.name]
+        total += independent_slices(U[:, own], V[own], of=site.W)
+    return total
+
+
+def independent_slices(reads: Float[Tensor, "d_in r"], writes: Float[Tensor, "r d_out"], *, of: Float[Tensor, "d_in d_out"]) -> int:
+    """How many of the r slices u vᵀ are linearly independent of each other; one that is rounding beside the weight `of` counts as none."""
+    sizes = reads.double().norm(dim=0) * writes.double().norm(dim=1)
+    kept = sizes > ROUNDING * of.double().norm()
+    u, v = reads.double()[:, kept], writes.double()[kept]
+    u, v = u / u.norm(dim=0), v / v.norm(dim=1, keepdim=True)
+    return int(torch.linalg.matrix_rank((u.T @ u) * (v @ v.T), hermitian=True, rtol=1e-10)) if kept.any() else 0
+
+
+def weight_rank(W: Float[Tensor, "row column"]) -> int:
+    """Singular values of W that are more than rounding."""
+    return int(torch.linalg.matrix_rank(W.double(), rtol=max(W.shape) * ROUNDING))
+
+
+def without_activations(W: Float[Tensor, "d_in d_out"], x: Float[Tensor, "token d_in"]) -> Float[Tensor, "d_in d_out"]:
+    """W ← W - X̂ᵀ X̂ W: the plain edit that reads the given activations (rows of x) and takes out all that the weight writes for them.
+
+    Activations that are alike count once: X̂ are orthonormal directions of their span.
+    """
+    basis = torch.linalg.svd(x.double(), full_matrices=False).Vh[: weight_rank(x)].T
+    return (W.double() - basis @ (basis.T @ W.double())).to(W.dtype)
+
+
+def _places(run: Run, edit: Edit, fact: Fact) -> list[_Place]:
+    seen, places = run_sentences(run, [fact.sentence]), list[_Place]()
+    for site in run.decomposition.sites:
+        chosen = [each for each in edit.selected if each.site == site.name]
+        if not chosen:
+            continue
+        own = [each.subcomponent for each in chosen]
+        rest = [c for c in range(run.decomposition.C) if c not in own]
+        U, V, x = run.decomposition.U[site.name], run.decomposition.V[site.name], _activations(seen.inputs[site.name][0], chosen)
+        places.append(_Place(site.name, site.W, U, V, own, rest, x, edit.method))
+    return places
+
+
+def _control(name: str, places: Sequence[_Place]) -> Control:
+    draws = [dict[str, Tensor]() for _ in range(DRAWS if "random" in name else 1)]
+    slices = 0
+    try:
+        for place in places:
+            taken = 0
+            for draw, weights in enumerate(draws):
+                weights[place.site], taken = _without(name, place, draw)
+                if (place.W - weights[place.site]).norm() <= ROUNDING * place.W.norm():
+                    raise _NoControlError(f"takes nothing out at {place.site}")
+            slices += taken
+    except _NoControlError as reason:
+        return Control(why_not=str(reason))
+    return Control(tuple(draws), slices)
+
+
+def _without(name: str, place: _Place, draw: int) -> tuple[Tensor, int]:
+    """A control's weight at one site, and the slices that it takes out there."""
+    W, count = place.W, len(place.own)
+    if name == "random directions":
+        return without_random(W, count, generator=generator("control", place.site, draw)), place.slices
+    if name == "top singular directions":
+        if (rank := weight_rank(W)) < count:
+            raise _NoControlError(f"{place.site} has {rank} singular directions, and {count} subcomponents were taken out")
+        return without_largest(W, count), count
+    if name == "activation read":
+        return without_activations(W, place.x), weight_rank(place.x)
+    sizes = place.U.norm(dim=0) * place.V.norm(dim=1)
+    able = [c for c in place.rest if sizes[c] > ROUNDING * W.norm()]
+    if len(able) < count:
+        raise _NoControlError(f"{place.site} has {len(able)} other subcomponents that write anything, and {count} were taken out")
+    order = torch.randperm(len(able), generator=generator("control", "subcomponents", place.site, draw))
+    drawn = [able[i] for i in order[:count].tolist()]
+    reads, writes = place.U[:, drawn], place.V[drawn]
+    if (taken := independent_slices(reads, writes, of=W)) < place.slices:
+        raise _NoControlError(f"{taken} of those drawn at {place.site} are independent of each other, of those taken out {place.slices}")
+    return taken_out(W, reads, writes, place.method), taken
+
+
+def _activations(x: Float[Tensor, "pos d_in"], chosen: Sequence[Selected]) -> Float[Tensor, "token d_in"]:
+    """The site's inputs at the tokens where the chosen subcomponents stand; of those named by hand, at all tokens."""
+    places = sorted({each.position for each in chosen if each.position is not None}) or range(len(x))
+    return x[list(places)]
