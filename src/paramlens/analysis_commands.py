@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from paramlens.errors import ConfigError
 from paramlens.layout import is_run, require_run
 from paramlens.options import Agree, Inspect, ShowCircuit, Suppress, Svd, Trace
+from paramlens.streams import ErrorConsole
 from paramlens.terminal import emit
 
 if TYPE_CHECKING:
@@ -134,7 +133,7 @@ def show_suppress(options: Suppress, _: list[str]) -> int:
         run.keep_analysis("suppress", "edits", document, same=("target", "method", "selected"))
     if options.save is not None:
         document["saved"] = str(edit.save(options.save))
-        Console(stderr=True).print(f"saved: {options.save}", highlight=False, markup=False, soft_wrap=True)
+        ErrorConsole().print(f"saved: {options.save}", highlight=False, markup=False, soft_wrap=True)
     emit(document, tables, as_json=options.json)
     return 0
 
