@@ -18,7 +18,7 @@ from paramlens.config import Config, CustomTask, FactsTask, InductionTask, TextT
 from paramlens.configfile import load_config, make_config
 from paramlens.decomposition import Decomposition
 from paramlens.entry import require_plain, require_sound
-from paramlens.errors import ConfigError, RunDirError
+from paramlens.errors import ConfigError, RunDirError, SiteError
 from paramlens.factors import initialise
 from paramlens.importance import Importance
 from paramlens.layout import FORMAT, checkpoint_path, default_out, holds_toy, is_begun, is_resumable, read_json, require_free
