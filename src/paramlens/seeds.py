@@ -18,7 +18,7 @@ from paramlens.config import Config
 from paramlens.configfile import make_config
 from paramlens.errors import ConfigError, ParamLensError, RunInterrupted, Terminated
 from paramlens.layout import default_out, holds_toy, is_begun, is_run, read_json, require_free, write_json
-from paramlens.machine import free_cores
+from paramlens.machine import usable_cores
 from paramlens.runs import decompose_config
 from paramlens.signals import interrupts, termination
 from paramlens.trackers import chosen
@@ -38,7 +38,7 @@ def decompose_seeds(
     overwrite: bool = False,
     track: Sequence[str] = (),
 ) -> list[Path]:
-    """Runs with seeds `config.seed` to `config.seed` + `count` - 1, as many at a time as cores are free; returns their directories.
+    """Runs with seeds `config.seed` to `config.seed` + `count` - 1, as many at a time as the usable cores carry; returns their directories.
 
     Each trains a target of its own, as it would alone, unless `target` names one for all, or with {seed} in it one for each. out: the
     folder of the run directories `s<seed>`; none: runs/<name>-s<seed> each. threads: as configured, or one where several run at a time,
@@ -50,7 +50,7 @@ def decompose_seeds(
     if count < 1:
         raise ConfigError(f"seeds {count}: give 1 or more")
     chosen(track, first=Silent())
-    workers = min(count, max(1, free_cores() // (config.threads or 1)))
+    workers = min(count, max(1, usable_cores() // (config.threads or 1)))
     shared = {"threads": 1} if config.threads is None and workers > 1 else {}
     jobs: list[_Job] = []
     for seed in range(config.seed, config.seed + count):
