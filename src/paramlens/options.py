@@ -279,6 +279,8 @@ class Bench:
     """A case stops repeating after this long."""
     skip_naive: bool = False
     """Measure the library alone."""
+    skip_busy: bool = False
+    """Leave the step beside a busy process out."""
     skip_memory: bool = False
     """Leave peak memory out."""
     json: bool = False
