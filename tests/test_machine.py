@@ -1,8 +1,11 @@
 """How many CPU threads a run takes, how they wait, what torch.compile fuses, and systems that lack what Linux has."""
 
+import errno
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,11 +13,14 @@ import pytest
 import torch
 
 from conftest import TINY, tiny_with
+from paramlens import layout, native, signals
 from paramlens import machine as machine_module
 from paramlens.configfile import make_config
-from paramlens.layout import read_json
+from paramlens.layout import read_json, write_text
+from paramlens.lock import locked
 from paramlens.machine import _quotas, default_threads, fusible, machine, usable_cores
 from paramlens.runs import decompose_config
+from paramlens.seeds import decompose_seeds
 from paramlens.tracking import Silent
 
 VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
@@ -152,3 +158,89 @@ def test_what_may_be_fused_is_seen_by_other_threads(monkeypatch: pytest.MonkeyPa
                 assert pool.submit(double, 3).result() == 6
         assert pool.submit(double, 3).result() == 6
     assert fused == [True]
+
+
+def of_directories(function: Callable[..., int], error: OSError) -> Callable[..., int]:
+    """`os.open` or `os.fsync` of a system on which it fails for directories."""
+
+    def patched(what, *arguments: int) -> int:
+        if Path(what if isinstance(what, str | Path) else f"/proc/self/fd/{what}").is_dir():
+            raise error
+        return function(what, *arguments)
+
+    return patched
+
+
+def test_a_system_that_cannot_open_directories(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """Windows."""
+    monkeypatch.setattr(os, "open", of_directories(os.open, PermissionError(errno.EACCES, "Permission denied")))
+    run = decompose_config(make_config(TINY | {"steps": 4}), out=tmp_path / "run")
+    assert run.step == 4
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="what a descriptor stands for is read from /proc")
+def test_a_file_system_that_cannot_flush_directories(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """Some network shares; a disk that fails is still told."""
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", of_directories(fsync, OSError(errno.EINVAL, "Invalid argument")))
+    write_text(tmp_path / "file", "text\n")
+    assert (tmp_path / "file").read_bytes() == b"text\n"
+    monkeypatch.setattr(os, "fsync", of_directories(fsync, OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(OSError, match="Input/output error"):
+        write_text(tmp_path / "file", "text")
+
+
+def test_a_file_that_cannot_be_opened_is_told(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(PermissionError):
+        layout.sync(tmp_path / "file")
+
+
+def test_a_lock_that_removes_its_own_file(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """As filelock does on Windows."""
+    from paramlens import lock
+
+    class Own(lock.FileLock):
+        def release(self, force: bool = False) -> None:
+            super().release(force)
+            Path(self.lock_file).unlink()
+
+    monkeypatch.setattr(lock, "FileLock", Own)
+    with locked(tmp_path / "a/b"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_gnu_openmp_kernels_run_on_one_thread(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """macOS, Windows, and a library that cannot be loaded."""
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib/libgomp.so.1").write_bytes(b"not a library")
+    monkeypatch.setattr(native.torch, "__file__", str(tmp_path / "__init__.py"))
+    assert native._openmp.__wrapped__() is None
+    monkeypatch.setattr(native, "_openmp", lambda: None)
+    if native.serves(torch.ones(1)):
+        kernel, out = native._Kernel("lower_backward"), torch.zeros(5000)
+        with machine_module.torch_threads(2):
+            kernel(native.units(out), torch.full((5000,), 0.5), torch.ones(5000), out, 5000)
+        assert out.tolist() == [1.0] * 5000
+
+
+def test_seeds_are_stopped_where_signals_end_a_process_at_once(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """Windows: closing a seed's input is what tells it to save; here the whole way but for the system's own names."""
+    monkeypatch.setattr(signals, "WINDOWS", True)
+    assert signals.apart() == {"creationflags": 0}
+    code = "import os, sys; sys.exit(len(os.read(0, 1)) + 5)"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **signals.apart()
+    ) as process:
+        signals.ask_to_end(process, signal.SIGINT)
+        signals.ask_to_end(process, signal.SIGINT)
+        assert process.communicate() == ("", None)
+    assert process.returncode == 5
+    with pytest.raises(signals.Terminated), signals.termination():
+        signals.end_in_order()
+    assert len(decompose_seeds(make_config(TINY | {"steps": 1}), 1, out=tmp_path / "seeds")) == 1

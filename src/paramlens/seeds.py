@@ -20,7 +20,7 @@ from paramlens.errors import ConfigError, ParamLensError, RunInterrupted, Termin
 from paramlens.layout import default_out, holds_toy, is_begun, is_run, read_json, require_free, write_json
 from paramlens.machine import usable_cores
 from paramlens.runs import decompose_config
-from paramlens.signals import interrupts, termination
+from paramlens.signals import apart, ask_to_end, end_in_order, interrupts, termination
 from paramlens.trackers import chosen
 from paramlens.tracking import Silent, Terminal
 
@@ -91,7 +91,7 @@ def _run_all(jobs: Sequence[_Job], workers: int) -> list[ParamLensError | None]:
                 if number and not told:
                     waiting, told = [], True
                     for process in running.values():
-                        process.send_signal(number)
+                        ask_to_end(process, number)
                 while waiting and len(running) < workers:
                     index = waiting.pop(0)
                     running[index] = _start(jobs[index], Path(folder) / f"{index}.json")
@@ -114,7 +114,8 @@ def _start(job: _Job, file: Path) -> subprocess.Popen[str]:
     write_json(file, {"config": job.config.model_dump(mode="json"), **settings})
     quietly = "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL)"  # a Ctrl-C while torch is imported ends in no traceback
     command = [sys.executable, "-c", f"{quietly}; from paramlens.seeds import run_job; run_job()", str(file)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, **pipes, **apart())
 
 
 def _failure(job: _Job, process: subprocess.Popen[str]) -> ParamLensError | None:
@@ -149,4 +150,4 @@ def run_job() -> None:
 def _end_with_parent() -> None:
     while os.read(0, 1):  # ends when the parent's side of the pipe does
         pass
-    os.kill(os.getpid(), signal.SIGTERM)
+    end_in_order()
