@@ -1,5 +1,6 @@
 # Everything from a fresh clone: `make demo` and `make test` make their own environment in .venv.
-PYTHON ?= python3.11
+# PYTHON=/path/to/python takes another than the newest there is.
+PYTHON ?= $(shell .ci/python)
 BIN := .venv/bin
 
 .PHONY: demo test lint format docs notebooks clean
@@ -30,6 +31,7 @@ clean:
 	rm -rf .venv build dist site
 
 .venv/bin/python:
+	@test -n '$(PYTHON)' || { echo 'No Python 3.11 or newer that can make an environment was found: install one (with its venv module), or give PYTHON=/path/to/python' >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 
 .venv/installed: .venv/bin/python pyproject.toml constraints.txt

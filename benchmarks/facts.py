@@ -7,7 +7,7 @@
     python benchmarks/facts.py gpt2       # GPT-2's shape with random weights: a step of gpt2-facts, its time and peak memory
     python benchmarks/facts.py tables     # Markdown of all that docs/results holds
 
-Runs go to runs/; as many at a time as cores are free.
+Runs go to runs/; as many at a time as there are cores.
 """
 
 import json
@@ -36,7 +36,7 @@ from paramlens.errors import ConfigError, ParamLensError
 from paramlens.factors import initialise
 from paramlens.importance import Importance
 from paramlens.layout import read_json
-from paramlens.machine import free_cores, machine
+from paramlens.machine import machine, usable_cores
 from paramlens.seeds import decompose_seeds
 from paramlens.sites import at_rest, find_sites
 from paramlens.step import Steps
@@ -120,9 +120,9 @@ def _decompose(name: str, fields: Mapping[str, object], count: int, folder: Path
 
 
 def _each(measure: Callable[[Path], dict[str, Any]], paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """`measure` of every run, as many at a time as cores are free, a thread each."""
+    """`measure` of every run, as many at a time as there are cores, a thread each."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(free_cores(), mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(usable_cores(), mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         return list(pool.map(measure, paths))
 
 
@@ -199,7 +199,7 @@ def _targets(run: Run) -> list[Fact]:
 
 def _write(name: str, document: Mapping[str, Any]) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
-    machine = {"machine": f"{platform.system()} {platform.machine()}, {free_cores()} cores free", "torch": torch.__version__}
+    machine = {"machine": f"{platform.system()} {platform.machine()}, {usable_cores()} cores", "torch": torch.__version__}
     short = json.loads(json.dumps({**machine, **document}), parse_float=lambda text: float(f"{float(text):.5g}"))
     (RESULTS / f"{name}.json").write_text(json.dumps(short, indent=1) + "\n", encoding="utf-8")
 

@@ -8,7 +8,7 @@
     python benchmarks/induction.py vector      # the same on the same targets with the vector γ
     python benchmarks/induction.py tables      # Markdown of all that docs/results holds
 
-Runs go to runs/; as many at a time as cores are free.
+Runs go to runs/; as many at a time as there are cores.
 """
 
 import json

@@ -35,7 +35,8 @@ def measure() -> None:
         fixed = {} if grid in ("like-for-like", "table2") else {"threads": 1}
         measured = []
         repeats = {"like-for-like": 11, "table2": 3}.get(grid, 5)
-        for each in bench.bench(bench.cases(grid, **fixed), repeats=repeats, seconds=12, memory=grid == "like-for-like"):
+        extras = dict.fromkeys(("busy", "memory"), grid == "like-for-like")
+        for each in bench.bench(bench.cases(grid, **fixed), repeats=repeats, seconds=12, **extras):
             measured.append(each)
             print(grid, each.importance, each.length, each.batch, each.C, each.sites, each.steps_per_s, each.ratio, flush=True)
         document = bench.document(measured)

@@ -1,5 +1,6 @@
 """Shared fixtures. Importing the library under the jaxtyping hook checks every shape annotation while the tests run."""
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 from jaxtyping import install_import_hook
 
 import audit
+import paramlens  # noqa: F401  # before torch, whose idle threads are to sleep
 
 SHAPED = (
     "sites",
@@ -49,7 +51,7 @@ from paramlens.rundir import Run  # noqa: E402
 from paramlens.runs import decompose_config  # noqa: E402
 from paramlens.tasks.induction import InductionTransformer  # noqa: E402
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background, and then inherited
 
 

@@ -2,10 +2,10 @@
 
 import hashlib
 import os
-import resource
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,13 +17,17 @@ from safetensors.torch import load_file
 from paramlens.cli import main
 from paramlens.layout import checkpoints
 
+resource = pytest.importorskip("resource", reason="faults strike in a forked process under POSIX's limits")
+
 Fault = Callable[[pytest.MonkeyPatch], None]
 """Prepares the child process, so that the fault strikes when its moment comes."""
 
 
 def run(words: list[str], log: Path, fault: Fault = lambda _: None) -> tuple[int, list[str]]:
     """Exit code (negative: the signal it died of) of a command in a forked process under a fault, and its lines on stderr."""
-    pid = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # from Python 3.12 on: other threads do not go on in the fork
+        pid = os.fork()
     if pid == 0:
         code = 70
         try:

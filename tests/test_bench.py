@@ -1,4 +1,5 @@
 import json
+import subprocess
 
 import pytest
 import torch
@@ -81,16 +82,35 @@ def test_bench_prints_what_others_script_against(capsys: pytest.CaptureFixture[s
     }
     assert case["ratio"] == pytest.approx(case["steps_per_s"] / case["naive_steps_per_s"])
     assert case["repeats"] == 3
+    assert case["busy_steps_per_s"] > 0
     assert case["peak_bytes"] >= 0
     assert case["naive_peak_bytes"] >= 0
 
 
 def test_what_would_not_fit_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(bench, "_free_memory", lambda: 1e6)
-    (measured,) = bench.bench([bench.Case(**SMALL | {"C": 50})], repeats=3, memory=False)
+    (measured,) = bench.bench([bench.Case(**SMALL | {"C": 50})], repeats=3, busy=False, memory=False)
     assert measured.naive_left_out.startswith("needs about")
-    assert (measured.naive_steps_per_s, measured.ratio) == (None, None)
+    assert (measured.naive_steps_per_s, measured.ratio, measured.busy_steps_per_s) == (None, None, None)
     assert measured.steps_per_s > 0
+
+
+def test_the_busy_process_is_busy_and_ends(monkeypatch: pytest.MonkeyPatch):
+    started = []
+
+    class Watched(subprocess.Popen):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            started.append(self)
+
+    monkeypatch.setattr(bench.subprocess, "Popen", Watched)
+    with pytest.raises(KeyError), bench.busy_process():
+        assert started[0].poll() is None
+        raise KeyError
+    assert started[0].returncode is not None
+    with Watched(started[0].args, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as orphan:
+        orphan.stdin.close()  # as when the process that started it dies
+        assert orphan.wait() == 0
 
 
 def test_memory_of_a_step_is_far_below_the_naive_one():

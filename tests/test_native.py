@@ -78,13 +78,13 @@ def test_threads_do_not_change_a_bit(name: str):
     """Units are shared out, never split; only PyTorch's own products and sums may round otherwise, and not at these sizes."""
     function, shapes = FUNCTIONS[name]
     tensors = [numbers(*shape, key=f"{name} {i}") for i, shape in enumerate(shapes)]
-    results = []
+    results, before = [], torch.get_num_threads()
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
             results.append(value_and_gradients(function, *tensors))
     finally:
-        torch.set_num_threads(1)
+        torch.set_num_threads(before)
     for one, two in zip(*results, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-7)
 

@@ -16,7 +16,7 @@ from paramlens.errors import BatchError, ConfigError, DivergedError
 from paramlens.factors import initialise
 from paramlens.importance import Importance
 from paramlens.losses import annealed_p, faithfulness
-from paramlens.machine import _core_seconds, free_threads, machine
+from paramlens.machine import machine
 from paramlens.sites import find_sites
 from paramlens.step import Steps
 from paramlens.tasks import Batch, generator
@@ -165,22 +165,6 @@ def test_the_machine_is_left_as_it_was():
         assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == (2, "high")
         raise KeyError
     assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == before
-
-
-def test_threads_follow_what_others_leave_free(monkeypatch: pytest.MonkeyPatch):
-    readings = iter([(0.0, 0.0), (40.0, 80.0), (0.0, 0.0), (0.0, 80.0), (0.0, 0.0), (80.0, 80.0)])
-    monkeypatch.setattr("paramlens.machine._core_seconds", lambda: next(readings))
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
-    assert [free_threads() for _ in range(3)] == [4, 1, 4]
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: {3}, raising=False)
-    assert free_threads() == 1
-
-
-def test_core_seconds_grow_where_linux_tells():
-    first = _core_seconds()
-    if first is not None:
-        assert 0 < first[0] < first[1]
 
 
 def test_steps_keep_to_the_sum_from_the_share_on():

@@ -3,7 +3,11 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from paramlens.openmp import sleep_when_idle
+
 __version__ = "0.1.0"
+
+sleep_when_idle()
 
 if TYPE_CHECKING:
     from paramlens.analysis.agreement import agreement

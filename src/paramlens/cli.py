@@ -355,6 +355,7 @@ def _bench(options: Bench, _: list[str]) -> int:
         repeats=options.repeats,
         seconds=options.seconds,
         naive=not options.skip_naive,
+        busy=not options.skip_busy,
         memory=not options.skip_memory,
     ):
         measured.append(each)

@@ -362,7 +362,7 @@ class Config(_Frozen):
     cuda_graph: bool = False
     """Capture the whole step as one CUDA graph, which takes away the launches that bind small models; CUDA only, fixed plans only."""
     threads: Annotated[Count, Field(le=256)] | None = None
-    """CPU threads, at most 256; none: one per core the process may use, four at most."""
+    """CPU threads, at most 256; none: one per core the process may use, within its control group's share, four at most."""
     task: InductionTask | FactsTask | TextTask | CustomTask = Field(default=CustomTask(), discriminator="kind")
     gamma: Gamma = Gamma()
     init: Init = Init()

@@ -1,6 +1,7 @@
 """Names, places and plain files of a run directory: all of it that needs no torch, so that a wrong path is refused at once."""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -37,6 +38,11 @@ RUNS = "runs"
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 """user/name on the Hugging Face Hub."""
+
+WINDOWS = os.name == "nt"
+
+_CANNOT_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+"""What file systems say that do not flush directories, such as some network shares."""
 
 _STEP = re.compile(r"step-(\d{8})")
 
@@ -197,7 +203,7 @@ def write_text(path: Path, text: str) -> None:
     """Replace a file whole: readers see the old text or the new, whatever happens in between."""
     part = path.with_name(path.name + PART)
     try:
-        with part.open("w", encoding="utf-8") as file:
+        with part.open("w", encoding="utf-8", newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -210,10 +216,22 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Force a file or directory to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Force a file to the disk, or the names in a directory, where the system can open one and its file system can flush it.
+
+    Windows cannot open a directory, and flushes only what is open for writing.
+    """
+    folder = path.is_dir()
+    try:
+        descriptor = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)
+    except PermissionError:
+        if folder:
+            return
+        raise
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not folder or error.errno not in _CANNOT_FLUSH:
+            raise
     finally:
         os.close(descriptor)
 

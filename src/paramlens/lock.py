@@ -53,7 +53,7 @@ def _owner(path: Path) -> str:
 
 
 def _remove_empty(path: Path, made: list[Path]) -> None:
-    if path in made and [entry.name for entry in path.iterdir()] == [LOCK]:
-        (path / LOCK).unlink()
+    if path in made and {entry.name for entry in path.iterdir()} <= {LOCK}:  # on some systems the lock removes its file itself
+        (path / LOCK).unlink(missing_ok=True)
         for place in made:
             place.rmdir()

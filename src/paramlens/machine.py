@@ -1,10 +1,8 @@
 """How a run uses its machine: CPU threads, the precision of matrix products, and what torch.compile may fuse."""
 
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import cache, wraps
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -20,64 +18,79 @@ MOST_THREADS = 4
 """More CPU threads than this gain next to nothing on the products of a toy."""
 
 _PRECISION = {"fp32": "highest", "tf32": "high", "bf16": "medium"}
-_compiling: ContextVar[bool] = ContextVar("compiling", default=False)
+_compiling = False
+"""Of the whole process: PyTorch runs backward passes on threads of its own, which see none of the caller's context variables."""
 
 
 @contextmanager
 def machine(config: Config) -> Iterator[None]:
     """While active, torch computes as `config` says (threads, matmul, compile); restored whatever happens."""
-    precision, compiling = torch.get_float32_matmul_precision(), _compiling.set(config.compile)
+    global _compiling
+    precision, compiling = torch.get_float32_matmul_precision(), _compiling
+    _compiling = config.compile
     torch.set_float32_matmul_precision(_PRECISION[config.matmul])
     try:
         with torch_threads(config.threads):
             yield
     finally:
         torch.set_float32_matmul_precision(precision)
-        _compiling.reset(compiling)
+        _compiling = compiling
 
 
 @contextmanager
 def torch_threads(threads: int | None) -> Iterator[None]:
-    """While active, torch computes with `threads` CPU threads; none: as many as `free_threads` counts."""
+    """While active, torch computes with `threads` CPU threads; none: `default_threads`."""
     before = torch.get_num_threads()
-    torch.set_num_threads(threads or free_threads())
+    torch.set_num_threads(threads or default_threads())
     try:
         yield
     finally:
         torch.set_num_threads(before)
 
 
-def free_threads() -> int:
-    """Threads for one run: the free cores, four at most.
+def default_threads() -> int:
+    """CPU threads of a run that does not name their number: the usable cores, four at most.
 
-    Sums may be rounded otherwise with another number of threads: a run that is to be repeated bit for bit names its number.
+    A function of the machine alone. What other programs do changes how fast a run is, not how its sums are rounded.
     """
-    return min(free_cores(), MOST_THREADS)
+    return min(usable_cores(), MOST_THREADS)
 
 
-def free_cores() -> int:
-    """Cores that this process may use and that others leave free, one at least.
-
-    A thread that must wait for its core holds up all others at the end of every parallel loop: two threads on one free core are
-    several times slower than one. What others use is looked at for a tenth of a second, where Linux tells.
-    """
+def usable_cores() -> int:
+    """Cores that this process may use, one at least: those it may run on, within what its control group may spend of them (Linux)."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if allowed == 1 or (before := _core_seconds()) is None:
-        return allowed
-    time.sleep(0.1)
-    after = _core_seconds() or before
-    idle, passed = after[0] - before[0], after[1] - before[1]
-    free = round((os.cpu_count() or allowed) * idle / passed) if passed > 0 else allowed
-    return max(1, min(allowed, free))
+    return max(1, min(allowed, int(min(_quotas(), default=allowed))))
 
 
-def _core_seconds() -> tuple[float, float] | None:
-    """Time all cores have been idle, and all time they have had, in ticks since the machine started."""
+def _quotas(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> Iterator[float]:
+    """Cores that each control group around this process may keep busy; nothing for those without a limit, or where there are none."""
     try:
-        ticks = [int(word) for word in Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]]
-    except (OSError, ValueError):
-        return None
-    return ticks[3] + ticks[4], sum(ticks)
+        lines = membership.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for _, controllers, name in (line.split(":", 2) for line in lines if line.count(":") >= 2):
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top = root / controllers
+        group = top / name.lstrip("/")
+        for folder in (group, *group.parents):
+            if folder == top.parent:
+                break
+            quota = _quota(folder)
+            if quota is not None:
+                yield quota
+
+
+def _quota(folder: Path) -> float | None:
+    """Time in each period over the period: of cpu.max (version 2), or of version 1's two files; none if unlimited or not told."""
+    for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        try:
+            limit, period = " ".join((folder / name).read_text(encoding="ascii") for name in names).split()
+            if int(limit) > 0:
+                return int(limit) / int(period)
+        except (OSError, ValueError, ZeroDivisionError):
+            continue
+    return None
 
 
 def fusible(function: Callable[P, R]) -> Callable[P, R]:
@@ -86,6 +99,6 @@ def fusible(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        return (compiled() if _compiling.get() else function)(*args, **kwargs)
+        return (compiled() if _compiling else function)(*args, **kwargs)
 
     return run

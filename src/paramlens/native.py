@@ -31,7 +31,7 @@ def cached_numbers() -> int:
 def _cache_bytes() -> int:
     """One core's second-level cache as Linux reports it, within reason; 1 MiB where nothing is reported."""
     try:
-        size = int(Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text().strip().removesuffix("K")) * 1024
+        size = int(Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text(encoding="ascii").strip().removesuffix("K")) * 1024
     except (OSError, ValueError):
         size = 2**20
     return min(max(size, 2**19), 2**21)
@@ -51,10 +51,13 @@ def _kernels() -> Any:
 
 @cache
 def _openmp() -> ctypes.CDLL | None:
-    """PyTorch's own OpenMP library, where it is GNU's; without it kernels run on one thread."""
+    """PyTorch's own OpenMP library, where it is GNU's, as on Linux; without it, as on macOS and Windows, kernels run on one thread."""
     package = Path(torch.__file__).parent
     for path in [*package.glob("lib/libgomp*.so*"), *package.parent.glob("torch.libs/libgomp*.so*")]:
-        library = ctypes.CDLL(str(path))
+        try:
+            library = ctypes.CDLL(str(path))
+        except OSError:
+            continue
         library.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
         library.GOMP_parallel.restype = None
         for query in (library.omp_get_thread_num, library.omp_get_num_threads):

@@ -44,7 +44,7 @@ class Decompose:
     target: Path | None = None
     """Directory that holds the target; none: train it first. With --seeds, {seed} in it stands for the seed."""
     seeds: int | None = None
-    """This many seeds in one go, in as many processes as cores are free; those of one --target are compared."""
+    """This many seeds in one go, as many at a time as the usable cores carry; those of one --target are compared."""
     out: Path | None = None
     """Run directory (runs/<name>-s<seed>); with --seeds, the folder of the run directories s<seed>."""
     resume: bool = False
@@ -279,6 +279,8 @@ class Bench:
     """A case stops repeating after this long."""
     skip_naive: bool = False
     """Measure the library alone."""
+    skip_busy: bool = False
+    """Leave the step beside a busy process out."""
     skip_memory: bool = False
     """Leave peak memory out."""
     json: bool = False

@@ -24,8 +24,9 @@ from paramlens.importance import Importance
 from paramlens.layout import FORMAT, checkpoint_path, default_out, holds_toy, is_begun, is_resumable, read_json, require_free
 from paramlens.lock import locked
 from paramlens.losses import faithfulness
-from paramlens.machine import machine
+from paramlens.machine import machine, usable_cores
 from paramlens.modes import buffers_kept, default_modes
+from paramlens.openmp import SPINNING, waiting
 from paramlens.padding import require_padding_unseen
 from paramlens.randomness import seeded
 from paramlens.rundir import (
@@ -309,7 +310,10 @@ def _run(
         if start == config.steps:
             tracker.message(f"{path}: already finished at step {start}")
         else:
-            directory.record(status="running", threads=torch.get_num_threads(), evaluated_on=task.evaluated_on)
+            if (used := torch.get_num_threads()) > 1 and waiting() == "spinning":
+                tracker.message(SPINNING.format(threads=used))
+            how = {"threads": used, "cores": usable_cores(), "waiting": waiting()}
+            directory.record(status="running", evaluated_on=task.evaluated_on, **how)
             train(config, task, decomposition, importance, optimizer, directory, start=start, tracker=tracker)
     return dataclasses.replace(open_run(path, model=task.model), task=task)
 

@@ -18,9 +18,9 @@ from paramlens.config import Config
 from paramlens.configfile import make_config
 from paramlens.errors import ConfigError, ParamLensError, RunInterrupted, Terminated
 from paramlens.layout import default_out, holds_toy, is_begun, is_run, read_json, require_free, write_json
-from paramlens.machine import free_cores
+from paramlens.machine import usable_cores
 from paramlens.runs import decompose_config
-from paramlens.signals import interrupts, termination
+from paramlens.signals import apart, ask_to_end, end_in_order, interrupts, termination
 from paramlens.trackers import chosen
 from paramlens.tracking import Silent, Terminal
 
@@ -38,7 +38,7 @@ def decompose_seeds(
     overwrite: bool = False,
     track: Sequence[str] = (),
 ) -> list[Path]:
-    """Runs with seeds `config.seed` to `config.seed` + `count` - 1, as many at a time as cores are free; returns their directories.
+    """Runs with seeds `config.seed` to `config.seed` + `count` - 1, as many at a time as the usable cores carry; returns their directories.
 
     Each trains a target of its own, as it would alone, unless `target` names one for all, or with {seed} in it one for each. out: the
     folder of the run directories `s<seed>`; none: runs/<name>-s<seed> each. threads: as configured, or one where several run at a time,
@@ -50,7 +50,7 @@ def decompose_seeds(
     if count < 1:
         raise ConfigError(f"seeds {count}: give 1 or more")
     chosen(track, first=Silent())
-    workers = min(count, max(1, free_cores() // (config.threads or 1)))
+    workers = min(count, max(1, usable_cores() // (config.threads or 1)))
     shared = {"threads": 1} if config.threads is None and workers > 1 else {}
     jobs: list[_Job] = []
     for seed in range(config.seed, config.seed + count):
@@ -91,7 +91,7 @@ def _run_all(jobs: Sequence[_Job], workers: int) -> list[ParamLensError | None]:
                 if number and not told:
                     waiting, told = [], True
                     for process in running.values():
-                        process.send_signal(number)
+                        ask_to_end(process, number)
                 while waiting and len(running) < workers:
                     index = waiting.pop(0)
                     running[index] = _start(jobs[index], Path(folder) / f"{index}.json")
@@ -114,7 +114,8 @@ def _start(job: _Job, file: Path) -> subprocess.Popen[str]:
     write_json(file, {"config": job.config.model_dump(mode="json"), **settings})
     quietly = "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL)"  # a Ctrl-C while torch is imported ends in no traceback
     command = [sys.executable, "-c", f"{quietly}; from paramlens.seeds import run_job; run_job()", str(file)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, **pipes, **apart())
 
 
 def _failure(job: _Job, process: subprocess.Popen[str]) -> ParamLensError | None:
@@ -149,4 +150,4 @@ def run_job() -> None:
 def _end_with_parent() -> None:
     while os.read(0, 1):  # ends when the parent's side of the pipe does
         pass
-    os.kill(os.getpid(), signal.SIGTERM)
+    end_in_order()

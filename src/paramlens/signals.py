@@ -1,6 +1,8 @@
 """SIGINT and SIGTERM: the first lets the step under way finish, a second ends at once."""
 
+import os
 import signal
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,6 +10,7 @@ from typing import Any
 
 from paramlens.errors import RunInterrupted, Terminated
 
+WINDOWS = os.name == "nt"
 _NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -26,6 +29,31 @@ def interrupts() -> Iterator[Callable[[], int | None]]:
 
     with _handling(handler):
         yield lambda: seen[0] if seen else None
+
+
+def apart() -> dict[str, Any]:
+    """How `subprocess.Popen` starts a process that a terminal's Ctrl-C does not reach: in a session, on Windows a group, of its own."""
+    if WINDOWS:
+        return {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
+    return {"start_new_session": True}
+
+
+def ask_to_end(process: subprocess.Popen[str], number: int) -> None:
+    """Have a process that watches its input save and end: by a signal, or on Windows, where one ends it at once, by its input's end."""
+    if not WINDOWS:
+        process.send_signal(number)
+        return
+    stdin, process.stdin = process.stdin, None
+    if stdin is not None:
+        stdin.close()
+
+
+def end_in_order() -> None:
+    """SIGTERM to this process, from any of its threads, so that its handler runs; on Windows `os.kill` would end it at once."""
+    if WINDOWS:
+        signal.raise_signal(signal.SIGTERM)
+    else:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from typing import Any
 from paramlens.config import Config
 from paramlens.errors import ConfigError, TrackerError
 from paramlens.layout import TRACKING
+from paramlens.signals import apart
 from paramlens.tracking import Fanout, LoggedStep, Silent, Terminal, Tracker
 
 LIBRARIES = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "trackio": "Trackio"}
@@ -82,7 +83,7 @@ class Beside:
                 stderr=log,
                 text=True,
                 encoding="utf-8",
-                start_new_session=True,
+                **apart(),
             )
         settings = {"config": config.model_dump(mode="json")}
         threading.Thread(target=_feed, args=(self._process, settings, self._lines), daemon=True).start()

@@ -5,8 +5,11 @@ import os
 import platform
 import random
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -93,6 +96,8 @@ class Measured(Case):
     repeats: int = 0
     naive_steps_per_s: float | None = None
     steps_per_s: float = 0.0
+    busy_steps_per_s: float | None = None
+    """Ours while another process keeps one core busy."""
     ratio: float | None = None
     naive_peak_bytes: int | None = None
     peak_bytes: int | None = None
@@ -115,12 +120,15 @@ def cases(grid: str, **fixed: Any) -> list[Case]:
 
 
 def bench(
-    chosen: Sequence[Case], *, repeats: int = 7, seconds: float = 60.0, naive: bool = True, memory: bool = True
+    chosen: Sequence[Case], *, repeats: int = 7, seconds: float = 60.0, naive: bool = True, busy: bool = True, memory: bool = True
 ) -> Iterator[Measured]:
-    """Measure each case: at least 3 steps of either kind, at most `repeats`, fewer once a case has taken `seconds`."""
+    """Measure each case: at least 3 steps of each kind, at most `repeats`, fewer once a case has taken `seconds`.
+
+    naive: the naive step too; busy: ours once more beside a busy process; memory: peak memory of each, in a process of its own.
+    """
     for case in chosen:
         left_out = _too_large(case) if naive else "not asked for"
-        timed = _alternate(case, naive=left_out is None, repeats=repeats, seconds=seconds)
+        timed = _alternate(case, naive=left_out is None, busy=busy, repeats=repeats, seconds=seconds)
         ours = peak(case.config(), "ours") if memory else None
         theirs = peak(case.config(), "naive") if memory and left_out is None else None
         yield replace(timed, naive_left_out=left_out, peak_bytes=ours, naive_peak_bytes=theirs)
@@ -142,44 +150,77 @@ def _processor() -> str:
 
 
 def bench_table(document: Mapping[str, Any]) -> Table:
-    """One row a case: sizes, steps per second of both steps, their ratio, and peak memory of both in MiB."""
-    heads = ("γ", "length", "batch", "C", "sites", "alone", "threads", "naive", "ours", "ratio", "MiB", "MiB")
+    """One row a case: sizes, steps per second of both steps, their ratio, ours beside a busy process, and peak memory of both in MiB."""
+    heads = ("γ", "length", "batch", "C", "sites", "alone", "threads", "naive", "ours", "ratio", "busy", "MiB", "MiB")
     rows = []
     for case in document["cases"]:
         sizes = [str(case[name]) for name in ("importance", "length", "batch", "C", "sites", "layerwise_sites", "threads")]
-        rates = [figure(case["naive_steps_per_s"], 3), figure(case["steps_per_s"], 3), figure(case["ratio"], 2)]
+        rates = [
+            figure(case["naive_steps_per_s"], 3),
+            figure(case["steps_per_s"], 3),
+            figure(case["ratio"], 2),
+            figure(case["busy_steps_per_s"], 3),
+        ]
         peaks = [figure(None if case[name] is None else case[name] / 2**20, 0) for name in ("naive_peak_bytes", "peak_bytes")]
         rows.append(row(*sizes, *rates, *peaks))
-    title = f"{document['machine']}, torch {document['torch']}: steps/s of the naive step and ours, peak MiB of both"
+    title = (
+        f"{document['machine']}, torch {document['torch']}: steps/s of the naive step, ours, ours beside a busy process; peak MiB of both"
+    )
     return Table(title, tuple(Column(name, right=name != "γ") for name in heads), tuple(rows), keys=7)
 
 
-def _alternate(case: Case, *, naive: bool, repeats: int, seconds: float) -> Measured:
+def _alternate(case: Case, *, naive: bool, busy: bool, repeats: int, seconds: float) -> Measured:
     config = case.config()
     with machine(config):
         steps = {"ours": training(config, "ours")} | ({"naive": training(config, "naive")} if naive else {})
-        times: dict[str, list[float]] = {side: [] for side in steps}
-        warm = 5 if case.cuda_graph else 1
-        began = time.perf_counter()
-        for i in range(repeats + warm):
-            for side, step in steps.items():
-                start = time.perf_counter()
-                step(i)
-                if case.device.startswith("cuda"):
-                    torch.cuda.synchronize()
-                if i >= warm:
-                    times[side].append(time.perf_counter() - start)
-            if i >= warm + 2 and time.perf_counter() - began > seconds:
-                break
+        times = _times(case, steps, repeats=repeats, seconds=seconds)
+        if busy:
+            with busy_process():
+                times["busy"] = _times(case, {"busy": steps["ours"]}, repeats=repeats, seconds=seconds)["busy"]
         threads = torch.get_num_threads()
     rates = {side: 1 / statistics.median(taken) for side, taken in times.items()}
     return Measured(
         **asdict(replace(case, threads=threads)),
         repeats=len(times["ours"]),
         steps_per_s=rates["ours"],
+        busy_steps_per_s=rates.get("busy"),
         naive_steps_per_s=rates.get("naive"),
         ratio=rates["ours"] / rates["naive"] if naive else None,
     )
+
+
+def _times(case: Case, steps: Mapping[str, Callable[[int], Any]], *, repeats: int, seconds: float) -> dict[str, list[float]]:
+    """Seconds of each step, the sides alternating."""
+    times: dict[str, list[float]] = {side: [] for side in steps}
+    warm = 5 if case.cuda_graph else 1
+    began = time.perf_counter()
+    for i in range(repeats + warm):
+        for side, step in steps.items():
+            start = time.perf_counter()
+            step(i)
+            if case.device.startswith("cuda"):
+                torch.cuda.synchronize()
+            if i >= warm:
+                times[side].append(time.perf_counter() - start)
+        if i >= warm + 2 and time.perf_counter() - began > seconds:
+            break
+    return times
+
+
+@contextmanager
+def busy_process() -> Iterator[None]:
+    """While active, another process computes without a pause; it ends with this one, whatever happens."""
+    code = (
+        "import os, threading; print(flush=True); threading.Thread(target=lambda: os._exit(len(os.read(0, 1))), daemon=True).start()\n"
+        "while True: pass"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        try:
+            yield
+        finally:
+            process.kill()
 
 
 def training(config: Config, side: Literal["ours", "naive"]) -> Callable[[int], Any]:
