@@ -133,8 +133,8 @@ def _is_squeezed(model: nn.Module, inputs: Inputs, logits: Tensor) -> bool:
 
 def _require_leading(inputs: Inputs, target: TargetRun) -> None:
     """Raise unless every site is given the batch's rows first, all sites with the same leading axes."""
-    given = tensors_of(inputs)[0]
-    rows = given.shape[0] if given.dim() else 1
+    given = next(tensor for tensor in tensors_of(inputs) if tensor.dim())
+    rows = given.shape[0]
     in_a_row = {math.prod(given.shape[:2]), math.prod(target.logits.shape[:-1])}
     shapes = {name: tuple(value.shape[:-1]) for name, value in target.inputs.items()}
     for name, shape in shapes.items():
