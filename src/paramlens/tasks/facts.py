@@ -105,7 +105,7 @@ def facts_task(task: FactsTask, language: Language, *, seed: int) -> Task:
     tokenizer = language.tokenizer
     own = [encode_sentence(tokenizer, sentence) for sentence in task.sentences]
     require_tokens(language.model, own, [f"sentence {sentence!r}" for sentence in task.sentences])
-    others = other_facts(task, language.model, tokenizer) if task.others or task.elsewhere else []
+    others = other_facts(task, language.model, tokenizer)
     for name, count in (("others", task.others), ("elsewhere", task.elsewhere)):
         if count > len(others):
             raise ConfigError(f"task.{name} {count}: there are {len(others)} other facts; give at most as many")
@@ -133,7 +133,7 @@ def facts_task(task: FactsTask, language: Language, *, seed: int) -> Task:
         batch,
         roles=tuple(names),
         elsewhere=elsewhere if task.elsewhere else None,
-        longest=max(longest, *(len(encode_sentence(tokenizer, sentence)) for sentence in others)),
+        longest=max([longest, *map(len, others)]),
         held_out=1,
         tokenizer=tokenizer,
     )
