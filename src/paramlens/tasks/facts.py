@@ -105,7 +105,7 @@ def facts_task(task: FactsTask, language: Language, *, seed: int) -> Task:
     tokenizer = language.tokenizer
     own = [encode_sentence(tokenizer, sentence) for sentence in task.sentences]
     require_tokens(language.model, own, [f"sentence {sentence!r}" for sentence in task.sentences])
-    others = other_facts(task, language.model, tokenizer) if task.others or task.elsewhere else []
+    others = other_facts(task, language.model, tokenizer)
     for name, count in (("others", task.others), ("elsewhere", task.elsewhere)):
         if count > len(others):
             raise ConfigError(f"task.{name} {count}: there are {len(others)} other facts; give at most as many")
