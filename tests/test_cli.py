@@ -79,6 +79,10 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]):
         (["circuit", "DIR/none"], "no such run; give the directory that decompose printed"),
         (["circuit", "DIR", "--treshold", "1"], "circuit: unknown option --treshold; did you mean --threshold?"),
         (["report", "DIR"], "not a run directory"),
+        (["report", "--example", "--out", "x.html"], "report: unknown option --out; there are --example, --budget, --open, --json"),
+        (["report", "DIR", "other"], "report: unexpected argument 'other'"),
+        (["circuit", "DIR", "--out", "x"], "circuit: unknown option --out; there are --threshold,"),
+        (["decompose", "CONFIG", "--gama.kind", "vector"], "gama: unknown field; did you mean gamma?"),
         (["train-target", "CONFIG", "--task.kind", "custom"], "task"),
     ],
 )
@@ -177,8 +181,9 @@ def test_the_whole_way(config, tmp_path):
 def test_lists_and_switches_on_the_command_line(config, tmp_path):
     from paramlens.arguments import configuration
 
-    made = configuration(config, ["--sites=a", "b", "--optim.betas", "0.9", "0.95", "--last-token-only", "--steps=7"])
+    made = configuration(config, ["--sites=a", "b", "--optim.betas", "0.9", "0.95", "--last-token-only", "--compile", "--steps=7"])
     assert (made.sites, made.optim.betas, made.last_token_only, made.steps) == (("a", "b"), (0.9, 0.95), True, 7)
+    assert made.compile
     made = configuration(config, ["--sites", "[a, b]", "--optim.betas=[0.8, 0.9]", "--last_token_only", "false"])
     assert (made.sites, made.optim.betas, made.last_token_only) == (("a", "b"), (0.8, 0.9), False)
 
@@ -287,6 +292,10 @@ def test_trace_reads_a_run_or_a_folder(facts, capsys: pytest.CaptureFixture[str]
         (["inspect", "RUN", "--prompt", "Kobe"], "sentence 'Kobe': 1 token"),
         (["suppress", "RUN"], "suppress: give a sentence whose own subcomponents go, or a site"),
         (["suppress", "RUN", "--unique-to", KOBE, "--threshold", "0"], "no subcomponent is active in it alone (importance > 0)"),
+        (
+            ["suppress", "RUN", "--unique-to", "Snow is white", "--threshold", "0"],
+            "alone (importance > 0). It is not a sentence of this run, and is compared with those that are (Kobe Bryant plays",
+        ),
         (["suppress", "RUN", "--site", "transformer.h.0.mlp.c_fc", "--subcomponent", "99"], "no subcomponent 99; there are 16, 0 to 15"),
         (["suppress", "RUN", "--unique-to", KOBE, "--evaluate", "nowhere.yaml"], "facts nowhere.yaml: cannot be read"),
         (["trace", "nobody/nothing", "--prompt", "a b", "--subject", "a"], "model nobody/nothing: no such folder"),

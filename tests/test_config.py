@@ -2,7 +2,7 @@ import pytest
 
 from conftest import TINY
 from paramlens.config import Config
-from paramlens.configfile import dump_config, field_paths, load_config, make_config, parse_value, shipped_configs
+from paramlens.configfile import dump_config, field_paths, list_fields, load_config, make_config, parse_value, shipped_configs, switches
 from paramlens.errors import ConfigError
 
 
@@ -46,6 +46,18 @@ def test_induction_is_tables_3_and_4():
         ("losses.reco", 1, "losses.reco: unknown field; did you mean losses.recon?"),
         ("lr", 1, "lr: unknown field; did you mean optim.lr?"),
         ("zzz", 1, "zzz: unknown field; known here: C, batch,"),
+        ("gama", 3, "gama: unknown field; did you mean gamma?"),
+        ("gama.kind", "vector", "gama: unknown field; did you mean gamma?"),
+        ("optim.gama_lr", 3, "optim.gama_lr: unknown field; did you mean optim.gamma_lr?"),
+        ("task.text", "x", "task.text: unknown field"),
+        ("task.sentences", ["x"], "task.sentences: a task of kind induction has no such field"),
+        ("task", {"kind": "text"}, "task.source: missing; give it"),
+        ("optim.lr", "1e-3", "optim.lr: '1e-3': give a number, without quotes"),
+        ("C", "5", "C: '5': give a whole number, without quotes"),
+        ("seed", 2**63, "seed: 9223372036854775808: give 9.22337e+18 or less"),
+        ("compile", 3, "compile: 3: give true or false"),
+        ("optim.betas", [0.9], "optim.betas.1: missing; give it"),
+        ("optim.betas", [0.9] * 3, "optim.betas: [0.9, 0.9, 0.9]: give at most 2"),
         ("gamma.kind", "vectr", "gamma.kind: 'vectr': give 'scalar', 'vector', 'attention' or 'shared'"),
         ("gamma.max_length", 3, "gamma.max_length 3 is below task.length 8"),
         ("task.kind", "inducton", "task: give 'induction', 'facts', 'text', 'custom'"),
@@ -58,7 +70,7 @@ def test_induction_is_tables_3_and_4():
         ("device", "gpu", "device: 'gpu': does not match"),
         ("optim.weight_decay", 0.1, "weight_decay 0.1 is decoupled and needs name adamw"),
         ("optim.betas", [0.9, 1.0], "optim.betas.1: 1.0: give a number below 1"),
-        ("last_token_only", "maybe", "last_token_only: 'maybe': input should be a valid boolean"),
+        ("last_token_only", "maybe", "last_token_only: 'maybe': give true or false"),
         ("name", "../up", "name: '../up': does not match"),
         ("losses", 3, "losses: 3: give a mapping of fields"),
     ],
@@ -99,7 +111,11 @@ def test_scientific_notation_is_a_number(tmp_path):
         ("a: [1\n", "line 2: not YAML"),
         ("C: 1\nC: 2\n", "C is given twice"),
         ("seed: 2024-99-99\n", "not YAML"),
-        ("", "a mapping of fields is needed, not NoneType"),
+        ("", "a mapping of fields is needed, not an empty file"),
+        ("optim:\n\tlr: 1\n", "line 2: not YAML .*; indent with spaces"),
+        ("1: 2\n", "1: keys are names of fields"),
+        ("optim.lr: 0.1\n", r"optim.lr: keys with dots are for flags; in a mapping write optim: \{lr: 0.1\}"),
+        ("task: {kind: facts, miniature.steps: 3}\n", r"in a mapping write miniature: \{steps: 3\}"),
     ],
 )
 def test_file_that_is_no_mapping(text: str, message: str, tmp_path):
@@ -130,6 +146,11 @@ def test_overrides_reach_absent_sections(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text("name: a\n", encoding="utf-8")
     assert load_config(file, overrides={"optim.lr": 0.5, "seed": 3}).optim.lr == 0.5
+
+
+def test_switches_and_lists_are_what_their_types_say():
+    assert set(switches()) == {"last_token_only", "compile", "cuda_graph"}
+    assert set(list_fields()) == {"sites", "optim.betas", "task.training.undecayed", "task.sentences"}
 
 
 def test_every_field_is_documented():

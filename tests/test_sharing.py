@@ -278,6 +278,8 @@ def test_the_command(hub, run, capsys):
     assert json.loads(capsys.readouterr().out)["resumable"] is False
     assert main(["circuit", REPO, "--batches", "1", "--adversary", "0", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["sites"]
+    assert main(["agreement", REPO, f"{REPO}@{commit}", "--batches", "1", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["runs"]) == 2
     assert main(["verify", REPO]) == 0
     assert "a copy for reading" in capsys.readouterr().out
     assert main(["circuit", f"{REPO}@v9"]) == 2

@@ -7,12 +7,12 @@ import io
 import itertools
 from collections.abc import Sequence
 from dataclasses import field
-from typing import Annotated, Any
+from typing import Annotated, Any, get_origin
 
 import tyro
 
 from paramlens.config import Config
-from paramlens.configfile import LIST_FIELDS, SWITCHES, field_paths, load_config, parse_value, shipped_configs
+from paramlens.configfile import field_paths, list_fields, load_config, parse_value, shipped_configs, switches
 from paramlens.errors import ConfigError
 
 DEMO_CONFIG = "induction-quick"
@@ -32,22 +32,30 @@ def parse(name: str, kind: type, argv: Sequence[str]) -> tuple[Any, list[str]]:
         raise ConfigError(f"{name}: give {what} first, then options")
     if asks_help:
         tyro.cli(kind, prog=prog, args=["--help"], config=(tyro.conf.FlagCreatePairsOff,))
+    for word in argv:
+        _require_option(name, kind, word, configured=configured)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(complaint):
             options, rest = tyro.cli(kind, prog=prog, args=argv, return_unknown_args=True, config=(tyro.conf.FlagCreatePairsOff,))
     except SystemExit:
         raise ConfigError(f"{name}: {_first_paragraph(complaint.getvalue())}") from None
-    own = [option.name for option in dataclasses.fields(kind)]
-    for word in rest:
-        flag = word.partition("=")[0].removeprefix("--").replace("-", "_")
-        if word.startswith("--") and not (configured and flag in field_paths()):
-            close = difflib.get_close_matches(flag, own, n=1, cutoff=0.75)
-            if close or not configured:
-                raise ConfigError(f"{name}: unknown option {word}{f'; did you mean --{close[0]}?' if close else ''}")
     if rest and not configured:
         raise ConfigError(f"{name}: unexpected argument {rest[0]!r}")
     return options, rest
+
+
+def _require_option(name: str, kind: type, word: str, *, configured: bool) -> None:
+    """Raise `ConfigError` for a word that looks like an option and is none; left to tyro, it and its value become arguments."""
+    flag = word.partition("=")[0].removeprefix("--").replace("-", "_")
+    own = [option.name for option in dataclasses.fields(kind) if get_origin(option.type) is not Annotated]  # those are positional
+    if not word.startswith("--") or flag in own or (configured and flag in field_paths()):
+        return
+    close = difflib.get_close_matches(flag, own, n=1, cutoff=0.75)
+    if close or not configured:
+        there = ", ".join(f"--{option.replace('_', '-')}" for option in own)
+        remedy = f"did you mean --{close[0].replace('_', '-')}?" if close else f"there are {there}"
+        raise ConfigError(f"{name}: unknown option {word.partition('=')[0]}; {remedy}")
 
 
 _FIRST = {
@@ -91,11 +99,11 @@ def configuration(name: str, words: list[str]) -> Config:
         values = [inline, *words[1:end]] if has_inline else words[1:end]
         path = flag.removeprefix("--").replace("-", "_")
         parsed = [parse_value(value) for value in values]
-        if not parsed and path not in SWITCHES:
+        if not parsed and path not in switches():
             raise ConfigError(f"{flag}: give a value")
-        if len(parsed) > 1 and path not in LIST_FIELDS:
+        if len(parsed) > 1 and path not in list_fields():
             raise ConfigError(f"{flag}: one value is needed, not {' '.join(values)}")
-        listed = path in LIST_FIELDS and not (len(parsed) == 1 and isinstance(parsed[0], list))
+        listed = path in list_fields() and not (len(parsed) == 1 and isinstance(parsed[0], list))
         overrides[path] = parsed if listed else parsed[0] if parsed else True
         words = words[end:]
     return load_config(name, overrides=overrides)

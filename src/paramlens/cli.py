@@ -115,8 +115,8 @@ def _command(argv: Sequence[str], console: Console) -> int:
             close = difflib.get_close_matches(argv[0], _COMMANDS, n=1)
             raise ConfigError(f"no command {argv[0]!r}{f', did you mean {close[0]}?' if close else '.'} There are: {', '.join(_COMMANDS)}")
         options, rest = parse(argv[0], command.options, argv[1:])
-        if command.reads and options.run is not None:
-            options.run = _located(options.run)
+        if command.reads:
+            _locate(options)
         return command.run(options, rest)
     except ParamLensError as error:
         console.print(f"paramlens: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
@@ -307,6 +307,14 @@ def _push(options: Push, _: list[str]) -> int:
     return 0
 
 
+def _locate(options: Any) -> None:
+    """Put the directories of fetched runs in the place of ids on the Hub."""
+    if getattr(options, "run", None) is not None:
+        options.run = _located(options.run)
+    if hasattr(options, "runs"):
+        options.runs = tuple(_located(run) for run in options.runs)
+
+
 def _located(run: Path) -> Path:
     """The run's directory, fetched from the Hub if the word is user/name or user/name@revision and no path here."""
     name, _, revision = str(run).partition("@")
@@ -368,7 +376,7 @@ class _Command:
     options: type
     run: Callable[[Any, list[str]], int]
     reads: bool = False
-    """Whether its option `run` may also be on the Hub."""
+    """Whether its option `run`, or each of `runs`, may also be on the Hub."""
 
 
 _COMMANDS = {
@@ -377,7 +385,7 @@ _COMMANDS = {
     "decompose": _Command(Decompose, _decompose),
     "circuit": _Command(ShowCircuit, show_circuit, reads=True),
     "svd": _Command(Svd, show_svd, reads=True),
-    "agreement": _Command(Agree, show_agreement),
+    "agreement": _Command(Agree, show_agreement, reads=True),
     "inspect": _Command(Inspect, show_inspect, reads=True),
     "suppress": _Command(Suppress, show_suppress, reads=True),
     "trace": _Command(Trace, show_trace),

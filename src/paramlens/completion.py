@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from paramlens.configfile import SWITCHES, field_types, shipped_configs
+from paramlens.configfile import field_types, shipped_configs, switches
 
 Kind = Literal["switch", "words", "path", "value", "config", "directory"]
 
@@ -64,12 +64,10 @@ def _option(name: str, hint: Any) -> _Word:
 
 def _fields() -> list[_Word]:
     """Every field of a configuration as an option."""
-    found = []
+    found, bare = [], switches()
     for path, hints in field_types().items():
         words = tuple(dict.fromkeys(word for hint in hints for word in _choices(hint)))
-        if not words and bool in hints and path not in SWITCHES:
-            words = ("true", "false")
-        found.append(_Word("--" + path.replace("_", "-"), "switch" if path in SWITCHES else "words" if words else "value", words))
+        found.append(_Word("--" + path.replace("_", "-"), "switch" if path in bare else "words" if words else "value", words))
     return found
 
 

@@ -13,8 +13,8 @@ def _refuse_bool(value: Any) -> Any:
 
 _Integer = Annotated[int, BeforeValidator(_refuse_bool), Field(strict=True)]
 _Number = Annotated[float, BeforeValidator(_refuse_bool), Field(strict=True)]
-Count = Annotated[_Integer, Field(ge=1)]
-Natural = Annotated[_Integer, Field(ge=0)]
+Count = Annotated[_Integer, Field(ge=1, le=2**63 - 1)]
+Natural = Annotated[_Integer, Field(ge=0, le=2**63 - 1)]
 Positive = Annotated[_Number, Field(gt=0)]
 NonNegative = Annotated[_Number, Field(ge=0)]
 Share = Annotated[_Number, Field(ge=0, lt=1)]

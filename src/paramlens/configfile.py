@@ -8,20 +8,13 @@ import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from paramlens.config import Config
 from paramlens.errors import ConfigError
-
-LIST_FIELDS = ("sites", "optim.betas", "task.training.undecayed", "task.sentences")
-"""Fields that hold several values; on the command line, values apart."""
-
-SWITCHES = ("last_token_only",)
-"""Fields that are true or false; on the command line, the bare flag is true."""
-
 
 MOST_BYTES = 2**20
 """A longer configuration file is none."""
@@ -89,11 +82,12 @@ def read_tree(name_or_path: str | Path) -> tuple[str, dict[str, Any]]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         place = getattr(error, "problem_mark", None)
         line = f" line {place.line + 1}" if place else ""
-        raise ConfigError(f"{source}{line}: not YAML ({getattr(error, 'problem', None) or error})") from None
+        problem = str(getattr(error, "problem", None) or error)
+        remedy = "; indent with spaces" if "'\\t'" in problem else ""
+        raise ConfigError(f"{source}{line}: not YAML ({problem}){remedy}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(
-            f"{source}: a mapping of fields is needed, not {type(tree).__name__}; see the shipped {', '.join(shipped_configs())}"
-        )
+        given = "an empty file" if tree is None else type(tree).__name__
+        raise ConfigError(f"{source}: a mapping of fields is needed, not {given}; see the shipped {', '.join(shipped_configs())}")
     return source, tree
 
 
@@ -125,13 +119,15 @@ def explain(error: ValidationError, *, source: str) -> str:
     """The first problem of a validation error in one line, with the count of the others."""
     problems = error.errors()
     first = problems[0]
-    place = [str(part) for part in first["loc"] if part not in ("induction", "facts", "text", "custom")]
+    place = [str(part) for part in first["loc"]]
+    kind = place.pop(1) if place[:1] == ["task"] and len(place) > 1 else None  # pydantic names the kind of task there
     field = ".".join(place)
     if first["type"] == "extra_forbidden":
-        text = _unknown(place)
+        text = _unknown(place, first["input"], kind=kind)
     else:
         shown = repr(first["input"])
-        given = "" if isinstance(first["input"], dict | BaseModel) else f" {shown if len(shown) <= 60 else shown[:57] + '...'}:"
+        unseen = first["type"] in ("missing", "invalid_key") or isinstance(first["input"], dict | BaseModel)
+        given = "" if unseen else f" {shown if len(shown) <= 60 else shown[:57] + '...'}:"
         text = f"{field}{':' if field else ''}{given} {_remedy(first)}".strip()
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return f"{source}: {text}{more}"
@@ -147,9 +143,13 @@ _REMEDIES = {
     "float_type": "give a number",
     "int_type": "give a whole number",
     "bool_type": "give true or false",
+    "bool_parsing": "give true or false",
+    "missing": "missing; give it",
     "string_type": "give text",
     "tuple_type": "give a list",
     "too_short": "give at least {min_length}",
+    "too_long": "give at most {max_length}",
+    "invalid_key": "keys are names of fields",
     "literal_error": "give {expected}",
     "string_pattern_mismatch": "does not match {pattern}",
     "union_tag_invalid": "give {expected_tags}",
@@ -161,22 +161,30 @@ _REMEDIES = {
 def _remedy(problem: Mapping[str, Any]) -> str:
     known = _REMEDIES.get(problem["type"])
     if known is not None:
-        return known.format(**problem.get("ctx", {}))
+        quoted = problem["type"] in ("int_type", "float_type") and isinstance(parse_value(str(problem["input"])), int | float)
+        return known.format(**problem.get("ctx", {})) + (", without quotes" if quoted and isinstance(problem["input"], str) else "")
     reason = problem["msg"].removeprefix("Value error, ")
     return reason[:1].lower() + reason[1:]
 
 
-def _unknown(place: list[str]) -> str:
-    """An unknown field, with the nearest name that exists anywhere in the configuration."""
-    path = ".".join(place)
-    known = [name for name in field_paths() if name != path]
-    close = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
+def _unknown(place: list[str], value: Any, *, kind: str | None) -> str:
+    """An unknown field and what was meant: a key with dots, a field of another task, or the nearest name, of the same level first."""
+    path, above = ".".join(place), [part for name in place[:-1] for part in name.split(".")]
+    known = field_paths()
+    if path in known and "." in place[-1]:
+        outer, *inner = place[-1].split(".")
+        nested = f"{outer}: " + "".join(f"{{{part}: " for part in inner) + str(value) + "}" * len(inner)
+        return f"{path}: keys with dots are for flags; in a mapping write {nested}"
+    if path in known:
+        return f"{path}: a task of kind {kind} has no such field"
+    siblings = sorted({name.split(".")[len(above)] for name in known if name.split(".")[: len(above)] == above})
+    close = [".".join([*above, name]) for name in difflib.get_close_matches(place[-1], siblings, n=1, cutoff=0.6)]
+    close = close or difflib.get_close_matches(path, known, n=1, cutoff=0.6)
     if not close:
         by_leaf = {name.rsplit(".", 1)[-1]: name for name in known}
         close = [by_leaf[leaf] for leaf in difflib.get_close_matches(place[-1], list(by_leaf), n=1, cutoff=0.6)]
     if close:
         return f"{path}: unknown field; did you mean {close[0]}?"
-    siblings = sorted({name.split(".")[len(place) - 1] for name in known if name.split(".")[: len(place) - 1] == place[:-1]})
     return f"{path}: unknown field; known here: {', '.join(siblings)}"
 
 
@@ -199,6 +207,16 @@ def field_types() -> dict[str, list[Any]]:
 
     walk(Config, "")
     return found
+
+
+def switches() -> list[str]:
+    """Fields that are true or false; on the command line, the bare flag is true."""
+    return [path for path, hints in field_types().items() if hints == [bool]]
+
+
+def list_fields() -> list[str]:
+    """Fields that hold several values; on the command line, values apart."""
+    return [path for path, hints in field_types().items() if any(get_origin(hint) is tuple for hint in hints)]
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

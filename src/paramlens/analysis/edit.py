@@ -198,7 +198,12 @@ def suppress(
     if unique_to is not None:
         ranked = unique(run, unique_to, tokens=tokens, sites=sites, threshold=threshold, facts=facts)
         if not ranked:
-            raise ConfigError(f"{unique_to!r}: no subcomponent is active in it alone (importance > {threshold:g}); see inspect")
+            own = own_sentences(run)
+            foreign = not any(sentence.startswith(unique_to.strip()) for sentence in own)
+            about = (
+                f". It is not a sentence of this run, and is compared with those that are ({'; '.join(own[:3])})" if foreign and own else ""
+            )
+            raise ConfigError(f"{unique_to!r}: no subcomponent is active in it alone (importance > {threshold:g}){about}; see inspect")
         chosen = _best(ranked, top=top, per_token=per_token)
     else:
         assert subcomponents is not None
