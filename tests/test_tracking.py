@@ -5,10 +5,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from rich.console import Console
+from torch import nn
 
 from conftest import TINY
 from paramlens.configfile import make_config
+from paramlens.errors import ConfigError
+from paramlens.layout import read_json
+from paramlens.rundir import Run
+from paramlens.runs import decompose, decompose_config
 from paramlens.trackers import Beside
 from paramlens.tracking import Fanout, LoggedStep, Silent, TargetTracker, Terminal, Tracker
 
@@ -100,3 +106,76 @@ def test_who_follows_the_target():
     assert isinstance(Fanout(Silent()), TargetTracker)
     assert isinstance(Terminal(Console(file=io.StringIO())), TargetTracker)
     assert not isinstance(Silent(), TargetTracker)
+
+
+class Notes(Silent):
+    """Remembers what a person would have read."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.texts.append(text)
+
+
+def parts(run: Run) -> dict[str, torch.Tensor]:
+    return {f"{kind}{name}": value for kind in ("U", "V") for name, value in getattr(run.decomposition, kind).items()}
+
+
+def toy() -> tuple[nn.Module, list[torch.Tensor]]:
+    """A model and a batch."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5)), [torch.randint(5, (2, 3))]
+
+
+HOOKS = ("start_target", "target", "start", "update", "evaluated", "message", "close")
+
+
+class Raises(Terminal):
+    """A tracker that raises in one of its methods, and counts how often it is called there."""
+
+    def __init__(self, hook: str) -> None:
+        super().__init__(Console(file=io.StringIO()))
+        self.calls = 0
+
+        def raising(*_args: object, **_fields: object) -> None:
+            self.calls += 1
+            raise RuntimeError("broken")
+
+        setattr(self, hook, raising)
+
+
+@pytest.mark.parametrize(("hook", "beside"), [*((hook, False) for hook in HOOKS), ("update", True), ("close", True)])
+def test_a_run_ends_as_it_should_whatever_its_tracker_raises(hook, beside, tmp_path, tiny_run, capsys):
+    notes, broken = Notes(), Raises(hook)
+    run = decompose_config(make_config(TINY), out=tmp_path / "run", tracker=Fanout(broken, notes) if beside else broken)
+    assert (run.status, run.info["steps"]) == ("finished", 12)
+    assert broken.calls == 1
+    told = notes.texts if beside else capsys.readouterr().err.splitlines()
+    assert [text for text in told if "goes on without" in text] == ["Raises: broken; the run goes on without it"]
+    assert all(value.equal(parts(tiny_run)[name]) for name, value in parts(run).items())
+
+
+def test_two_that_fail_at_each_other_are_both_told_and_left_behind(capsys):
+    first, second = Raises("update"), Raises("message")
+    fan = Fanout(first, second)
+    fan.update(logged(1))
+    fan.update(logged(2))
+    assert (first.calls, second.calls) == (1, 1)
+    assert capsys.readouterr().err.count("goes on without") == 2
+
+
+def test_an_interrupt_while_a_tracker_closes_leaves_the_status_right(tmp_path):
+    class Impatient(Silent):
+        def close(self) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        decompose(*toy(), out=tmp_path / "run", steps=2, C=2, gamma={"kind": "vector", "d_gate": 2}, tracker=Impatient())
+    assert read_json(tmp_path / "run/run.json")["status"] == "finished"
+
+
+def test_what_is_no_tracker_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="tracker: int is not a tracker, which has the methods start, update,"):
+        decompose(*toy(), out=tmp_path / "run", tracker=3)
+    assert not (tmp_path / "run").exists()

@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from paramlens.errors import ConfigError
 from paramlens.layout import is_run, require_run
 from paramlens.options import Agree, Inspect, ShowCircuit, Suppress, Svd, Trace
+from paramlens.streams import ErrorConsole
 from paramlens.terminal import emit
 from paramlens.verdicts import verdict_table
 
@@ -123,7 +122,7 @@ def show_suppress(options: Suppress, _: list[str]) -> int:
         threshold=options.threshold,
         facts=facts,
     )
-    stderr = Console(stderr=True)
+    stderr = ErrorConsole()
     for text in edit.warnings:
         stderr.print(f"paramlens: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     selected, verdicts = ([dataclasses.asdict(each) for each in found] for found in (edit.selected, run.verdicts))

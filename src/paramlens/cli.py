@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import json
-import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -48,6 +47,7 @@ from paramlens.options import (
     Verify,
 )
 from paramlens.signals import termination
+from paramlens.streams import ErrorConsole, abandon, prepare_streams
 from paramlens.terminal import emit, print_tables
 from paramlens.verdicts import failures, verdict_table
 
@@ -88,16 +88,21 @@ Any field of it is a flag (--optim.lr 3e-3). COMMAND --help: more."""
 
 def entry() -> None:
     """The installed command `paramlens`."""
+    prepare_streams()
     try:
-        sys.exit(main(sys.argv[1:]))
-    except BrokenPipeError:  # the reader of stdout, such as head, has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except OSError as error:  # the reader of stdout, such as head, has gone, or the disk under it is full
+        if not isinstance(error, BrokenPipeError):
+            ErrorConsole().print(f"paramlens: stdout: {error.strerror or error}", style="red", markup=False, highlight=False)
+        abandon(sys.stdout)
+        code = 1
+    sys.exit(code)
 
 
 def main(argv: Sequence[str]) -> int:
     """Run one command; returns the exit code: 0 done, 2 wrong input, 1 anything else, 130 or 143 after a signal."""
-    console = Console(stderr=True)
+    console = ErrorConsole()
     with termination():
         return _command(argv, console)
 
@@ -135,7 +140,7 @@ def _command(argv: Sequence[str], console: Console) -> int:
 def _demo(options: Demo, _: list[str]) -> int:
     config = load_config(DEMO_CONFIG, overrides={"seed": options.seed, "name": "demo"})
     path = options.out or default_out(config)
-    stderr = Console(stderr=True)
+    stderr = ErrorConsole()
     if not options.overwrite and _is_finished(path, config):
         stderr.print(f"{path} is finished already; --overwrite makes it anew", highlight=False, markup=False)
     else:
@@ -177,13 +182,14 @@ def _train_target(options: TrainTarget, rest: list[str]) -> int:
     from paramlens.machine import machine
     from paramlens.rundir import RunDirectory
     from paramlens.runs import trained_target
+    from paramlens.trackers import as_tracker
     from paramlens.tracking import Terminal
 
     if not targets.is_trained_here(config):
         raise ConfigError(f"{options.config}: its target is no toy; task.model, or a model of your own, is there already")
     with locked(path):
         with machine(config):
-            target = trained_target(config, tracker=Terminal())
+            target = trained_target(config, tracker=as_tracker(Terminal()))
         directory = RunDirectory.create(path, config, overwrite=options.overwrite)
         targets.save(target, path)
         directory.seal()
@@ -263,7 +269,7 @@ def _run_document(run: "Run") -> dict[str, Any]:
 
 def _interrupted(again: list[str], stopped: RunInterrupted) -> int:
     text = f"paramlens: interrupted; resume with: {shlex.join(again)}"
-    Console(stderr=True).print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
+    ErrorConsole().print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
     return stopped.exit_code
 
 
@@ -284,7 +290,7 @@ def _report_command(options: Report, _: list[str]) -> int:
         import webbrowser
 
         if not webbrowser.open(page.absolute().as_uri()):
-            Console(stderr=True).print("no browser was found here; the page is one file, so open it wherever there is one", style="yellow")
+            ErrorConsole().print("no browser was found here; the page is one file, so open it wherever there is one", style="yellow")
     return 0
 
 
@@ -353,7 +359,7 @@ def _bench(options: Bench, _: list[str]) -> int:
     ):
         measured.append(each)
         done = f"{each.importance} length {each.length} batch {each.batch} C {each.C} sites {each.sites}: {each.steps_per_s:.2f} steps/s"
-        Console(stderr=True).print(done, highlight=False, markup=False)
+        ErrorConsole().print(done, highlight=False, markup=False)
     document = bench.document(measured)
     emit(document, [bench.bench_table(document)], as_json=options.json)
     return 0

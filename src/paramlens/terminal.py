@@ -16,6 +16,8 @@ _TONES: dict[Tone, str] = {"plain": "", "faint": "dim", "strong": "bold", "good"
 _LIGHT, _DEEP = (222, 235, 247), (8, 69, 148)
 _KEY = 36
 """Columns of the terminal that the names of rows take at most."""
+_LEAST = 20
+"""Columns that a terminal is taken to have at least, whatever it says."""
 _PROSE = 24
 """Columns that prose is given at least."""
 
@@ -29,8 +31,9 @@ def emit(document: Mapping[str, object], tables: Sequence[Table], *, as_json: bo
 
 
 def print_tables(tables: Sequence[Table], console: Console | None = None) -> None:
-    """Print tables on `console`, none: stdout; no line is longer than it is wide, and no text is cut."""
+    """Print tables on `console`, none: stdout; no line is longer than it is wide, or than `_LEAST` columns, and no text is cut."""
     console = console or Console()
+    console.width = max(_LEAST, console.width)
     for i, table in enumerate(tables):
         if i:
             console.print()

@@ -39,10 +39,20 @@ def chosen(names: str | Sequence[str], *, first: Tracker) -> Tracker:
 
 
 def as_tracker(tracker: Tracker | str | Sequence[str] | None) -> Tracker:
-    """What a caller gave as a tracker: none follows nothing, names stand beside the terminal."""
+    """What a caller gave as a tracker, so that nothing it raises reaches the run: none follows nothing, names stand beside the terminal.
+
+    Raises `ConfigError` for a name that is unknown or not installed, and for what is no tracker.
+    """
     if tracker is None:
         return Silent()
-    return chosen(tracker, first=Terminal()) if isinstance(tracker, str | Sequence) else tracker
+    if isinstance(tracker, str | Sequence):
+        return chosen(tracker, first=Terminal())
+    if not isinstance(tracker, Tracker):
+        needed = "start, update, evaluated, message and close"
+        raise ConfigError(
+            f"tracker: {type(tracker).__name__} is not a tracker, which has the methods {needed}; see paramlens.tracking.Tracker"
+        )
+    return tracker if isinstance(tracker, Fanout) else Fanout(tracker)
 
 
 class Beside:

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 
 from paramlens.config import Config
+from paramlens.streams import ErrorConsole
 from paramlens.tables import packed
 
 
@@ -95,7 +96,7 @@ class Terminal:
     """
 
     def __init__(self, console: Console | None = None, *, seconds: float = 5.0, label: str = "") -> None:
-        self.console = console or Console(stderr=True)
+        self.console = console or ErrorConsole()
         self.seconds, self.label = seconds, label
         self._progress: _Live | None = None
         self._task: TaskID | None = None
@@ -176,10 +177,10 @@ class _Live(Progress):
 
 
 class Fanout:
-    """Several trackers as one. Where one of `others` fails, `first` tells it once, and the run goes on without it."""
+    """Several trackers as one. Whatever one of them raises is told once to those that are left, and the run goes on without it."""
 
-    def __init__(self, first: Tracker, *others: Tracker) -> None:
-        self.first, self._others = first, list(others)
+    def __init__(self, *trackers: Tracker) -> None:
+        self._trackers = {id(tracker): tracker for tracker in trackers}
 
     def start(self, phase: str, *, steps: int, done: int, path: Path, config: Config) -> None:
         self._each(lambda tracker: tracker.start(phase, steps=steps, done=done, path=path, config=config))
@@ -202,12 +203,19 @@ class Fanout:
     def close(self) -> None:
         self._each(lambda tracker: tracker.close())
 
-    def _each(self, call: Callable[[Tracker], None]) -> None:
-        call(self.first)
-        for tracker in tuple(self._others):
+    def _each(self, call: Callable[[Tracker], None]) -> bool:
+        """Whether any of them took it."""
+        taken = False
+        for key, tracker in tuple(self._trackers.items()):
+            if key not in self._trackers:  # it failed at being told that another one had
+                continue
             try:
                 call(tracker)
+                taken = True
             except Exception as error:  # whatever a tracker of anybody's raises
-                self._others.remove(tracker)
+                del self._trackers[key]
                 name = type(tracker).__name__ if type(tracker).__str__ is object.__str__ else str(tracker)
-                self.first.message(f"{name}: {str(error) or type(error).__name__}; the run goes on without it")
+                text = f"{name}: {str(error) or type(error).__name__}; the run goes on without it"
+                if not self._each(lambda other, text=text: other.message(text)):
+                    ErrorConsole().print(text, highlight=False, markup=False, soft_wrap=True)
+        return taken

@@ -112,8 +112,10 @@ def train(
         status = "interrupted"
         raise
     finally:
-        tracker.close()
-        saver.record(status=status, steps=done, seconds=round(before + time.monotonic() - began, 3))
+        try:
+            saver.record(status=status, steps=done, seconds=round(before + time.monotonic() - began, 3))
+        finally:
+            tracker.close()  # after the status is written: a tracker may wait here, and be interrupted
 
 
 class _LongerBatches:
