@@ -20,7 +20,7 @@ from paramlens.analysis.edit import suppress
 from paramlens.analysis.effect import evaluate_edit
 from paramlens.analysis.svd import svd_baseline
 from paramlens.analysis.trace import trace
-from paramlens.budget import diagnose
+from paramlens.budget import Footprint, diagnose
 from paramlens.cli import main
 from paramlens.shown import Shown, html
 from paramlens.tables import Cell, Chart, Column, Line, Table, columns, row, shaded, visible
@@ -50,7 +50,7 @@ def results(tiny_run, facts_run) -> dict[str, Shown]:
         "suppression": evaluate_edit(facts_run, edit, KOBE),
         "trace": trace(task.model, task.tokenizer, "Tiger Woods plays the sport of", "Tiger Woods", answer="golf", samples=2, name="tiny"),
         "verification": verify(tiny_run.path),
-        "diagnosis": diagnose(facts_run.config, facts_run.decomposition.sites, length=9, vocabulary=300),
+        "diagnosis": diagnose(facts_run.config, facts_run.decomposition.sites, Footprint(2, 9, 300)),
     }
 
 

@@ -333,12 +333,9 @@ def _located(run: Path) -> Path:
 
 def _doctor(options: Doctor, rest: list[str]) -> int:
     config = configuration(options.config, rest)
-    from paramlens.budget import diagnose
-    from paramlens.sites import find_sites
-    from paramlens.targets import skeleton
+    from paramlens.forecast import foretell
 
-    model, length, vocabulary = skeleton(config)
-    diagnosis = diagnose(config, find_sites(model, config.sites), length=length, vocabulary=vocabulary)
+    diagnosis = foretell(config)
     emit(diagnosis.to_json(), diagnosis.tables(), as_json=options.json)
     return 0
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from paramlens import targets
-from paramlens.budget import require_memory
+from paramlens.budget import Footprint, footprint, require_memory
 from paramlens.checkpoint import CheckpointState
 from paramlens.config import Config, CustomTask, FactsTask, InductionTask, TextTask
 from paramlens.configfile import load_config, make_config
@@ -20,6 +20,7 @@ from paramlens.decomposition import Decomposition
 from paramlens.entry import require_plain, require_sound
 from paramlens.errors import ConfigError, RunDirError, SiteError
 from paramlens.factors import initialise
+from paramlens.forecast import require_room, require_training_room
 from paramlens.importance import Importance
 from paramlens.layout import FORMAT, checkpoint_path, default_out, holds_toy, is_begun, is_resumable, read_json, require_free
 from paramlens.lock import locked
@@ -149,8 +150,7 @@ def decompose_config(
         config = _resumable(config, path, extend_steps=extend_steps, overwrite=overwrite)
     else:
         _require_start(path, extend_steps=extend_steps, overwrite=overwrite)
-    if targets.is_trained_here(config):
-        find_sites(targets.skeleton(config)[0], config.sites)
+    require_room(config)
     with locked(path):
         source = path if resume and targets.is_trained_here(config) else None if target is None else Path(target)
         found = _target(config, source, tracker=follower).to(config)
@@ -183,6 +183,7 @@ def with_target(config: Config, target: str | Path | None) -> Config:
 def trained_target(config: Config, *, tracker: Tracker) -> Target:
     """Train the toy target of a configuration, telling its progress and whether it converged."""
     _require_device(config.device)
+    require_training_room(config)
     if isinstance(tracker, TargetTracker):
         tracker.start_target(steps=targets.training_steps(config))
     try:
@@ -358,9 +359,12 @@ def _built(config: Config, task: Task) -> tuple[Decomposition, Importance]:
     for site in sites:
         if site.W.dtype != dtype:
             raise ConfigError(f"dtype {config.dtype}: site {site.name} is {site.W.dtype}; convert the model or change dtype")
-    decomposition = Decomposition(task.model, sites, C=config.C, dtype=dtype)
     first = task.batch(0, "train").to(config.device)
     inputs = first.inputs
+    size = footprint(task.model, sites, inputs, last=task.last_token is not None)
+    if size is not None:  # before anything of that size is made
+        require_memory(config, sites, size)
+    decomposition = Decomposition(task.model, sites, C=config.C, dtype=dtype)
     target = require_sound(decomposition, inputs)
     if config.last_token_only and target.logits.dim() != 3:
         raise ConfigError(
@@ -369,7 +373,8 @@ def _built(config: Config, task: Task) -> tuple[Decomposition, Importance]:
     require_padding_unseen(task.model, first, target.logits)
     decomposition.find_blocks(inputs)
     longest = max(value.shape[1] for value in target.inputs.values())
-    require_memory(config, sites, length=longest, vocabulary=target.logits.shape[-1])
+    if size is None:
+        require_memory(config, sites, Footprint(target.logits.shape[0], longest, target.logits.shape[-1]))
     known = task.longest if task.longest is not None and first.columns == longest else longest
     importance = Importance({site.name: (site.d_in, config.C) for site in sites}, config.gamma, max_length=max(known, longest))
     importance = importance.to(device=config.device, dtype=dtype)

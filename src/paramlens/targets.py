@@ -52,13 +52,14 @@ def skeleton(config: Config) -> tuple[nn.Module, int, int]:
     """
     task = config.task
     if isinstance(task, InductionTask):
-        return InductionTransformer(task), task.length, task.vocabulary + 1
+        return _empty(lambda: InductionTransformer(task)), task.length, task.vocabulary + 1
     if isinstance(task, CustomTask):
         raise ConfigError("task: a model of your own is decomposed in Python, paramlens.decompose(model, batches, ...); its task has none")
     if task.model is None:
         if isinstance(task, TextTask):
             raise ConfigError("task.model: give an id on the Hugging Face Hub or a local folder")
-        model = miniature_model(task.miniature, task.miniature.vocabulary)
+        small = task.miniature
+        model = _empty(lambda: miniature_model(small, small.vocabulary))
     else:
         model = language_skeleton(task.model, revision=task.revision)
     words = max(len(sentence.split()) + 1 for sentence in task.sentences) if isinstance(task, FactsTask) else task.length
@@ -69,6 +70,15 @@ def skeleton(config: Config) -> tuple[nn.Module, int, int]:
     if rows is None:
         raise ConfigError(f"model {task.model}: {type(model).__name__} has no table of tokens; give a language model on tokens")
     return model, words, rows
+
+
+def _empty(make: Callable[[], nn.Module]) -> nn.Module:
+    """A model on the meta device. Raises `ConfigError` for one whose numbers cannot even be counted."""
+    try:
+        with torch.device("meta"):
+            return make()
+    except RuntimeError as error:
+        raise ConfigError(f"task: the target is larger than any machine's memory ({str(error).splitlines()[0]})") from None
 
 
 def placed(config: Config, like: Config | None = None) -> Config:
