@@ -29,6 +29,7 @@ from paramlens.masks import Replacement
 from paramlens.rundir import Run, open_run
 from paramlens.sites import at_rest, find_sites
 from paramlens.tasks import generator
+from paramlens.tasks.language import load_language
 
 VOCABULARY = 11
 BATCHES = [torch.randint(1, VOCABULARY, (4, 6), generator=torch.Generator().manual_seed(i)) for i in range(3)]
@@ -139,6 +140,11 @@ def test_log_probabilities_are_logits_too(short: Callable[..., Run], tmp_path: P
     assert recon(short(giving(lambda logits: logits.log_softmax(-1)))) == pytest.approx(recon(plain), rel=1e-4)
 
 
+def test_probabilities_are_refused(short: Callable[..., Run]):
+    """lansinuote/Huggingface_Toturials#6, clvrai/Relation-Network-Tensorflow#5: softmax within the model is taken twice, silently."""
+    refused("the model returns probabilities", lambda: short(giving(lambda logits: logits.softmax(-1))))
+
+
 def test_divergences_of_low_precision_logits_are_taken_in_float32():
     """vllm-project/speculators#788, OpenRLHF/OpenRLHF#634: a divergence between near distributions is lost in bfloat16."""
     target = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(1)).bfloat16()
@@ -172,6 +178,19 @@ def test_running_statistics_stay(short: Callable[..., Run]):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("kind", ["dropout", "batch statistics"])
+def test_models_that_no_batch_repeats_are_refused(kind: str, short: Callable[..., Run]):
+    """pytorch/pytorch#26338, karpathy/nanoGPT#240: F.dropout listens to no mode; statistics of a batch join its rows."""
+
+    class Model(Toy):
+        def middle(self, hidden: torch.Tensor) -> torch.Tensor:
+            if kind == "dropout":
+                return nn.functional.dropout(hidden, 0.5)
+            return nn.functional.batch_norm(hidden.transpose(1, 2), None, None, training=True).transpose(1, 2)
+
+    refused("gives other logits for the same batch a second time|plans stacked along the batch differ", lambda: short(Model()))
+
+
 # ---- batches
 
 
@@ -196,6 +215,20 @@ def test_a_batch_without_values_is_refused(short: Callable[..., Run]):
 def test_either_kind_of_token_numbers_is_taken(dtype: torch.dtype, short: Callable[..., Run]):
     """jadore801120/attention-is-all-you-need-pytorch#48: int32 tokens, as NumPy made them on Windows."""
     assert short(Toy(), [batch.to(dtype) for batch in BATCHES]).step == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param(lambda tokens: tokens + VOCABULARY, "step 1: .*below the size of the vocabulary", id="beyond the vocabulary"),
+        pytest.param(lambda tokens: -tokens, "step 1: .*below the size of the vocabulary", id="negative"),
+        pytest.param(lambda tokens: tokens.double(), "step 1: .*DoubleTensor", id="float64"),
+        pytest.param(lambda tokens: tokens.to(torch.uint8), "step 1: .*ByteTensor", id="bytes"),
+    ],
+)
+def test_a_later_batch_that_the_model_cannot_take(change: Callable[..., Any], message: str, short: Callable[..., Run]):
+    """huggingface/transformers#15867, shoarora/transformers-trainers#12 (int16), pytorch/pytorch#105243: an error of torch in mid-run."""
+    refused(message, lambda: short(Toy(), [BATCHES[0], change(BATCHES[1])], steps=2))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 6), (4, 1)])
@@ -335,6 +368,44 @@ def test_sites_that_are_no_patterns_are_refused(short: Callable[..., Run]):
     refused("sites.0: Linear.*give text", lambda: short(model, sites=[model.up]))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(value: float, short: Callable[..., Run]):
+    """NikoNairre/CT-CIG#4 and huggingface/transformers#8221: nan and inf in a checkpoint; where no site holds them they do not matter."""
+    model = Toy()
+    model.unused = nn.Linear(3, 3)
+    nn.init.constant_(model.unused.weight, value)
+    assert short(model, sites=["up", "down"]).step == 1
+    with torch.no_grad():
+        model.up.weight[0, 0] = -value
+    refused("site up: its weight holds values that are not finite", lambda: short(model, sites=["up", "down"], overwrite=True))
+
+
+def test_an_attribute_for_every_name_is_no_compiled_model(short: Callable[..., Run]):
+    """huggingface/peft#1349: a wrapper whose `__getattr__` knows every name."""
+
+    class Model(Toy):
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return None
+
+    assert short(Model()).step == 1
+
+
+def test_wrapped_and_compiled_models_are_refused(short: Callable[..., Run]):
+    """archinetai/surgeon-pytorch#1, pytorch/pytorch#101107: copies of DataParallel, and torch.compile's `_orig_mod`."""
+    refused("wrapped in DataParallel", lambda: short(nn.DataParallel(Toy())))
+    refused("compiled by torch.compile", lambda: short(torch.compile(Toy(), backend="eager")))
+
+
+def test_weights_without_values_are_refused(short: Callable[..., Run]):
+    """tloen/alpaca-lora#368: weights offloaded by device_map lie on the meta device."""
+    model = Toy()
+    model.up = nn.Linear(8, 12, device="meta")
+    refused("model.up.weight: is on the meta device", lambda: short(model))
+
+
 # ---- numbers
 
 
@@ -398,6 +469,7 @@ def test_names_that_no_file_can_have_are_refused(name: str, short: Callable[...,
     refused("cannot be a directory of a run", lambda: short(Toy(), out=tmp_path / name))
     refused("cannot be a directory of a run|no such run", lambda: open_run(str(tmp_path / name)))
     refused("cannot be read|no configuration", lambda: load_config(name))
+    refused("no such folder", lambda: load_language(name))
 
 
 @pytest.mark.parametrize("name", ["two words", "ünï 🙂 'quoted' \"#%?", "line\nbreak", "-dash"])
@@ -417,3 +489,26 @@ def test_a_run_in_another_thread(short: Callable[..., Run]):
     thread.start()
     thread.join()
     assert runs[0].step == 1
+
+
+def test_one_model_in_two_threads_is_refused(short: Callable[..., Run], tmp_path: Path):
+    """ndif-team/nnsight#280, huggingface/transformers#43765: forwards replaced by one thread are run by the other."""
+    model, under_way, tried = Toy(), threading.Event(), threading.Event()
+
+    def batch(step: int) -> torch.Tensor:
+        under_way.set()
+        assert tried.wait(60)
+        return BATCHES[step % 3]
+
+    runs: list[Run] = []
+    thread = threading.Thread(target=lambda: runs.append(short(model, batch, out=tmp_path / "first")))
+    thread.start()
+    assert under_way.wait(60)
+    try:
+        refused("model: another thread is running it", lambda: short(model, out=tmp_path / "second"))
+    finally:
+        tried.set()
+        thread.join()
+    assert runs[0].step == 1
+    assert model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
