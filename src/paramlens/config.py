@@ -1,18 +1,22 @@
 """What a run is made of: frozen models in which every field states its unit, the paper's symbol and the paper's value."""
 
+import numbers
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
-def _refuse_bool(value: Any) -> Any:
+def _plain_number(value: Any) -> Any:
+    """A number as Python's own, NumPy's among them; anything else unchanged, true and false refused."""
     if isinstance(value, bool):
         raise ValueError("a number is needed, not true or false")
-    return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
 
 
-_Integer = Annotated[int, BeforeValidator(_refuse_bool), Field(strict=True)]
-_Number = Annotated[float, BeforeValidator(_refuse_bool), Field(strict=True)]
+_Integer = Annotated[int, BeforeValidator(_plain_number), Field(strict=True)]
+_Number = Annotated[float, BeforeValidator(_plain_number), Field(strict=True)]
 Count = Annotated[_Integer, Field(ge=1, le=2**63 - 1)]
 Natural = Annotated[_Integer, Field(ge=0, le=2**63 - 1)]
 Positive = Annotated[_Number, Field(gt=0)]
@@ -339,7 +343,7 @@ class Config(_Frozen):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "custom"
     """The run's name; runs go to runs/<name>-s<seed>."""
-    seed: Natural = 0
+    seed: Annotated[_Integer, Field(ge=0, le=2**64 - 1)] = 0
     """Seeds the target, the data, the start and every mask."""
     steps: Count = 1000
     """Decomposition steps. Table 4: 100000. Figure 6: 20000."""

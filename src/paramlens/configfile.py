@@ -39,6 +39,19 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+def _plain_integer(loader: _Loader, node: yaml.ScalarNode) -> int:
+    """A whole number; one that YAML 1.1 reads in base 8 or 60, and YAML 1.2 otherwise, is refused."""
+    value, text = loader.construct_yaml_int(node), node.value.lstrip("+-")
+    if ":" in text or re.fullmatch("0[0-9_]+", text):
+        other = "text" if ":" in text else str(int(text.replace("_", "")))
+        raise yaml.constructor.ConstructorError(
+            problem=f"{node.value} is {value} in YAML 1.1 and {other} in 1.2; write the number plainly, or text in quotes",
+            problem_mark=node.start_mark,
+        )
+    return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _plain_integer)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
 
 
@@ -228,15 +241,15 @@ def _read(name_or_path: str) -> tuple[str, str]:
     if name_or_path in shipped_configs():
         return f"config {name_or_path}", (resources.files("paramlens") / "configs" / f"{name_or_path}.yaml").read_text(encoding="utf-8")
     path = Path(name_or_path)
-    if path.is_file():
-        try:
+    try:
+        if path.is_file():
             if (size := path.stat().st_size) > MOST_BYTES:
                 raise ConfigError(f"{path}: {size} bytes, at most {MOST_BYTES} are read; give a YAML file of fields")
             return str(path), path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise ConfigError(f"{path}: not a text file in UTF-8; give a YAML file") from None
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not a text file in UTF-8; give a YAML file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     close = difflib.get_close_matches(name_or_path, shipped_configs(), n=1, cutoff=0.5)
     hint = f", did you mean {close[0]}?" if close else "."
     raise ConfigError(f"no configuration {name_or_path!r}{hint} Give a YAML file or one of {', '.join(shipped_configs())}")

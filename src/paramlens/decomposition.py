@@ -314,14 +314,27 @@ def _keep_input(kept: Kept, seen: list[Tensor], module: nn.Module, args: tuple[A
 
 
 def call(model: nn.Module, inputs: Inputs) -> Tensor:
-    """The model's logits: its output, the output's `.logits`, or the first of a tuple."""
+    """The model's logits on a copy of the inputs, into which it may write.
+
+    The logits are its output, the output's `.logits` or ["logits"], or of a tuple or list the first tensor of two axes or more, as of
+    (loss, logits). Raises `BatchError` for any other output.
+    """
+    inputs = map_tensors(Tensor.clone, inputs)
     if isinstance(inputs, Mapping):
         output: Any = model(**inputs)
     elif isinstance(inputs, tuple | list):
         output = model(*inputs)
     else:
         output = model(inputs)
-    logits = getattr(output, "logits", output[0] if isinstance(output, tuple) and output else output)
+    logits = _logits(output)
     if not isinstance(logits, Tensor):
         raise BatchError(f"the model returned {type(output).__name__}; it must return logits or an output with .logits")
     return logits
+
+
+def _logits(output: Any) -> Any:
+    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if named is not None or not isinstance(output, tuple | list):
+        return output if named is None else named
+    tensors = [each for each in output if isinstance(each, Tensor)]
+    return next((each for each in tensors if each.dim() > 1), tensors[0] if tensors else output)

@@ -41,7 +41,7 @@ def require_plain(model: nn.Module) -> None:
         at = f"model.{path}" if path else "model"
         if isinstance(module, torch.jit.ScriptModule):
             raise ConfigError(f"{at}: made by torch.jit, so that its parts cannot be replaced; give the nn.Module it was made from")
-        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+        if "_orig_mod" in dict(module.named_children()) or module.__dict__.get("_compiled_call_impl") is not None:
             raise ConfigError(f"{at}: compiled by torch.compile, so that its parts cannot be replaced; give the model before compiling")
     tensors = [*model.named_parameters(), *model.named_buffers()]
     for path, tensor in tensors:
@@ -67,8 +67,11 @@ def require_sound(decomposition: Decomposition, inputs: Inputs) -> TargetRun:
     """
     if any(tensor.is_inference() for tensor in tensors_of(inputs)):
         raise BatchError("batch: made under torch.inference_mode(), where tensors can take no part in gradients; make batches outside it")
+    for site in decomposition.sites:
+        if not torch.isfinite(site.W).all():
+            raise SiteError(f"site {site.name}: its weight holds values that are not finite. Leave it out: add '!{site.name}' to sites")
     before = _fingerprints(decomposition.model)
-    with _told("the model fails on the first batch"):
+    with told("the model fails on the first batch"):
         target = decomposition.target_run(inputs)
         again = decomposition.target_run(inputs).logits
     _require_logits(decomposition, inputs, target)
@@ -82,7 +85,7 @@ def require_sound(decomposition: Decomposition, inputs: Inputs) -> TargetRun:
         raise SiteError(f"the model changes its own weight {changed[0]} while it runs, so there is no one weight to decompose")
     _require_leading(inputs, target)
     _require_exact(decomposition, inputs, target)
-    with _told("slices of a fused projection cannot be measured on the first batch"):
+    with told("slices of a fused projection cannot be measured on the first batch"):
         require_slices(decomposition, inputs)
     _require_stackable(decomposition, inputs, target)
     return target
@@ -102,6 +105,10 @@ def _require_logits(decomposition: Decomposition, inputs: Inputs, target: Target
         )
     if not torch.isfinite(logits).all():
         raise DivergedError("the target's logits on the first batch are not finite; check the model and the batch")
+    if (logits >= 0).all() and torch.allclose(logits.sum(-1), torch.ones((), dtype=logits.dtype, device=logits.device), atol=1e-3):
+        raise BatchError(
+            "the model returns probabilities: its outputs sum to 1. Softmax would be taken of them once more; return the logits before it"
+        )
     for site in decomposition.sites:
         given = target.inputs[site.name].dtype
         if given != site.W.dtype:
@@ -169,7 +176,7 @@ def _require_exact(decomposition: Decomposition, inputs: Inputs, target: TargetR
     try:
         for weight in weights.values():
             weight.requires_grad_(True)
-        with torch.enable_grad(), _told("the model fails with its sites replaced by their own weights"):
+        with torch.enable_grad(), told("the model fails with its sites replaced by their own weights"):
             with swapped_in(forwards):
                 logits = call(decomposition.model, inputs)
             _require_called(groups, calls)
@@ -266,9 +273,9 @@ def _close(a: Tensor, b: Tensor, *, within: float = _TOLERANCE) -> bool:
     return bool((a - b).abs().max() <= within * b.abs().max())
 
 
-def _fingerprints(model: nn.Module) -> dict[str, float]:
-    """Parameter's name → a number that changes with any of its bits, nearly always."""
-    return {name: parameter.detach().sum(dtype=torch.float64).item() for name, parameter in model.named_parameters()}
+def _fingerprints(model: nn.Module) -> dict[str, str]:
+    """Parameter's name → a number, as text, that changes with any of its bits, nearly always; nan is the same as nan."""
+    return {name: float(parameter.detach().sum(dtype=torch.float64)).hex() for name, parameter in model.named_parameters()}
 
 
 def _count(calls: Counter[nn.Module], module: nn.Module, _args: object) -> None:
@@ -276,7 +283,7 @@ def _count(calls: Counter[nn.Module], module: nn.Module, _args: object) -> None:
 
 
 @contextmanager
-def _told(what: str) -> Iterator[None]:
+def told(what: str) -> Iterator[None]:
     """While active, whatever the model raises ends in one line; the library's own errors, and memory that is not there, pass."""
     try:
         yield
@@ -288,4 +295,5 @@ def _told(what: str) -> Iterator[None]:
 
 def _line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    hint = "; are all tokens below the size of the vocabulary?" if isinstance(error, IndexError) else ""
+    return f"{type(error).__name__}: {lines[0]}{hint}" if lines else type(error).__name__

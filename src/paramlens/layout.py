@@ -81,12 +81,26 @@ def holds_toy(path: Path) -> bool:
 
 def is_hub_id(name: str) -> bool:
     """Whether `name` is no path here and has the form user/name; a mistyped path stays here: `user` is no folder, nor runs."""
-    here = Path(name).exists() or Path(name).parent.is_dir() or Path(name).parts[0] == RUNS
-    return bool(HUB_ID.fullmatch(name)) and not here
+    if not HUB_ID.fullmatch(name):
+        return False
+    return not (Path(name).exists() or Path(name).parent.is_dir() or Path(name).parts[0] == RUNS)
+
+
+def require_path(path: Path) -> None:
+    """Raise `RunDirError` for a path that no file can have: too long, with a NUL character, or not in UTF-8, as file formats need it."""
+    try:
+        str(path.absolute()).encode()
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise RunDirError(f"{str(path)!r}: cannot be a directory of a run ({reason}); give another path") from None
 
 
 def require_run(path: Path) -> None:
     """Raise `RunDirError` unless `path` is a run directory."""
+    require_path(path)
     if not path.exists():
         raise RunDirError(f"{path}: no such run; give the directory that decompose printed")
     if not is_run(path):
@@ -95,6 +109,7 @@ def require_run(path: Path) -> None:
 
 def require_free(path: Path, *, overwrite: bool) -> None:
     """Raise `RunDirError` if `path` holds anything or cannot be written; with `overwrite`, only if that is no run directory."""
+    require_path(path)
     standing = next(place for place in (path, *path.absolute().parents) if place.exists())
     if not standing.is_dir() or not os.access(standing, os.W_OK):
         raise RunDirError(f"{path}: cannot be written ({standing} is no writable directory); give another --out")

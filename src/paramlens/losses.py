@@ -120,7 +120,8 @@ class LossAt:
     present: Bool[Tensor, "batch pos"] | None = None
 
     def logits(self, logits: Float[Tensor, "*plan_and_batch token"]) -> Tensor:
-        """The logits that the loss sees; the axis of positions is kept."""
+        """The logits that the loss sees, in float32 at least; the axis of positions is kept."""
+        logits = logits.float() if logits.element_size() < 4 else logits
         if not self.last_token_only:
             return logits
         if self.present is None or logits.shape[-2] == 1:

@@ -1,12 +1,20 @@
-"""Ambient state: modes of torch that a caller may have set, and buffers that a model changes while it runs."""
+"""Ambient state: modes of torch that a caller may have set, threads, and buffers that a model changes while it runs."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from paramlens.errors import ConfigError
+
 _AUTOCAST = ("cpu", "cuda", "mps", "xpu")
+
+_threads: dict[int, int] = {}
+"""Model's id → the thread that runs it with changed modules, for as long as it does."""
+
+_looking = threading.Lock()
 
 
 @contextmanager
@@ -29,6 +37,21 @@ def default_modes() -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
         modes.callback(torch.set_default_dtype, dtype)
         yield
+
+
+@contextmanager
+def one_thread(model: nn.Module) -> Iterator[None]:
+    """While active, no other thread runs `model` with modules or modes changed. Raises `ConfigError` if one does already."""
+    here = threading.get_ident()
+    with _looking:
+        outermost = id(model) not in _threads
+        if _threads.setdefault(id(model), here) != here:
+            raise ConfigError("model: another thread is running it; wait for that, or give this one a copy (copy.deepcopy)")
+    try:
+        yield
+    finally:
+        if outermost:
+            del _threads[id(model)]
 
 
 @contextmanager

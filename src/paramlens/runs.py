@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,8 @@ def decompose(
     device = str(next((parameter.device for parameter in model.parameters()), "cpu"))
     if fields.get("device", device) != device:
         raise ConfigError(f"device {fields['device']}: the model is on {device}; move the model, or leave device out")
+    if not isinstance(sites, Iterable):
+        raise ConfigError(f"sites: {sites!r}; give patterns of module paths, such as '*' for every weight matrix")
     tree = {"device": device, **fields, "sites": [sites] if isinstance(sites, str) else list(sites), "C": C, "steps": steps}
     config = make_config(tree, source="decompose")
     task = dataclasses.replace(own_task(model, batches, held_out=held_out), last_token=_last_logits(model))
@@ -96,7 +98,7 @@ def decompose(
         if resume and given is not None and not (callable(given) or isinstance(given, Sequence)):
             raise ConfigError(f"resume: {name} from an iterable cannot be taken up at a step; give a function of the step or a sequence")
     follower = as_tracker(tracker)
-    path = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="paramlens-"))
+    path = Path(tempfile.mkdtemp(prefix="paramlens-")) if out is None else Path(out).absolute()  # batches may change the directory
     if resume:
         config = _resumable(config, path, extend_steps=extend_steps, overwrite=overwrite)
     else:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from paramlens.errors import SiteError
 from paramlens.fused import PARTS, fused_columns
-from paramlens.modes import buffers_kept, default_modes
+from paramlens.modes import buffers_kept, default_modes, one_thread
 
 
 @dataclass(frozen=True)
@@ -272,18 +272,20 @@ def _restore(before: list[tuple[nn.Module, Callable[..., Tensor] | None]]) -> No
 def at_rest(model: nn.Module) -> Iterator[None]:
     """While active, the model is in evaluation mode, its parameters ask for no gradient, and torch is in its `default_modes`.
 
-    Restored whatever happens, the model's buffers included: they are as they were, bit for bit.
+    Restored whatever happens, the model's buffers included: they are as they were, bit for bit. Raises `ConfigError` if another thread
+    has the model at rest.
     """
-    training = [(module, module.training) for module in model.modules()]
-    asking = [parameter for parameter in model.parameters() if parameter.requires_grad and not parameter.is_inference()]
-    try:
-        with default_modes(), buffers_kept(model):
-            model.eval()
+    with one_thread(model):
+        training = [(module, module.training) for module in model.modules()]
+        asking = [parameter for parameter in model.parameters() if parameter.requires_grad and not parameter.is_inference()]
+        try:
+            with default_modes(), buffers_kept(model):
+                model.eval()
+                for parameter in asking:
+                    parameter.requires_grad_(False)
+                yield
+        finally:
+            for module, mode in training:
+                module.training = mode
             for parameter in asking:
-                parameter.requires_grad_(False)
-            yield
-    finally:
-        for module, mode in training:
-            module.training = mode
-        for parameter in asking:
-            parameter.requires_grad_(True)
+                parameter.requires_grad_(True)

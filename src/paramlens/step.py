@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from paramlens.config import RECONSTRUCTION_NAMES, Config
 from paramlens.decomposition import Decomposition
+from paramlens.entry import told
 from paramlens.errors import BatchError, DivergedError
 from paramlens.factors import project, project_gradients
 from paramlens.importance import Importance, lower
@@ -41,7 +42,8 @@ def training_step(
 ) -> Step:
     """Lines 2 to 9 of Algorithm 3 on one minibatch. p: minimality's power; none: the one annealed to at `step`."""
     losses = config.losses
-    target = decomposition.target_run(batch.inputs)  # 2: run the original model
+    with told(f"step {step}: the model fails on the batch"):
+        target = decomposition.target_run(batch.inputs)  # 2: run the original model
     pre = importance(target.inputs, decomposition.U, batch.present)  # 3: causal importances on this batch
     g = {name: lower(value) for name, value in pre.items()}
     total, values = reconstruction_losses(  # 4, 5, 8: masks, masked runs, divergences

@@ -19,6 +19,9 @@ MASK = "attention_mask"
 LABELS = ("labels", "label", "label_ids")
 """What data collators add for a loss of the model's own, which is not used here."""
 
+CACHES = ("past_key_values", "cache_params")
+"""What generation hands from call to call; the model writes into it, so a second run of the same batch would be another."""
+
 _FORMS = "give a tensor, a tuple or mapping of tensors (as the model is called), a dataclass of them, or a paramlens.Batch"
 
 
@@ -118,6 +121,8 @@ class BatchForm:
         tensors = tensors_of(inputs)
         if not tensors:
             raise BatchError(f"{place}: {_described(given)} holds no tensor; {_FORMS}")
+        if any(tensor.is_meta for tensor in tensors):
+            raise BatchError(f"{place}: is on the meta device, without values; make the batch on the model's device")
         if not all(tensor.numel() for tensor in tensors if tensor.dim()):
             raise BatchError(f"{place}: is empty, its tensors are {', '.join(str(tuple(each.shape)) for each in tensors)}; leave it out")
         mask = inputs.get(MASK) if isinstance(inputs, Mapping) else None
@@ -129,6 +134,8 @@ class BatchForm:
         if dataclasses.is_dataclass(given) and not isinstance(given, type | Mapping):
             given = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
         if isinstance(given, Mapping):
+            if cached := [name for name in CACHES if given.get(name) is not None]:
+                raise BatchError(f"{place}: {cached[0]} is a cache, which the model writes into; leave it out and give whole sequences")
             return {name: value for name, value in given.items() if self._takes(str(name))}
         if isinstance(given, tuple | list):
             if given and all(isinstance(each, int | float | str) for each in given):

@@ -57,7 +57,7 @@ def load_language(name: str, *, revision: str | None = None, dtype: torch.dtype 
         _require_all_weights(name, model, found)
         tokenizer = _tokenizer(name, folder)
     require_causal(model.eval(), name)
-    return Language(model, tokenizer, name, None if Path(name).exists() else folder.name)
+    return Language(model, tokenizer, name, None if _is_here(name) else folder.name)
 
 
 def language_skeleton(name: str, *, revision: str | None = None) -> nn.Module:
@@ -65,7 +65,7 @@ def language_skeleton(name: str, *, revision: str | None = None) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
     short = name.removeprefix("openai-community/")
-    if short in _KNOWN and not Path(name).exists():
+    if short in _KNOWN and not _is_here(name):
         config: Any = GPT2Config(**_KNOWN[short])
     else:
         folder = _folder(name, revision, ("*.json",))
@@ -157,9 +157,17 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def _is_here(name: str) -> bool:
+    """Whether there is something at a path; False for a name too long for one."""
+    try:
+        return Path(name).exists()
+    except OSError:
+        return False
+
+
 def _folder(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
     path = Path(name)
-    if path.exists():
+    if _is_here(name):
         if (path / "adapter_config.json").is_file():
             raise ConfigError(
                 f"model {name}: an adapter (adapter_config.json), whose weights belong to another model; in Python, "
