@@ -2,7 +2,9 @@
 
 import os
 import signal
-from collections.abc import Iterator
+import subprocess
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from jaxtyping import install_import_hook
@@ -53,6 +55,14 @@ from paramlens.tasks.induction import InductionTransformer  # noqa: E402
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background, and then inherited
+
+
+def until(condition: Callable[[], bool], *alive: subprocess.Popen[str]) -> None:
+    """Wait for what other processes do, however long it takes; fails if one of `alive` ends. The suite's own limit ends a hang."""
+    while not condition():
+        for process in alive:
+            assert process.poll() is None, f"ended with exit code {process.returncode}"
+        time.sleep(0.02)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -22,9 +22,7 @@ def bash(tmp_path_factory: pytest.TempPathFactory):
     def complete(*words: str, cwd=None) -> list[str]:
         """What is offered for the last of the words."""
         code = 'source "$1"; shift; COMP_WORDS=(paramlens "$@"); COMP_CWORD=$#; _paramlens; printf "%s\\n" "${COMPREPLY[@]}"'
-        done = subprocess.run(
-            ["bash", "-c", code, "bash", str(file), *words], cwd=cwd, capture_output=True, text=True, timeout=30, check=True
-        )
+        done = subprocess.run(["bash", "-c", code, "bash", str(file), *words], cwd=cwd, capture_output=True, text=True, check=True)
         assert done.stderr == ""
         return sorted(filter(None, done.stdout.splitlines()))
 
@@ -79,7 +77,7 @@ def test_scripts_name_everything_and_are_read_by_their_shell(shell, capsys: pyte
     assert "induction-quick" in text
     if shutil.which(shell):
         (tmp_path / "script").write_text(text)
-        subprocess.run([shell, "-n", str(tmp_path / "script")], check=True, timeout=30)
+        subprocess.run([shell, "-n", str(tmp_path / "script")], check=True)
 
 
 def test_a_shell_that_is_none(capsys: pytest.CaptureFixture[str]):

@@ -23,6 +23,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
 PLACEHOLDERS = {"CONFIG": "induction-quick", "N": "1"}
 """Words of a printed command that stand for a value which is read while it is parsed."""
 CHROMIUM = Path("/usr/bin/chromium")
+LIMIT = 3_600_000.0
+"""Milliseconds after which the browser hangs."""
 EXTERNAL = re.compile(r"(https?:)?//", re.IGNORECASE)
 
 
@@ -74,8 +76,9 @@ def test_the_search_works_from_disk_and_asks_nobody(site: Path):
     complaints: list[str] = []
     asked: list[str] = []
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox", "--disable-gpu"])
+        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox", "--disable-gpu"], timeout=LIMIT)
         page = browser.new_page()
+        page.set_default_timeout(LIMIT)
         page.on("console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("request", lambda request: asked.append(request.url))

@@ -28,6 +28,7 @@ from paramlens.tasks.facts import Fact, fact_of, facts_task, kinds, read_facts, 
 from paramlens.tasks.language import Language, encode, encode_fact, load_language, model_inputs, padded
 from paramlens.tasks.miniature import train_miniature
 from paramlens.tasks.text import packed, text_task
+from rounding import GPT, near, near_divergence
 
 KOBE, TIGER = "Kobe Bryant plays the sport of basketball", "Tiger Woods plays the sport of golf"
 
@@ -76,9 +77,18 @@ def parts(run, sentence: str) -> Batch:
     return padded(run.task.tokenizer, [encode(run.task.tokenizer, sentence)])
 
 
+def louder(facts_run):
+    """The run opened anew with ten times the weights in its blocks, so that divergences are far above rounding."""
+    run = open_run(facts_run.path)
+    with torch.no_grad():
+        for parameter in run.task.model.transformer.h.parameters():
+            parameter.mul_(10 if parameter.dim() == 2 else 1)
+    return run
+
+
 def test_sentences_of_different_lengths_count_token_by_token(facts_run):
     """The divergence, minimality and metrics of a filled-up batch are those of its sentences alone, weighted by their tokens."""
-    run, short = facts_run, "Snow is white"
+    run, short = louder(facts_run), "Snow is white"
     both = padded(run.task.tokenizer, [encode(run.task.tokenizer, each) for each in (KOBE, short)])
     assert both.present is not None
     sizes = both.present.sum(1).tolist()
@@ -90,9 +100,10 @@ def test_sentences_of_different_lengths_count_token_by_token(facts_run):
             last = evaluate(run.task, run.decomposition, batch, target, g, last_token_only=True)["recon"]
             result = training_step(run.config, run.task, run.decomposition, run.importance, batch, 3)
             rows.append((scores["recon"], scores["recon_rounded"], result.losses["minimality"].item(), result.losses["recon"].item(), last))
-    for alone, short_alone, together in list(zip(*rows, strict=True))[:4]:
-        assert together == pytest.approx((alone * sizes[0] + short_alone * sizes[1]) / sum(sizes), rel=1e-2)
-    assert rows[2][4] == pytest.approx((rows[0][4] + rows[1][4]) / 2, rel=1e-2)
+    for kind, (alone, short_alone, together) in enumerate(list(zip(*rows, strict=True))[:4]):
+        expected = (alone * sizes[0] + short_alone * sizes[1]) / sum(sizes)
+        assert together == (near(expected, GPT) if kind == 2 else near_divergence(expected, target.logits, GPT))
+    assert rows[2][4] == near_divergence((rows[0][4] + rows[1][4]) / 2, target.logits, GPT)
 
 
 def test_what_fills_a_sentence_up_is_never_important(facts_run):
@@ -122,7 +133,7 @@ def test_batches_hold_the_sentences_and_others_drawn_by_step(facts_run):
 
 def test_the_loss_on_other_text_takes_out_what_is_one_sentences_own(facts_run):
     """By hand: mask 1 - (largest g of a sentence less the next sentence's) u; a run in which all sentences agree leaves the target."""
-    run = facts_run
+    run = louder(facts_run)
     other = padded(run.task.tokenizer, [encode(run.task.tokenizer, "Snow is cold and white"), encode(run.task.tokenizer, "Grass is green")])
     decomposition = Decomposition(run.task.model, run.decomposition.sites, C=64)
     initialise(decomposition, run.config.init, generator=generator("init"))
@@ -146,9 +157,9 @@ def test_the_loss_on_other_text_takes_out_what_is_one_sentences_own(facts_run):
         by_hand = at.divergence(log_probs, decomposition.masked_run(other.inputs, [plan]))[0]
         alike = {name: each[:1].expand(3, -1, -1) for name, each in g.items()}
         nothing = elsewhere_loss(decomposition, other, alike, generator=generator("keys"))
-    assert value.item() == pytest.approx(by_hand.item(), rel=1e-2)
-    assert value.item() > 1e-6
-    assert nothing.item() < 0.05 * value.item()
+    assert value.item() == near_divergence(by_hand.item(), log_probs, GPT)
+    assert nothing.item() == near_divergence(0, log_probs, GPT)
+    assert value.item() != near_divergence(0, log_probs, GPT)
     assert all(each.grad is None for each in g.values())
     assert all(each.grad.abs().sum() > 0 for each in decomposition.parameters())
 
@@ -162,7 +173,7 @@ def test_the_loss_on_other_text_needs_its_text():
 def test_minimality_is_a_mean_over_what_is_present():
     pre = {"a": torch.tensor([[[0.5], [0.0]]])}
     whole = minimality(pre, p=1.0, eps=0.0)
-    assert minimality(pre, p=1.0, eps=0.0, present=0.5).item() == pytest.approx(2 * whole.item())
+    assert minimality(pre, p=1.0, eps=0.0, present=0.5).item() == near(2 * whole.item(), 4)
     assert lower(pre["a"]).sum().item() == 0.5
 
 
@@ -177,7 +188,7 @@ def test_the_probability_of_an_answer_is_the_product_over_its_tokens(facts_run):
             expected *= p[token].item()
             best &= p.argmax().item() == token
         right, probability = recall(model, tokenizer, [Fact("Snow is", "white"), fact])
-    assert probability[1].item() == pytest.approx(expected, rel=1e-4)
+    assert probability[1].item() == near(expected, 2 * GPT)
     assert bool(right[1]) == best
 
 
@@ -314,7 +325,7 @@ def test_the_local_loss_is_what_the_important_parts_do_not_write(facts_run):
             missing += (written - parts).square().sum().item()
             whole += written.square().sum().item()
         shares.append(missing / whole)
-    assert found.item() == pytest.approx(sum(shares) / len(shares), rel=1e-4)
+    assert found.item() == near(sum(shares) / len(shares), GPT)
     gradients = torch.autograd.grad(found, [*decomposition.parameters(), *g.values()], allow_unused=True)
     count = len(list(decomposition.parameters()))
     assert all(each.abs().sum() > 0 for each in gradients[:count])

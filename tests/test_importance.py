@@ -9,6 +9,7 @@ from paramlens.errors import BatchError, ConfigError
 from paramlens.flex import flex_by_offset
 from paramlens.importance import Importance, lower
 from paramlens.tasks import generator
+from rounding import TOY_STEP, assert_near, near
 
 SHAPES = {"a": (4, 5), "b": (6, 5), "c": (4, 5)}
 
@@ -123,7 +124,7 @@ def test_dead_importance_is_revived_only_by_reconstruction():
     pre = torch.full((1, 1, 2), -0.5, requires_grad=True)
     g = lower(pre)
     (-(g[..., 0]) + g[..., 1]).sum().backward()
-    assert pre.grad.flatten().tolist() == pytest.approx([-0.01, 0.0])
+    assert pre.grad.flatten().tolist() == near([-0.01, 0.0], 1)
 
 
 def test_long_sequences_go_one_by_one_and_give_the_same(monkeypatch: pytest.MonkeyPatch):
@@ -138,7 +139,7 @@ def test_long_sequences_go_one_by_one_and_give_the_same(monkeypatch: pytest.Monk
     whole = values_and_gradients()
     monkeypatch.setattr(importance_module, "SCORES", 100)
     for mine, other in zip(values_and_gradients(), whole, strict=True):
-        torch.testing.assert_close(mine, other)
+        assert_near(mine, other, TOY_STEP)
 
 
 def test_flex_attention_is_the_same_attention():
@@ -148,8 +149,9 @@ def test_flex_attention_is_the_same_attention():
     relative = torch.randn(sites, 2 * 8, generator=generator("relative"))
     place = torch.arange(n)
     r = relative[:, place[None] - place[:, None] + 8]
-    expected = ((q @ k.mT + r[:, None]) / d**0.5).softmax(-1) @ v
+    scores = (q @ k.mT + r[:, None]) / d**0.5
+    expected = scores.softmax(-1) @ v
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that flex attention is slow uncompiled
         ours = flex_by_offset(q, k, v, relative, compiled=False)
-    torch.testing.assert_close(ours, expected)
+    assert_near(ours, expected, 16 + 8 + 12, size=v.abs().max().item() * (1 + scores.abs().max().item()))

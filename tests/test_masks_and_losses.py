@@ -15,6 +15,7 @@ from paramlens.losses import RECONSTRUCTIONS, annealed_p, faithfulness, kl_diver
 from paramlens.masks import mask_noise, rounded_mask, site_subsets, stochastic_mask, subset_shape
 from paramlens.sites import find_sites
 from paramlens.tasks import generator
+from rounding import near
 
 
 @settings(max_examples=50, deadline=None)
@@ -158,7 +159,7 @@ def test_divergence_by_hand():
     target = torch.tensor([[[0.75, 0.25]]]).log()
     logits = torch.stack([torch.zeros(1, 1, 2), target])
     expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    assert kl_divergence(target, logits).tolist() == pytest.approx([expected, 0.0], abs=1e-7)
+    assert kl_divergence(target, logits).tolist() == near([expected, 0.0], 8, size=-math.log(0.25))
 
 
 def test_faithfulness_by_hand():
@@ -168,7 +169,7 @@ def test_faithfulness_by_hand():
         linear.weight.copy_(torch.tensor([[3.0, 5.0]]))
         decomposition.U["0"].copy_(torch.tensor([[1.0], [1.0]]))
         decomposition.V["0"].fill_(4.0)
-    assert faithfulness(decomposition).item() == pytest.approx(1.0)
+    assert faithfulness(decomposition).item() == near(1.0, 4)
 
 
 @pytest.mark.parametrize("eps", [1e-12, 1e-6])
@@ -187,7 +188,7 @@ def test_minimality_has_no_constant_and_a_finite_slope(p: float, eps: float):
 
 def test_minimality_is_a_mean_over_positions_and_a_sum_over_sites():
     g = torch.ones(2, 3, 4)
-    assert minimality({"a": g, "b": g}, p=0.5, eps=1e-12).item() == pytest.approx(8.0, rel=1e-5)
+    assert minimality({"a": g, "b": g}, p=0.5, eps=1e-12).item() == near(8.0, 24 + 64)
 
 
 def test_p_is_annealed_linearly_over_the_run():

@@ -19,6 +19,7 @@ from paramlens.masks import Replacement, mask_noise, masked_linear
 from paramlens.mlps import Mlps, ScalarMlps
 from paramlens.runs import decompose_config
 from paramlens.tasks import generator
+from rounding import TOY, assert_near, bound, near
 
 pytestmark = pytest.mark.skipif(not native.serves(torch.ones(1)), reason="Numba is not installed")
 
@@ -63,6 +64,10 @@ FUNCTIONS = {
 }
 
 
+TERMS = 150 + 32
+"""The longest sum of `FUNCTIONS`: over 3 plans of 50 rows, or 129 tokens; and what is done to each term before."""
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_equals_its_twin(name: str, twin):
     function, shapes = FUNCTIONS[name]
@@ -70,7 +75,7 @@ def test_equals_its_twin(name: str, twin):
     ours = value_and_gradients(function, *tensors)
     theirs = twin(lambda: value_and_gradients(function, *tensors))
     for mine, other in zip(ours, theirs, strict=True):
-        assert ((mine - other).norm() / other.norm()).item() < 3e-6
+        assert_near(mine, other, TERMS)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -86,7 +91,7 @@ def test_threads_do_not_change_a_bit(name: str):
     finally:
         torch.set_num_threads(before)
     for one, two in zip(*results, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-7)
+        assert_near(one, two, TERMS)
 
 
 def gelu_by_one_mlp(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,11 +109,11 @@ def test_exact_gelu_to_single_precision():
     exact = x.double().requires_grad_()
     gelu = F.gelu(exact)
     (exact_slope,) = torch.autograd.grad(gelu.sum(), exact)
-    assert ((value - gelu).abs() / x.abs().clamp(min=1)).max() < 3e-7
-    assert (slope - exact_slope).abs().max() < 1e-6
+    assert ((value - gelu).abs() / x.abs().clamp(min=1)).max() < bound(2, 1)
+    assert (slope - exact_slope).abs().max() < bound(4, 1.2)  # the largest slope; Φ from the density, to 1e-7, and two terms
     value, slope = gelu_by_one_mlp(torch.tensor([-1e4, -40.0, 40.0, 1e4]))
     assert value.tolist() == [0, 0, 40, 1e4]
-    assert slope.tolist() == pytest.approx([0, 0, 1, 1], abs=1e-20)
+    assert slope.tolist() == near([0, 0, 1, 1], 2)
 
 
 @pytest.mark.parametrize("p", [0.9, 0.5, 0.1])
@@ -116,13 +121,14 @@ def test_power_over_all_importances(p: float):
     pre = torch.logspace(-30, 1, 4097)
     ours = torch.stack([minimality({"site": value[None]}, p=p, eps=1e-12) for value in pre[:, None]])
     exact = (upper(pre.double()) + 1e-12).pow(p) - 1e-12**p
-    assert ((ours - exact).abs() / (exact + 1e-12**p)).max() < 5e-6
+    logarithm = abs(math.log(1e-12))  # its rounding is the power's: x^p = exp(p log x)
+    assert ((ours - exact).abs() / (exact + 1e-12**p)).max() < bound(2, p * logarithm) + bound(4, 1)
 
 
 def test_minimality_of_many_blocks_is_one_sum():
     pre = numbers(3 * native._kernels().BLOCK // 8 + 5, 8, key="blocks")
     ours = minimality({"site": pre}, p=0.5, eps=1e-12)
-    assert ours.item() == pytest.approx(((upper(pre.double()) + 1e-12).sqrt() - 1e-6).sum(-1).mean().item(), rel=1e-5)
+    assert ours.item() == near(((upper(pre.double()) + 1e-12).sqrt() - 1e-6).sum(-1).mean().item(), native._kernels().BLOCK // 16 + 64)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -142,7 +148,7 @@ def test_masks_draw_their_noise_in_place():
     """What the compiled product multiplies by is g + (1 - g) u with the noise that `mask_noise` tells, chunk after chunk."""
     x, U, V, g = numbers(3, 700, 4), torch.eye(4), torch.eye(4), torch.rand(3, 700, 4, generator=generator("g"))
     out = masked_linear(x, U, V, [Replacement(g, key=77)], None)
-    torch.testing.assert_close(out, x * (g + (1 - g) * mask_noise(77, g)))
+    assert_near(out, x * (g + (1 - g) * mask_noise(77, g)), 8)
 
 
 KERNELS = {kernel.name: kernel for kernel in vars(native).values() if isinstance(kernel, native._Kernel)}
@@ -242,4 +248,5 @@ def test_whole_run_without_numba_is_the_same_within_rounding(tmp_path, monkeypat
     theirs = decompose_config(config, out=tmp_path / "theirs").metrics
     for mine, other in zip(ours, theirs, strict=True):
         if "losses" in mine:
-            assert mine["losses"] == pytest.approx(other["losses"], rel=2e-3, abs=1e-6)
+            for name, value in other["losses"].items():  # three updates, each of which moves a parameter that has lost its sign by its rate
+                assert mine["losses"][name] == pytest.approx(value, rel=2e-3, abs=bound(TOY, 2)), name

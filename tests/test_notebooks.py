@@ -81,7 +81,7 @@ def test_a_notebook_runs_and_finds_what_it_says(path: Path, tmp_path: Path, monk
     notebook.cells.append(nbformat.v4.new_code_cell(same_python + dedent(CLAIMS[path.stem])))
     copy = tmp_path / path.name
     nbformat.write(notebook, copy)
-    result = NotebookRun(copy, 240).execute()
+    result = NotebookRun(copy, 3600).execute()
     assert result.error is None, result.error.trace
     assert (tmp_path / "runs").is_dir()
     assert sorted(EXAMPLES.rglob("*")) == before

@@ -16,13 +16,18 @@ from paramlens.sites import at_rest, find_sites, swapped_in
 from paramlens.step import training_step
 from paramlens.tasks import generator
 from paramlens.tasks.induction import InductionTransformer, induction_task
+from rounding import TOY, TOY_STEP, bound, near
 
-TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-9}
+RELATIVE = {torch.float32: bound(TOY_STEP, 1), torch.float64: 1e5 * bound(TOY_STEP, 1, torch.float64)}
+"""Of the sum of the sizes of what is added up. Double precision is held to half of its digits more than single, and leaves room for the
+condition of g^p, whose slope near g = 0 magnifies what g lost."""
 KINDS = [("scalar", "offset"), ("vector", "offset"), ("attention", "offset"), ("attention", "query"), ("shared", "offset")]
 
 
-def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return ((ours.double() - theirs.double()).norm() / theirs.double().norm().clamp(min=1e-30)).item()
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor, size: float | None = None) -> float:
+    """Length of the difference over that of `theirs`, or over `size`, the sum of the lengths of what was added up to it."""
+    length = theirs.double().norm().clamp(min=1e-30).item() if size is None else size
+    return (ours.double() - theirs.double()).norm().item() / length
 
 
 def make(kind: str, relative: str, dtype: torch.dtype, **losses: float):
@@ -70,9 +75,9 @@ def test_gamma(kind: str, relative: str, dtype: torch.dtype, monkeypatch: pytest
     weights = {name: torch.randn(value.shape, generator=generator(name), dtype=dtype) for name, value in ours.items()}
     gradients = [torch.autograd.grad(sum((weights[name] * pre[name]).sum() for name in weights), parameters) for pre in (ours, theirs)]
     for name in ours:
-        assert relative_error(ours[name], theirs[name]) < TOLERANCE[dtype]
+        assert relative_error(ours[name], theirs[name]) < RELATIVE[dtype]
     for mine, other in zip(*gradients, strict=True):
-        assert relative_error(mine, other) < TOLERANCE[dtype]
+        assert relative_error(mine, other) < RELATIVE[dtype]
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(lower, reference.lower), (upper, reference.upper)])
@@ -87,13 +92,13 @@ def test_sigmoid_pair(ours, theirs):
 def test_sigmoid_pair_by_hand():
     pre = torch.tensor([-1.0, 0.5, 3.0], requires_grad=True)
     assert lower(pre).tolist() == [0.0, 0.5, 1.0]
-    assert upper(pre).tolist() == pytest.approx([0.0, 0.5, 1.02])
+    assert upper(pre).tolist() == near([0.0, 0.5, 1.02], 4)
     (raising,) = torch.autograd.grad(lower(pre).sum() * -1, pre)  # descent would raise g
     (lowering,) = torch.autograd.grad(lower(pre).sum(), pre)
-    assert raising.tolist() == pytest.approx([-0.01, -1.0, 0.0])
-    assert lowering.tolist() == pytest.approx([0.0, 1.0, 0.0])
+    assert raising.tolist() == near([-0.01, -1.0, 0.0], 1)
+    assert lowering.tolist() == near([0.0, 1.0, 0.0], 1)
     (minimal,) = torch.autograd.grad(upper(pre).sum(), pre)
-    assert minimal.tolist() == pytest.approx([0.0, 1.0, 0.01])
+    assert minimal.tolist() == near([0.0, 1.0, 0.01], 1)
 
 
 def reference_masks(name, g, config, step):
@@ -177,15 +182,19 @@ def check_step(kind: str, relative: str, dtype: torch.dtype, losses: dict[str, f
     values["faithfulness"] = reference.faithfulness(W, decomposition.U, decomposition.V)
     p = 0.9 - 0.8 * step / (config.steps - 1)
     values["minimality"] = reference.minimality(pre, p, config.losses.minimality_eps)
-    total = sum(getattr(config.losses, name) * value for name, value in values.items())
-    their_gradients = torch.autograd.grad(total, parameters.values(), allow_unused=True)
+    parts = [getattr(config.losses, name) * value for name, value in values.items()]
+    how = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
+    their_gradients, *gradients = (torch.autograd.grad(each, parameters.values(), **how) for each in (sum(parts), *parts))
 
     assert set(ours.losses) == set(values)
+    divergences = [name for name in values if name in RECONSTRUCTION_NAMES]
     for name, value in values.items():
-        noise = 1e-7 if dtype == torch.float32 else 0.0  # of a divergence, which is a difference of logits
-        assert abs(ours.losses[name].item() - value.item()) < TOLERANCE[dtype] * abs(value.item()) + noise, name
-    for name, mine, other in zip(parameters, our_gradients, their_gradients, strict=True):
-        assert relative_error(mine, other) < TOLERANCE[dtype], name
+        # a divergence is a difference of log-probabilities: what they lose to rounding it loses too
+        size = target.logits.log_softmax(-1).abs().max().item() if name in divergences else abs(value.item())
+        assert abs(ours.losses[name].item() - value.item()) < bound(TOY, size, dtype) + RELATIVE[dtype] * abs(value.item()), name
+    for i, (name, mine) in enumerate(zip(parameters, our_gradients, strict=True)):
+        size = sum(gradient[i].norm().item() for gradient in gradients)
+        assert relative_error(mine, their_gradients[i], size) < RELATIVE[dtype], name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -193,11 +202,11 @@ def test_faithfulness_and_minimality(dtype: torch.dtype):
     _, task, decomposition, importance = make("vector", "offset", dtype)
     W = {site.name: site.W for site in decomposition.sites}
     expected = reference.faithfulness(W, decomposition.U, decomposition.V)
-    assert relative_error(faithfulness(decomposition), expected) < TOLERANCE[dtype]
+    assert relative_error(faithfulness(decomposition), expected) < RELATIVE[dtype]
     pre = importance(decomposition.target_run(task.batch(0, "train").inputs).inputs, decomposition.U)
     for p in (0.9, 0.1):
         ours = minimality(pre, p=p, eps=1e-12)
-        assert relative_error(ours, reference.minimality(pre, p, 1e-12)) < TOLERANCE[dtype]
+        assert relative_error(ours, reference.minimality(pre, p, 1e-12)) < RELATIVE[dtype]
 
 
 def test_masked_site_by_hand():

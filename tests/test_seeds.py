@@ -5,12 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from safetensors.torch import load_file
 
-from conftest import TINY, tiny_with
+from conftest import TINY, tiny_with, until
 from paramlens.cli import main
 from paramlens.configfile import dump_config, make_config
 from paramlens.errors import ConfigError, DivergedError, RunDirError
@@ -62,12 +61,9 @@ def test_ctrl_c_ends_all_seeds_and_leaves_a_checkpoint(tmp_path):
     words = ["decompose", str(file), "--seeds", "9", "--steps", "100000", "--checkpoint.every", "100000", "--out", str(tmp_path / "x")]
     command = [sys.executable, "-W", "error", "-c", "from paramlens.cli import entry; entry()", *words]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
-        for _ in range(600):
-            if (tmp_path / "x/s0/metrics.jsonl").exists():
-                break
-            time.sleep(0.1)
+        until((tmp_path / "x/s0/metrics.jsonl").exists, process)
         os.killpg(process.pid, signal.SIGINT)
-        _, told = process.communicate(timeout=60)
+        _, told = process.communicate()
     assert process.returncode == 130
     assert f"--resume --steps 100000 --checkpoint.every 100000 --seeds=9 --out={tmp_path / 'x'}" in told
     assert "Traceback" not in told
@@ -79,20 +75,15 @@ def test_seeds_end_with_the_process_that_started_them(tmp_path):
     """Even where it is killed and can tell nobody: those under way save, and resume to the same bytes."""
     file = tmp_path / "tiny.yaml"
     file.write_text(dump_config(make_config(TINY)), encoding="utf-8")
-    words = ["decompose", str(file), "--seeds", "2", "--steps", "400", "--checkpoint.every", "400", "--out", str(tmp_path / "x")]
+    words = ["decompose", str(file), "--seeds", "2", "--steps", "100000", "--checkpoint.every", "100000", "--out", str(tmp_path / "x")]
     command = [sys.executable, "-c", "from paramlens.cli import entry; entry()", *words]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-        for _ in range(600):
-            if (tmp_path / "x/s0/metrics.jsonl").exists():
-                break
-            time.sleep(0.05)
+        until((tmp_path / "x/s0/metrics.jsonl").exists, process)
         process.kill()
-    for _ in range(600):
-        if read_json(tmp_path / "x/s0/run.json")["status"] == "interrupted":
-            break
-        time.sleep(0.05)
+    until(lambda: read_json(tmp_path / "x/s0/run.json")["status"] != "running")
+    assert read_json(tmp_path / "x/s0/run.json")["status"] == "interrupted"
     assert len(checkpoints(tmp_path / "x/s0")) == 1
-    assert 3 <= checkpoint_step(find_checkpoint(tmp_path / "x/s0", None)) < 400
+    assert 3 <= checkpoint_step(find_checkpoint(tmp_path / "x/s0", None)) < 100_000  # metrics are written from step 3 on
 
 
 def test_the_command_compares_seeds_of_one_target(tmp_path, tiny_run, capsys):

@@ -22,6 +22,7 @@ from paramlens.step import Steps
 from paramlens.tasks import Batch, generator
 from paramlens.tasks.induction import InductionTransformer, induction_task
 from paramlens.train import make_optimizer, set_rates
+from rounding import TOY_STEP, bound, near
 
 
 def make(**fields: object) -> Steps:
@@ -104,7 +105,7 @@ def test_a_replayed_step_is_the_step(monkeypatch: pytest.MonkeyPatch):
         with step_module.noise_from(rng):
             ordinary.run(batch(ordinary, i), i)
     for mine, other in zip(parameters(replayed), parameters(ordinary), strict=True):
-        torch.testing.assert_close(mine, other)
+        torch.testing.assert_close(mine, other)  # of double precision: 1e-7, some 10^8 roundings
     assert p[::2] == pytest.approx([annealed_p(replayed.config.losses, i, replayed.config.steps) for i in range(6)])
     with pytest.raises(BatchError, match="replays one shape of batch"):
         replayed(batch(replayed, 6).map(lambda tensor: tensor[:1]), 6)
@@ -117,7 +118,7 @@ def test_rates_reach_an_optimizer_that_reads_them_from_tensors():
         group["lr"] = tensor
     set_rates(steps.optimizer, 0.5)
     assert [group["lr"] for group in steps.optimizer.param_groups] == kept
-    assert kept[0].item() == pytest.approx(0.5 * steps.config.optim.lr)
+    assert kept[0].item() == near(0.5 * steps.config.optim.lr, 2)
 
 
 COMPILED = """
@@ -132,14 +133,17 @@ for compile in (False, True):
     with machine(case.config()):
         step = bench.training(case.config(), "ours")
         losses.append([step(i).total.item() for i in range(3)])
-torch.testing.assert_close(*map(torch.tensor, losses))
+for plain, fused in zip(*losses):
+    assert abs(plain - fused) < BOUND * plain, losses
 """
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_steps_are_the_same_steps():
     """In a process of its own: torch.compile does not look through the type checks that the tests put around functions."""
-    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED.replace("BOUND", str(bound(TOY_STEP, 1)))], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -20,6 +20,7 @@ from paramlens.errors import BatchError, ConfigError
 from paramlens.sites import at_rest
 from paramlens.tasks import generator
 from paramlens.tasks.language import encode, encode_fact
+from rounding import GPT, near
 
 PROMPT, SUBJECT, ANSWER = "Tiger Woods plays the sport of", "Tiger Woods", "golf indeed"
 SAMPLES = 3
@@ -78,11 +79,10 @@ def by_hand(facts_run, *, noisy: bool, restored: list[str] = (), position: int =
 
 
 def test_every_map_is_the_one_by_hand(facts_run, traced):
-    near = {"rel": 1e-4}
     assert traced.positions == [text for text in traced.positions if text]
     assert traced.subject_positions == [0, 1]
-    assert traced.clean == pytest.approx(by_hand(facts_run, noisy=False), **near)
-    assert traced.corrupted == pytest.approx(by_hand(facts_run, noisy=True), **near)
+    assert traced.clean == near(by_hand(facts_run, noisy=False), 2 * GPT)
+    assert traced.corrupted == near(by_hand(facts_run, noisy=True), 2 * GPT)
     for block in range(2):
         window = [block, block + 1] if block == 0 else [1]
         for position in (0, 1, 4):
@@ -93,16 +93,16 @@ def test_every_map_is_the_one_by_hand(facts_run, traced):
             }
             for kind, names in parts.items():
                 expected = by_hand(facts_run, noisy=True, restored=names, position=position)
-                assert getattr(traced, kind)[block][position] == pytest.approx(expected, **near), (kind, block, position)
-        assert traced.zero_mlp[block] == pytest.approx(by_hand(facts_run, noisy=False, zero=f"transformer.h.{block}.mlp"), **near)
+                assert getattr(traced, kind)[block][position] == near(expected, 2 * GPT), (kind, block, position)
+        assert traced.zero_mlp[block] == near(by_hand(facts_run, noisy=False, zero=f"transformer.h.{block}.mlp"), 2 * GPT)
 
 
 def test_the_last_state_at_the_last_position_brings_everything_back(facts_run):
     """Of an answer of one token the last block's state at the prompt's end is all that it depends on."""
     model, tokenizer = facts_run.task.model, facts_run.task.tokenizer
     found = trace(model, tokenizer, PROMPT, SUBJECT, samples=2)
-    assert found.hidden[-1][-1] == pytest.approx(found.clean, rel=1e-4)
-    assert found.hidden[-1][0] == pytest.approx(found.corrupted, rel=1e-4)
+    assert found.hidden[-1][-1] == near(found.clean, GPT)
+    assert found.hidden[-1][0] == near(found.corrupted, GPT)
     assert len(encode(tokenizer, f"{PROMPT} {found.answer}")) == len(encode(tokenizer, PROMPT)) + 1
 
 
@@ -140,7 +140,7 @@ def test_every_architecture_traces(name: str):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     found = trace(model, tokenizer, TEXT, "w17", samples=2, window=1)
     assert (len(found.hidden), len(found.mlp), len(found.attention), len(found.zero_mlp)) == (2, 2, 2, 2)
-    assert found.hidden[-1][-1] == pytest.approx(found.clean, rel=1e-3)
+    assert found.hidden[-1][-1] == near(found.clean, 2 * GPT)
     assert found.corrupted != found.clean
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

@@ -244,7 +244,9 @@ def _left_by_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc
             for limit, usage in files.items():
                 with contextlib.suppress(OSError, ValueError):  # no such group, or "max": no limit
                     most, used = (int((folder / name).read_text(encoding="ascii")) for name in (limit, usage))
-                    cached = re.search(r"^(?:total_)?inactive_file (\d+)$", (folder / "memory.stat").read_text(encoding="ascii"), re.MULTILINE)
+                    cached = re.search(
+                        r"^(?:total_)?inactive_file (\d+)$", (folder / "memory.stat").read_text(encoding="ascii"), re.MULTILINE
+                    )
                     found.append(max(0, most - used + (int(cached[1]) if cached else 0)))
     return found
 
