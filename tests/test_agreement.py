@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from paramlens.analysis.agreement import _compared, _Parts, _unit, agreement
+from paramlens.analysis.agreement import Agreement, _compared, _mean, _Parts, _unit, agreement
 from paramlens.errors import ConfigError, RunDirError
 from paramlens.rundir import open_run
 from paramlens.runs import decompose_config
@@ -65,6 +65,20 @@ def test_patterns_and_weights_by_hand():
     assert result.matches == [(3, 2, pytest.approx(1))]
     second = dataclasses.replace(first, g=g[1:])  # active exactly where the first is not
     assert _compared(both, second, NONE).matches == [(3, 2, pytest.approx(0.5))]  # same direction, opposite pattern
+
+
+def test_where_nothing_is_active_there_is_nothing_to_compare():
+    """Neither full agreement nor none: no number, and a mean over the pairs that have one."""
+    g = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    one = _Parts([0], torch.eye(1, 3).double(), torch.eye(1, 4).double(), g)
+    none = _Parts([], one.reads[:0], one.writes[:0], g[:0])
+    empty = _compared(none, none, NONE)
+    assert (empty.agreement, empty.direction, empty.pattern, empty.chance, empty.parts) == (None, None, None, None, (0, 0))
+    assert _mean([empty, _compared(one, one, NONE)]).agreement == pytest.approx(1)
+    assert _mean([empty]).agreement is None
+    result = Agreement(["a", "b"], 0.1, 2, {"up": empty}, [{"up": empty}], "svd_rotated")
+    assert [cell.text for cell in result.tables()[0].rows[0]] == ["up", "-", "-", "-", "-", "0.0, 0.0"]
+    assert "1 sites: - on average" in result.summary()
 
 
 def test_a_part_without_partner_counts_as_unlike(pair):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -121,7 +122,9 @@ def test_circuit_of_your_own_model(tmp_path):
     assert result.roles == ["all"]
     assert set(result.sites["0"].active) == {"all"}
     assert (result.attention_kl, "accuracy_masked" in result.metrics) == ({}, False)
-    assert circuit(open_run(run.path, model=model, batches=batches), batches=2) == result
+    opened = circuit(open_run(run.path, model=model, batches=batches), batches=2)
+    assert (result.evaluated_on, opened.evaluated_on) == ("training", "given")
+    assert dataclasses.replace(opened, evaluated_on="training") == result
     assert decompose_flat() == ["all"]
     with pytest.raises(ConfigError, match=r"no data to look at; open_run\(path, model=..., batches=...\)"):
         circuit(open_run(run.path, model=model))

@@ -19,7 +19,7 @@ from paramlens.machine import machine
 from paramlens.rundir import Run
 from paramlens.shown import Shown
 from paramlens.sites import at_rest
-from paramlens.tables import Cell, Table, columns, row, shaded, site_cell
+from paramlens.tables import Cell, Table, columns, figure, row, shaded, site_cell
 from paramlens.tasks import generator
 
 
@@ -28,16 +28,17 @@ class SiteAgreement:
     """How alike the subcomponents of two runs are at a site, in [0, 1]; 1: the same ones, active at the same tokens.
 
     Σ over matched pairs of (their importances) × (their similarity), over the importance of all of them: one that has no partner counts
-    as unlike. Importance is the mean of g over all positions. Subcomponents that are active nowhere take no part.
+    as unlike. Importance is the mean of g over all positions. Subcomponents that are active nowhere take no part; where none is active in
+    either run there is nothing to compare, and each number is None.
     """
 
-    agreement: float
+    agreement: float | None
     """Matched by, and the mean of, direction and pattern."""
-    direction: float
+    direction: float | None
     """Matched by cos(u, u') · cos(v, v') alone, the cosine between two rank-1 matrices; negative ones count as 0."""
-    pattern: float
+    pattern: float | None
     """Matched by the correlation of g over all tokens alone, negative ones counted as 0."""
-    chance: float
+    chance: float | None
     """`direction` against as many parts of W's SVD under a random rotation, with the same importances: what the same weight alone gives."""
     parts: tuple[float, float]
     """Subcomponents active somewhere, in either run."""
@@ -63,8 +64,8 @@ class Agreement(Shown):
         return asdict(self)
 
     def summary(self) -> str:
-        mean = sum(site.agreement for site in self.sites.values()) / len(self.sites)
-        return f"{len(self.runs)} runs, {len(self.sites)} sites: {mean:.3f} on average, in [0, 1]"
+        mean = _average([site.agreement for site in self.sites.values()])
+        return f"{len(self.runs)} runs, {len(self.sites)} sites: {figure(mean, 3)} on average, in [0, 1]"
 
     def tables(self) -> tuple[Table, ...]:
         """One row a site: agreement, and by direction and pattern alone, mean over the pairs of runs."""
@@ -73,10 +74,9 @@ class Agreement(Shown):
         rows = tuple(
             (
                 site_cell(name),
-                shaded(f"{site.agreement:.3f}", site.agreement, 1.0),
-                *row(
-                    *(f"{value:.3f}" for value in (site.direction, site.chance, site.pattern)), f"{site.parts[0]:.1f}, {site.parts[1]:.1f}"
-                ),
+                Cell("-", "faint") if site.agreement is None else shaded(f"{site.agreement:.3f}", site.agreement, 1.0),
+                *row(*(figure(value, 3) for value in (site.direction, site.chance, site.pattern))),
+                Cell(f"{site.parts[0]:.1f}, {site.parts[1]:.1f}"),
             )
             for name, site in self.sites.items()
         )
@@ -175,9 +175,9 @@ def _compared(a: _Parts, b: _Parts, rotated: tuple[Tensor, Tensor]) -> SiteAgree
     weight = a.importance[:, None] + b.importance[None, :]
     whole = (a.importance.sum() + b.importance.sum()).item()
 
-    def matched(similarity: Tensor) -> tuple[float, list[tuple[int, int, float]]]:
+    def matched(similarity: Tensor) -> tuple[float | None, list[tuple[int, int, float]]]:
         rows, columns = linear_sum_assignment((weight * similarity).cpu().numpy(), maximize=True)
-        score = (weight * similarity).cpu()[rows, columns].sum().item() / whole if whole else 1.0  # nothing active in either: alike
+        score = (weight * similarity).cpu()[rows, columns].sum().item() / whole if whole else None
         return score, [(a.index[i], b.index[j], similarity[i, j].item()) for i, j in zip(rows, columns, strict=True)]
 
     score, matches = matched((direction + pattern) / 2)
@@ -196,8 +196,14 @@ def _cosines(a: _Parts, reads: Float[Tensor, "other d_in"], writes: Float[Tensor
 
 
 def _mean(pairs: Sequence[SiteAgreement]) -> SiteAgreement:
-    def mean(name: str) -> float:
-        return sum(getattr(pair, name) for pair in pairs) / len(pairs)
+    def mean(name: str) -> float | None:
+        return _average([getattr(pair, name) for pair in pairs])
 
     counts = [sum(pair.parts[side] for pair in pairs) / len(pairs) for side in (0, 1)]
     return SiteAgreement(mean("agreement"), mean("direction"), mean("pattern"), mean("chance"), (counts[0], counts[1]), matches=[])
+
+
+def _average(values: Sequence[float | None]) -> float | None:
+    """Mean of the values that there are."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
