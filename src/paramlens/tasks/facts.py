@@ -16,7 +16,7 @@ from paramlens.config import FactsTask
 from paramlens.configfile import MOST_BYTES, parse_yaml
 from paramlens.errors import ConfigError
 from paramlens.tasks import Batch, Task, generator
-from paramlens.tasks.language import encode_fact, encode_sentence, padded
+from paramlens.tasks.language import encode_fact, encode_sentence, padded, sentence_of
 from paramlens.tasks.limits import require_tokens, that_fit
 from paramlens.tasks.loading import Language
 from paramlens.tasks.reading import read_text
@@ -38,7 +38,7 @@ class Fact:
 
     @property
     def sentence(self) -> str:
-        return f"{self.prompt} {self.answer}"
+        return sentence_of(self.prompt, self.answer)
 
 
 @cache

@@ -21,6 +21,7 @@ __all__ = [
     "model_inputs",
     "padded",
     "save_language",
+    "sentence_of",
     "token_texts",
 ]
 
@@ -41,12 +42,18 @@ def encode_sentence(tokenizer: Any, sentence: str) -> list[int]:
     return ids
 
 
+def sentence_of(prompt: str, answer: str) -> str:
+    """Prompt and answer with one space between them; none where the prompt ends in a line break or the like."""
+    before = prompt.rstrip(" ")
+    return f"{before}{'' if before[-1:].isspace() else ' '}{answer.strip()}"
+
+
 def encode_fact(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-    """Token ids of prompt and answer, as they stand in the sentence `prompt answer`.
+    """Token ids of prompt and answer, as they stand in the sentence that `sentence_of` makes of them.
 
     Raises `BatchError` for an answer that is empty, or that the vocabulary cannot spell.
     """
-    before, whole = open_ended(tokenizer, prompt), open_ended(tokenizer, f"{prompt} {answer.strip()}")
+    before, whole = open_ended(tokenizer, prompt.rstrip(" ")), open_ended(tokenizer, sentence_of(prompt, answer))
     shared = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), min(len(before), len(whole)))
     if not shared:
         raise BatchError(f"prompt {prompt!r}: no token of it stands before the answer; give a prompt that ends at a word")
