@@ -835,7 +835,7 @@ def test_hostile_models(facts_run, tmp_path, cell):
         shutil.copytree(source, tmp_path / "pickled")
         (tmp_path / "pickled/model.safetensors").unlink()
         plant(tmp_path / "pickled/pytorch_model.bin", pickle.dumps(Payload(tmp_path / "owned")))
-        with pytest.raises(ConfigError, match="cannot load a causal language model"):
+        with pytest.raises(ConfigError, match="no weights in safetensors, the one format that is read; pytorch_model.bin is not opened"):
             load_language(str(tmp_path / "pickled"))
     with cell("hostile", "refused", "a model with code of its own"):
         shutil.copytree(source, tmp_path / "code")
@@ -843,6 +843,6 @@ def test_hostile_models(facts_run, tmp_path, cell):
         own = {"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}}
         (tmp_path / "code/config.json").write_text(json.dumps(config | own))
         (tmp_path / "code/own.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'owned')!r})\n")
-        with pytest.raises(ConfigError, match="cannot load a causal language model"):
+        with pytest.raises(ConfigError, match="needs code of its own .*, which is never run"):
             load_language(str(tmp_path / "code"))
     assert not (tmp_path / "owned").exists()
