@@ -1,6 +1,7 @@
 """A step's guard and its replay, as far as a CPU can try what is meant for a GPU."""
 
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -139,11 +140,10 @@ for plain, fused in zip(*losses):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_compiled_steps_are_the_same_steps():
+def test_compiled_steps_are_the_same_steps(tmp_path):
     """In a process of its own: torch.compile does not look through the type checks that the tests put around functions."""
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILED.replace("BOUND", str(bound(TOY_STEP, 1)))], capture_output=True, text=True, check=False
-    )
+    code, environment = COMPILED.replace("BOUND", str(bound(TOY_STEP, 1))), os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
