@@ -43,7 +43,7 @@ import architectures  # noqa: E402
 RESULTS = ROOT / "docs/results/compatibility.json"
 PAGE = ROOT / "docs/compatibility.md"
 MARKS = ("<!-- architectures: begin -->", "<!-- architectures: end -->")
-LONGEST = 90
+LONGEST = 110
 """Letters of a reason that the table shows."""
 
 
@@ -179,7 +179,8 @@ def markdown(document: dict[str, Any]) -> str:
     for name, row in rows.items():
         difference = f"{row['difference']:.0e}" if "difference" in row else "-"
         reasons = "; ".join(f"{count} × {_short(reason)}" for reason, count in row.get("left_out", {}).items())
-        cells = (name, f"{row['sites']} of {row['weights']}", difference, row.get("edit", "-"), row["trace"])
+        traced = re.sub(r" \([^)]*\)|, so (there is no map|what they add).*", "", row["trace"])
+        cells = (name, f"{row['sites']} of {row['weights']}", difference, row.get("edit", "-"), traced)
         lines.append("| " + " | ".join([*(_short(cell) for cell in cells), reasons.replace("|", "\\|") or "-"]) + " |")
     return "\n".join(lines)
 
