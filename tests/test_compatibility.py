@@ -313,11 +313,10 @@ def test_weights_of_low_rank_are_kept_exactly(rank: int, short: Callable[..., Ru
     """syp2ysy/SVF#17: the singular values of a weight become nan; here a weight of zeros, or of one direction."""
     model = Toy()
     with torch.no_grad():
-        model.unembed.weight.copy_(rank * torch.outer(torch.randn(VOCABULARY), torch.randn(8)))
-    run = short(model, sites="unembed", init={"kind": "svd_rotated"}, optim={"project_from": 0.0})
-    decomposition = run.decomposition
-    made = decomposition.U["unembed"] @ decomposition.V["unembed"]
-    assert torch.allclose(made.T, model.unembed.weight, atol=1e-5)
+        model.up.weight.copy_(rank * torch.outer(torch.randn(12), torch.randn(8)))
+    run = short(model, sites=["up", "unembed"], C=8, init={"kind": "svd_rotated"}, optim={"project_from": 0.0})
+    made = run.decomposition.U["up"] @ run.decomposition.V["up"]
+    assert torch.allclose(made.T, model.up.weight, atol=1e-5)
 
 
 def test_layers_shared_by_blocks_are_refused(short: Callable[..., Run]):
