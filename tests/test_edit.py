@@ -255,10 +255,11 @@ def test_an_edit_of_what_is_not_to_be_trusted_says_so(facts_run):
     result = evaluate_edit(facts_run, done, KOBE, controls=())
     failed = [verdict for verdict in result.verdicts if verdict.standing == "fails"]
     assert "target" in {verdict.name for verdict in failed}
-    assert all(f"{verdict.name} {verdict.figure}" in done.warnings[0] for verdict in failed)
-    assert done.warnings[0] in {note.text for note in done.tables()[0].notes}
+    assert done.warnings[0] == "the target had not converged when its training ended: this is an edit of a half-trained model"
+    assert all(f"{verdict.name} {verdict.figure}" in done.warnings[1] for verdict in failed if verdict.name != "target")
+    assert set(done.warnings) <= {note.text for note in done.tables()[0].notes}
     assert result.facts[0].right_before is False
-    assert result.warnings[1].startswith("the model does not know the target: P('basketball') is ")
+    assert result.warnings[2].startswith("the model does not know the target: P('basketball') is ")
     notes = [note.text for table in result.tables() for note in table.notes]
     assert any(note.startswith("P('basketball') after 'Kobe Bryant plays the sport of': ") for note in notes)
     assert result.tables()[1].rows[0][1:] == (Cell("0 of 1"), Cell("-", "faint"))

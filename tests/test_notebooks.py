@@ -24,7 +24,7 @@ CLAIMS = {
     "editing-a-fact": """
         assert know.accuracy >= 0.9 and fit["recon"] < 0.02
         assert len(edit.selected) == 2 and kept["target"] < 0.6
-        assert min(kept[kind] for kind in ("other-target", "same-sport", "other-sport", "general", "reverse")) >= 0.9
+        assert min(kept[kind] for kind in ("other-target", "same-sport", "other-sport", "general")) >= 0.9
         assert all(controls[name].kept["target"] > 0.9 for name in ("random directions", "random subcomponents"))
         assert controls["top singular directions"].kept["general"] < 0.95 and controls["activation read"].kept["target"] < 0.6
         assert len(own.selected) > 10 and left["target"] < kept["target"] and left["general"] < kept["general"]

@@ -223,9 +223,15 @@ def edit(run: Run, selected: Sequence[Selected], *, method: Method = "projection
                 continue
             reads, writes = run.decomposition.U[site.name][:, index], run.decomposition.V[site.name][index]
             weights[site.name] = taken_out(site.W, reads, writes, method)
-    failed = failures(run.verdicts)
-    text = f"the decomposition fails ({failed}): its subcomponents do not stand for what the model computes"
-    return Edit(task.model, task.tokenizer, tuple(selected), method, weights, (text,) if failed else ())
+    return Edit(task.model, task.tokenizer, tuple(selected), method, weights, tuple(_warnings(run)))
+
+
+def _warnings(run: Run) -> Iterator[str]:
+    """What speaks against trusting any edit by this run's subcomponents."""
+    if any(verdict.name == "target" for verdict in run.verdicts):
+        yield "the target had not converged when its training ended: this is an edit of a half-trained model"
+    if failed := failures(verdict for verdict in run.verdicts if verdict.name != "target"):
+        yield f"the decomposition fails ({failed}): its subcomponents do not stand for what the model computes"
 
 
 def _best(ranked: Sequence[Selected], *, top: int | None, per_token: int | None) -> list[Selected]:
