@@ -2,6 +2,7 @@
 
 python benchmarks/performance.py measure        # about 25 minutes on 2 idle cores; docs/results/performance.json
 python benchmarks/performance.py tables         # Markdown from that file
+python benchmarks/performance.py threads        # two threads beside a busy process
 python benchmarks/performance.py picture        # docs/images/growth.png, by headless Chromium
 """
 
@@ -157,6 +158,23 @@ def parts() -> None:
         print(f"| {name} | {one * 1e3:.1f} | {one / columns[1]['whole step']:.0%} | {columns[2][name] * 1e3:.1f} |")
 
 
+def threads() -> None:
+    """Seconds a step, on the clock and of processor time, on one and on two threads, alternating beside a busy process: medians of 40."""
+    configs = {count: bench.Case(length=16, threads=count).config() for count in (1, 2)}
+    steps = {count: bench.training(config, "ours") for count, config in configs.items()}
+    times: dict[int, list[tuple[float, float]]] = {count: [] for count in configs}
+    with bench.busy_process():
+        for i in range(41):
+            for count, config in configs.items():
+                with machine(config):
+                    start, used = time.perf_counter(), time.process_time()
+                    steps[count](i)
+                    times[count].append((time.perf_counter() - start, time.process_time() - used))
+    for count, taken in times.items():
+        clock, processor = (statistics.median(each) for each in zip(*taken[1:], strict=True))
+        print(f"{count} threads: {clock:.3f} s, {processor:.3f} s of processor time")
+
+
 def clocked(function, times: list[float]):
     """The function, its time noted; nested calls of the same one would count twice, and there are none."""
 
@@ -215,4 +233,4 @@ def picture() -> None:
 
 
 if __name__ == "__main__":
-    {"measure": measure, "tables": tables, "parts": parts, "picture": picture}[sys.argv[1]]()
+    {"measure": measure, "tables": tables, "parts": parts, "threads": threads, "picture": picture}[sys.argv[1]]()

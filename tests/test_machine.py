@@ -8,12 +8,13 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from conftest import TINY, tiny_with
-from paramlens import layout, native, signals
+from paramlens import layout, native, openmp, signals
 from paramlens import machine as machine_module
 from paramlens.configfile import make_config
 from paramlens.layout import read_json, write_text
@@ -100,26 +101,36 @@ def test_idle_threads_sleep_unless_the_user_says_otherwise(first: str, variables
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads' states are read from /proc")
 @pytest.mark.skipif(machine_module.usable_cores() < 2, reason="one core: there is no second thread")
-def test_workers_use_no_time_between_parallel_loops():
+@pytest.mark.parametrize("order", ["paramlens, torch", "torch, paramlens"])
+def test_workers_use_no_time_between_parallel_loops(order: str):
     """Counted in the threads' own processor time, which no other program changes; the default policy spends as much on the worker."""
-    code = """
-import paramlens, torch
+    code = (
+        f"import {order}"
+        + """
 from pathlib import Path
-torch.set_num_threads(2)
+from paramlens.machine import torch_threads
 x = torch.zeros(100_000)
 def ticks():
     fields = [task.joinpath("stat").read_text().rsplit(")", 1)[1].split() for task in Path("/proc/self/task").iterdir()]
     return sorted(int(each[11]) + int(each[12]) for each in fields)
-x.add_(1)
-before = ticks()
-while ticks()[-1] - before[-1] < 50:
-    for _ in range(20):
-        x.add_(1)
-        sum(range(50_000))
-print(*(after - first for after, first in zip(ticks(), before)))
+with torch_threads(2):
+    x.add_(1)
+    before = ticks()
+    while ticks()[-1] - before[-1] < 50:
+        for _ in range(20):
+            x.add_(1)
+            sum(range(50_000))
+    print(*(after - first for after, first in zip(ticks(), before)))
 """
+    )
     *_, worker, main = map(int, in_a_process(code).split())
     assert worker < main / 4
+
+
+def test_a_wish_of_the_users_is_not_crowded_out():
+    code = "import torch, paramlens; from paramlens.machine import torch_threads\nwith torch_threads(2): print(paramlens.openmp.waiting())"
+    assert in_a_process(code, OMP_WAIT_POLICY="active").strip() == "spinning"
+    assert in_a_process(code, OMP_WAIT_POLICY="passive").strip() == "asleep"
 
 
 class Messages(Silent):
@@ -219,11 +230,11 @@ def test_without_gnu_openmp_kernels_run_on_one_thread(tmp_path, monkeypatch: pyt
     """macOS, Windows, and a library that cannot be loaded."""
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib/libgomp.so.1").write_bytes(b"not a library")
-    monkeypatch.setattr(native.torch, "__file__", str(tmp_path / "__init__.py"))
-    assert native._openmp.__wrapped__() is None
-    monkeypatch.setattr(native, "_openmp", lambda: None)
+    monkeypatch.setattr(openmp, "find_spec", lambda _name: SimpleNamespace(origin=str(tmp_path / "__init__.py")))
+    assert openmp.library.__wrapped__() is None
+    monkeypatch.setattr(native, "library", lambda: None)
     if native.serves(torch.ones(1)):
-        kernel, out = native._Kernel("lower_backward"), torch.zeros(5000)
+        kernel, out = native._Kernel("lower_backward", "ttti"), torch.zeros(5000)
         with machine_module.torch_threads(2):
             kernel(native.units(out), torch.full((5000,), 0.5), torch.ones(5000), out, 5000)
         assert out.tolist() == [1.0] * 5000

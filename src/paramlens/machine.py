@@ -10,6 +10,7 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from paramlens.config import Config
+from paramlens.openmp import crowd, waiting
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -41,7 +42,10 @@ def machine(config: Config) -> Iterator[None]:
 def torch_threads(threads: int | None) -> Iterator[None]:
     """While active, torch computes with `threads` CPU threads; none: `default_threads`."""
     before = torch.get_num_threads()
-    torch.set_num_threads(threads or default_threads())
+    count = threads or default_threads()
+    if count > 1 and waiting() == "spinning":
+        crowd()
+    torch.set_num_threads(count)
     try:
         yield
     finally:

@@ -1,8 +1,8 @@
 """The CPU's inner loops, compiled by Numba on first use: single passes over numbers that PyTorch would read and write several times.
 
 Each has its twin in plain PyTorch where it is called; `serves` says which of the two runs. Kernels run on PyTorch's own OpenMP
-threads: a second pool would fight them for the cores. Work is cut into units that no two threads share, so results do not
-depend on the number of threads.
+threads, since a second pool would fight them for the cores; on one thread where that library is not GNU's. Work is cut into units
+that no two threads share, so results do not depend on the number of threads.
 """
 
 import ctypes
@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from paramlens.openmp import library
 
 
 def serves(*tensors: Tensor) -> bool:
@@ -49,23 +51,6 @@ def _kernels() -> Any:
     return _kernels
 
 
-@cache
-def _openmp() -> ctypes.CDLL | None:
-    """PyTorch's own OpenMP library, where it is GNU's, as on Linux; without it, as on macOS and Windows, kernels run on one thread."""
-    package = Path(torch.__file__).parent
-    for path in [*package.glob("lib/libgomp*.so*"), *package.parent.glob("torch.libs/libgomp*.so*")]:
-        try:
-            library = ctypes.CDLL(str(path))
-        except OSError:
-            continue
-        library.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-        library.GOMP_parallel.restype = None
-        for query in (library.omp_get_thread_num, library.omp_get_num_threads):
-            query.argtypes, query.restype = [], ctypes.c_int
-        return library
-    return None
-
-
 class _Kernel:
     """A loop over `units`, split over threads, and the types of its other arguments in order, as its body unpacks them.
 
@@ -79,10 +64,10 @@ class _Kernel:
 
     def __call__(self, units: int, *arguments: Tensor | float) -> None:
         if self.run is None:
-            self.run = _kernels().compiled(self.name, _openmp())
+            self.run = _kernels().compiled(self.name, library())
         packed = self.packed(units, *arguments)
         threads = min(torch.get_num_threads(), units)
-        openmp = _openmp()
+        openmp = library()
         if openmp is None or threads <= 1:
             self.run.ctypes(ctypes.cast(packed, ctypes.POINTER(ctypes.c_int64)))
         else:

@@ -1,7 +1,12 @@
-"""How PyTorch's CPU threads wait for one another. No torch: the variables must be set before its OpenMP library is loaded."""
+"""How PyTorch's CPU threads wait for one another. Imports no torch: the variables must be set before its OpenMP library is loaded."""
 
+import ctypes
 import os
 import sys
+import threading
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
 Waiting = Literal["asleep", "spinning"]
@@ -14,6 +19,11 @@ SPINNING = (
     "Import paramlens before torch, set OMP_WAIT_POLICY=passive before Python starts, or give threads 1"
 )
 """Told at the start of a run."""
+
+MOST_CROWDED = 16
+"""Cores up to which `crowd` makes a thread for each."""
+
+_crowded = False
 
 
 def sleep_when_idle() -> None:
@@ -31,10 +41,54 @@ def waiting() -> Waiting:
 
     GNU's and LLVM's own variables outrank the standard's.
     """
+    if _crowded:
+        return "asleep"
     own = [os.environ[name] for name in ("GOMP_SPINCOUNT", "KMP_BLOCKTIME") if name in os.environ]
     if own:
         return "asleep" if all(value.strip() == "0" for value in own) else "spinning"
     return "asleep" if os.environ.get("OMP_WAIT_POLICY", "").strip().lower() == "passive" else "spinning"
+
+
+def crowd() -> None:
+    """Have GNU's idle threads sleep although torch was loaded before it could be told, unless the user has set one of the variables.
+
+    The library lets no thread spin for long once it has more of them than the machine has cores. So one more thread of Python gets as
+    many as that, which sleep to the end of the process. Not with more than `MOST_CROWDED` cores; a second call does nothing.
+    """
+    global _crowded
+    cores, openmp = os.cpu_count() or 1, library()
+    if _crowded or _given() or openmp is None or cores > MOST_CROWDED:
+        return
+    made = threading.Event()
+
+    def keep() -> None:
+        openmp.GOMP_parallel(ctypes.cast(openmp.omp_get_thread_num, ctypes.c_void_p), None, cores + 1, 0)
+        made.set()
+        threading.Event().wait()
+
+    threading.Thread(target=keep, name="paramlens-openmp", daemon=True).start()
+    made.wait()
+    _crowded = True
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """PyTorch's own OpenMP library, where it is GNU's, as on Linux; none on macOS and Windows."""
+    found = find_spec("torch")
+    assert found is not None
+    assert found.origin is not None
+    package = Path(found.origin).parent
+    for path in [*package.glob("lib/libgomp*.so*"), *package.parent.glob("torch.libs/libgomp*.so*")]:
+        try:
+            openmp = ctypes.CDLL(str(path))
+        except OSError:
+            continue
+        openmp.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        openmp.GOMP_parallel.restype = None
+        for query in (openmp.omp_get_thread_num, openmp.omp_get_num_threads):
+            query.argtypes, query.restype = [], ctypes.c_int
+        return openmp
+    return None
 
 
 def _given() -> bool:
