@@ -29,11 +29,11 @@ from paramlens import Run, decompose_config, evaluate_edit, load_config, open_ru
 from paramlens.analysis.components import inspect_prompt
 from paramlens.analysis.edit import unique
 from paramlens.analysis.effect import CONTROLS, KINDS
-from paramlens.budget import diagnose
 from paramlens.config import FactsTask, Miniature
 from paramlens.decomposition import Decomposition
 from paramlens.errors import ConfigError, ParamLensError
 from paramlens.factors import initialise
+from paramlens.forecast import foretell
 from paramlens.importance import Importance
 from paramlens.layout import read_json
 from paramlens.machine import machine, usable_cores
@@ -322,8 +322,7 @@ def _gpt2_steps(fields: Mapping[str, object], folder: str) -> dict[str, Any]:
             times.append(time.perf_counter() - start)
         threads = torch.get_num_threads()
     peak = torch.cuda.max_memory_allocated() if DEVICE != "cpu" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    length = next(iter(batch.inputs.values())).shape[1]
-    foretold = diagnose(config, sites, length=length, vocabulary=50257)
+    foretold = foretell(config)
     return {
         "device": torch.cuda.get_device_name() if DEVICE != "cpu" else "cpu",
         "threads": threads,

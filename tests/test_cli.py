@@ -62,7 +62,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]):
         (["decompose", "CONFIG", "--device", "cuda"], "device cuda: torch"),
         (["train-target", "CONFIG", "--device", "cuda"], "device cuda: torch"),
         (["decompose", "CONFIG", "--resume", "--overwrite"], "resume and overwrite exclude each other"),
-        (["decompose", "CONFIG", "--out", "CONFIG/x"], "tiny.yaml is no writable directory); give another --out"),
+        (["decompose", "CONFIG", "--out", "CONFIG/x"], "tiny.yaml is no writable directory); give another out"),
         (
             ["decompose"],
             "decompose: give a configuration, facts-edit, facts-small, gpt2-facts, induction, ",
@@ -72,8 +72,8 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]):
         (["circuit", "DIR", "--threshold", "abc"], "circuit: Error parsing --threshold: could not convert string to float: 'abc'"),
         (["demo", "--seed", "x"], "demo: Error parsing --seed:"),
         (["decompose", "CONFIG", "extra"], "unexpected argument 'extra'; fields are flags"),
-        (["decompose", "CONFIG", "--out", "DIR"], "exists; --overwrite replaces it, --out DIR writes elsewhere"),
-        (["decompose", "CONFIG", "--out", "DIR", "--overwrite"], "is no run directory, so --overwrite leaves it alone"),
+        (["decompose", "CONFIG", "--out", "DIR"], "exists; overwrite replaces it, another out leaves it alone"),
+        (["decompose", "CONFIG", "--out", "DIR", "--overwrite"], "is no run directory, so overwrite leaves it alone"),
         (["circuit", "DIR"], "not a run directory"),
         (["circuit", "DIR/none"], "no such run; give the directory that decompose printed"),
         (["circuit", "DIR", "--treshold", "1"], "circuit: unknown option --treshold; did you mean --threshold?"),
@@ -215,7 +215,9 @@ def test_doctor_counts_what_is_built(config, capsys: pytest.CaptureFixture[str],
     parts = {name: count for name, count in document["bytes"].items() if name != "total"}
     assert document["bytes"]["total"] == sum(parts.values())
     assert main(["doctor", config]) == 0
-    assert "gamma activations" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "gamma activations" in out
+    assert "libraries" in out
 
 
 @pytest.fixture
@@ -323,7 +325,7 @@ def test_doctor_tells_gpt2_without_a_network(capsys: pytest.CaptureFixture[str])
     assert found["parameters"]["gamma"] == 3_175_649_280
     assert found["parameters"]["U and V"] == 113_246_208
     assert found["parameters"]["decomposed weights"] == 84_934_656
-    assert 51e9 < found["bytes"]["total"] < 54e9
+    assert 78e9 < found["bytes"]["total"] < 84e9  # with a copy of the optimizer while a checkpoint is written
 
 
 def test_ctrl_c_ends_with_130_and_a_run_to_resume(config, tmp_path):

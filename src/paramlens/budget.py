@@ -19,14 +19,20 @@ from paramlens.importance import Importance
 from paramlens.losses import stack_size
 from paramlens.masks import Replacement
 from paramlens.shown import Shown
-from paramlens.sites import Site
+from paramlens.sites import Site, at_rest
 from paramlens.tables import Table, columns, row
 from paramlens.tasks import Inputs, map_tensors, tensors_of
 
 _ADAM_STATE = 2
 """Moments per parameter."""
 
-COMPILED = 100 * 2**20
+CHECKED = 7
+"""Logits of one plan that the checks of the first batch hold at once, at every position."""
+
+SCATTERED = 1.25
+"""Memory that a process takes for what it makes and frees in every step, to what that is: the gaps in between are not given back."""
+
+COMPILED = 64 * 2**20
 """Bytes that the CPU's compiled loops, and what compiles them, take once they run."""
 
 
@@ -47,14 +53,14 @@ class Diagnosis(Shown):
     def tables(self) -> tuple[Table, ...]:
         """Parameters and bytes by part."""
         counts = {name: f"{count:,}" for name, count in self.parameters.items()}
-        sizes = {name: f"{count / 2**20:,.1f}" for name, count in self.bytes.items()}
+        sizes = {name: f"{count / 2**20:,.1f}" for name, count in self.bytes.items() if count}
         return tuple(
             Table(
                 title,
                 columns("part", unit),
                 tuple(row(name, text, tone="strong" if name in ("trained", "total") else "plain") for name, text in parts.items()),
             )
-            for title, unit, parts in ((f"Parameters ({self.sites} sites)", "count", counts), ("Memory of a step", "MiB", sizes))
+            for title, unit, parts in ((f"Parameters ({self.sites} sites)", "count", counts), ("Memory of a run", "MiB", sizes))
         )
 
 
@@ -90,10 +96,11 @@ def footprint(model: nn.Module, sites: Sequence[Site], inputs: Inputs, *, last: 
         return tensor
 
     try:
-        target = probe.target_run(first)
-        plan = {name: Replacement(x.new_zeros(*x.shape[:-1], 1)) for name, x in target.inputs.items()}
-        with torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor):
-            probe.masked_run(first, [plan])
+        with at_rest(model):
+            target = probe.target_run(first)
+            plan = {name: Replacement(x.new_zeros(*x.shape[:-1], 1)) for name, x in target.inputs.items()}
+            with torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor):
+                probe.masked_run(first, [plan])
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, ParamLensError):
         return None
     standing = {id(tensor.untyped_storage()) for tensor in [*model.parameters(), *model.buffers(), *probe.parameters()]}
@@ -114,10 +121,10 @@ def diagnose(config: Config, sites: Sequence[Site], size: Footprint, *, target: 
     gamma, copied = _gamma_parameters(config, sites, size.length)
     trained = factors + gamma
     weights = sum(site.d_in * site.d_out for site in sites)
+    passing = {"gamma activations": _gamma_activations(config, sites, size) * word, **_masked_runs(config, sites, size, word)}
     step = {
-        "gamma activations": _gamma_activations(config, sites, size) * word,
+        **{name: round(SCATTERED * count) for name, count in passing.items()},
         "gamma working copies": copied * word,
-        **_masked_runs(config, sites, size, word),
         "faithfulness": weights * word * bool(config.losses.faithfulness or config.init.warmup_steps),
         "projection": 6 * weights * 8 * (config.optim.project_from is not None),
     }
@@ -183,7 +190,7 @@ def _masked_runs(config: Config, sites: Sequence[Site], size: Footprint, word: i
     return {
         "masks and inner activations": 0 if _compiled(config) else 3 * replaced * positions * config.C * word,
         "masked runs": plans * size.rows * (through_sites if size.kept is None else size.kept),
-        "logits": (plans * (computed + seen) + positions + 2 * seen) * size.vocabulary * word,
+        "logits": max(plans * (computed + seen) + positions + 2 * seen, CHECKED * positions) * size.vocabulary * word,
     }
 
 
@@ -206,11 +213,12 @@ def require_memory(config: Config, sites: Sequence[Site], size: Footprint, *, ta
         return
     kinds = [(kind, needed("gamma.kind", kind)) for kind in ("shared", "scalar")]
     remedies = [f"gamma.kind {kind} ({size_text(amount)})" for kind, amount in kinds if amount < 0.8 * total]
+    rows = {"facts": "sentences in task.sentences", "custom": "sequences in a batch"}.get(config.task.kind, "batch")
     for field, value in (("batch", size.rows), ("gamma.d_gate", config.gamma.d_gate), ("C", config.C)):
         halves = [value >> shift for shift in range(1, value.bit_length())]
         fitting = next((half for half in halves if needed(field, half) <= free), None)
         if fitting is not None:
-            remedies.append(f"{field} {fitting} ({size_text(needed(field, fitting))})")
+            remedies.append(f"{rows if field == 'batch' else field} {fitting} ({size_text(needed(field, fitting))})")
     count = next((count for count in range(len(sites) - 1, 0, -1) if needed(count=count) <= free), None)
     if count is not None:
         remedies.append(f"fewer sites (the first {count} of {len(sites)}: {size_text(needed(count=count))})")
@@ -244,9 +252,8 @@ def _left_by_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc
             for limit, usage in files.items():
                 with contextlib.suppress(OSError, ValueError):  # no such group, or "max": no limit
                     most, used = (int((folder / name).read_text(encoding="ascii")) for name in (limit, usage))
-                    cached = re.search(
-                        r"^(?:total_)?inactive_file (\d+)$", (folder / "memory.stat").read_text(encoding="ascii"), re.MULTILINE
-                    )
+                    stat = (folder / "memory.stat").read_text(encoding="ascii")
+                    cached = re.search(r"^(?:total_)?inactive_file (\d+)$", stat, re.MULTILINE)
                     found.append(max(0, most - used + (int(cached[1]) if cached else 0)))
     return found
 

@@ -91,8 +91,8 @@ class InductionTask(_Frozen):
     """Tokens per sequence, n. Table 3: 64."""
     width: Count = 16
     """Residual stream, d_model. Table 3: 16."""
-    blocks: Count = 2
-    """Transformer blocks (attention only). §5.1: 2."""
+    blocks: Annotated[Count, Field(le=1000)] = 2
+    """Transformer blocks (attention only), 1000 at most. §5.1: 2."""
     heads: Count = 1
     """Attention heads per block. §5.1: 1."""
     positions: Literal["learned", "sinusoidal"] = "learned"
@@ -120,7 +120,7 @@ class InductionTask(_Frozen):
 class Miniature(_Frozen):
     """A small GPT-2 with a tokenizer of its own, trained on the shipped facts; how it is built and trained (no paper has it)."""
 
-    blocks: Count = 4
+    blocks: Annotated[Count, Field(le=1000)] = 4
     """Transformer blocks."""
     width: Count = 128
     """Residual stream."""

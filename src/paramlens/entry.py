@@ -80,6 +80,7 @@ def require_sound(decomposition: Decomposition, inputs: Inputs) -> TargetRun:
             "the model gives other logits for the same batch a second time; turn off what makes it so: dropout that does not listen to "
             "model.eval(), random numbers, or a count or cache that it keeps from run to run"
         )
+    del again
     changed = [name for name, value in _fingerprints(decomposition.model).items() if before.get(name) != value]
     if changed:
         raise SiteError(f"the model changes its own weight {changed[0]} while it runs, so there is no one weight to decompose")
@@ -249,7 +250,7 @@ def _gradients(logits: Tensor, wanted: list[Tensor]) -> tuple[Tensor | None, ...
     """Gradients of a sum of all logits, each with a weight of its own; those of what they do not depend on are none."""
     if not logits.requires_grad:
         return (None,) * len(wanted)
-    weights = torch.arange(logits.numel(), device=logits.device, dtype=torch.float64).add(1).cos().to(logits.dtype).view(logits.shape)
+    weights = torch.arange(logits.numel(), device=logits.device, dtype=torch.float64).add_(1).cos_().to(logits.dtype).view(logits.shape)
     return torch.autograd.grad((logits * weights).sum(), wanted, allow_unused=True)
 
 

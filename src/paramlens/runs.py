@@ -145,7 +145,7 @@ def decompose_config(
     if isinstance(config.task, CustomTask):
         raise ConfigError("task: give one of a kind; a model of your own is decomposed in Python, paramlens.decompose(model, batches, ...)")
     if resume and target is not None:
-        raise ConfigError(f"target {target}: a resumed run has its target; leave one of --target and --resume out")
+        raise ConfigError(f"target {target}: a resumed run has its target; leave one of target and resume out")
     _require_device(config.device)
     path = Path(out) if out is not None else default_out(config)
     if resume:
@@ -208,11 +208,13 @@ def _resumable(config: Config, path: Path, *, extend_steps: int | None, overwrit
     if overwrite:
         raise ConfigError("resume and overwrite exclude each other; leave one out")
     if not (path / "config.yaml").is_file():
-        raise RunDirError(f"{path}: nothing to resume there; leave --resume out to start anew")
+        raise RunDirError(f"{path}: nothing to resume there; leave resume out to start anew")
     if not is_begun(path):
-        raise RunDirError(f"{path}: was stopped before its first step; --overwrite starts anew")
+        raise RunDirError(f"{path}: was stopped before its first step; overwrite starts anew")
     if not is_resumable(path):
-        raise RunDirError(f"{path}: a copy for reading, pushed without optimizer and generators; push --resumable makes one that goes on")
+        raise RunDirError(
+            f"{path}: a copy for reading, pushed without optimizer and generators; a push with resumable makes one that goes on"
+        )
     require_whole_run(path)
     saved = load_config(path / "config.yaml")
     config = targets.placed(config, like=saved)
@@ -223,7 +225,7 @@ def _resumable(config: Config, path: Path, *, extend_steps: int | None, overwrit
     changed = [f"{name} {theirs.get(name)!r} → {ours.get(name)!r}" for name in ours if ours[name] != theirs.get(name)]
     if changed:
         raise ConfigError(
-            f"{path}: was started with another configuration ({'; '.join(changed)}); resume with the same one or give another --out"
+            f"{path}: was started with another configuration ({'; '.join(changed)}); resume with the same one or give another out"
         )
     return config
 
