@@ -173,7 +173,7 @@ def test_killed(world, tmp_path, cell, moment: str, number: signal.Signals):
         assert not layout.is_begun(path) or all(each.whole for each in verify(path).checkpoints)
         code, lines = resume(world, path)
         if moment == "before the run's own files are whole":
-            require_told(code, lines, str(path), "--overwrite starts anew")
+            require_told(code, lines, str(path), "overwrite starts anew")
         else:
             assert code == 0, lines
             require_identical(world, path)

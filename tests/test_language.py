@@ -200,7 +200,7 @@ def test_an_answer_outside_the_vocabulary_is_refused():
     [
         (
             "nobody/nothing",
-            r"model nobody/nothing: no such folder, and the Hugging Face Hub cannot be reached \(offline\?\).*--task.model ./nothing",
+            r"model nobody/nothing: no such folder, and the Hugging Face Hub cannot be reached \(offline\?\).*as the model: ./nothing",
         ),
         ("not a//name", r"model not a//name: no such folder, and no id on the Hugging Face Hub either"),
     ],

@@ -107,7 +107,7 @@ def test_a_place_taken_by_something_else_is_told_with_a_remedy(tmp_path, capsys)
     (tmp_path / "taken").touch()
     assert main(["report", str(tmp_path / "taken"), "--example"]) == 2
     told = capsys.readouterr().err
-    assert "report DIR --example" in told
+    assert "give another place for the shipped run" in told
     assert "--out" not in told
 
 

@@ -2,6 +2,7 @@ import json
 import shutil
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import nn
 
 from audit import plant
 from conftest import tiny_with
-from paramlens import targets
+from paramlens import rundir, targets, verification
+from paramlens.cli import main
 from paramlens.errors import ConfigError, RunDirError
 from paramlens.layout import checkpoints
 from paramlens.manifest import write_manifest
@@ -111,8 +113,67 @@ def test_paths_that_are_no_run(tmp_path):
 
 def test_run_without_a_checkpoint(copy):
     shutil.rmtree(copy / "checkpoints")
-    with pytest.raises(RunDirError, match="holds no finished checkpoint"):
+    with pytest.raises(RunDirError, match="no checkpoint yet; a run that is under way writes one"):
         open_run(copy)
+
+
+def moved_on(copy: Path) -> None:
+    """What a run under way does: a newer checkpoint appears, and the one that was the newest goes."""
+    shutil.copytree(copy / "checkpoints/step-00000012", copy / "checkpoints/step-00000016.part")
+    (copy / "checkpoints/step-00000016.part").rename(copy / "checkpoints/step-00000016")
+    shutil.rmtree(copy / "checkpoints/step-00000012")
+
+
+@pytest.mark.parametrize("at", ["require_whole", "require_own", "require_fit", "load_parameters"])
+def test_a_checkpoint_that_goes_while_it_is_read_is_given_up_for_a_newer(copy, at, monkeypatch, tiny_run):
+    original, calls = getattr(rundir, at), []
+
+    def hooked(*args: Any, **how: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 1:
+            moved_on(copy)
+        return original(*args, **how)
+
+    monkeypatch.setattr(rundir, at, hooked)
+    run = open_run(copy)
+    assert run.step == 16
+    for name, U in run.decomposition.U.items():
+        assert U.equal(tiny_run.decomposition.U[name])
+
+
+def test_a_checkpoint_that_goes_while_it_is_verified_is_left_out(copy, monkeypatch):
+    original, calls = verification.damage, []
+
+    def hooked(folder: Path, *rest: Any) -> Any:
+        calls.append(folder)
+        if folder.name == "step-00000012":
+            moved_on(copy)
+        return original(folder, *rest)
+
+    monkeypatch.setattr(verification, "damage", hooked)
+    found = verification.verify(copy)
+    assert found.whole
+    assert [each.step for each in found.checkpoints] == [8]
+
+
+def test_a_run_that_has_only_begun_says_so(copy, capsys):
+    """config.yaml and run.json are there; model.json, the manifest and checkpoints are still to come."""
+    for name in ("model.json", "MANIFEST.json"):
+        (copy / name).unlink()
+    shutil.rmtree(copy / "checkpoints")
+    for command in ("circuit", "inspect", "report", "svd"):
+        assert main([command, str(copy)]) == 2
+        told = capsys.readouterr().err
+        assert "no checkpoint yet" in told
+        assert len(told.strip().splitlines()) == 1
+    assert verification.verify(copy).whole
+
+
+def test_half_a_line_of_metrics_is_left_for_later(copy, capsys):
+    text = (copy / "metrics.jsonl").read_text()
+    (copy / "metrics.jsonl").write_text(text + text.splitlines()[0][:20])
+    assert len(open_run(copy).metrics) == len(text.splitlines())
+    assert main(["report", str(copy)]) == 0
 
 
 @pytest.mark.parametrize(
@@ -232,5 +293,5 @@ def test_metrics_cut_in_their_last_line_still_read(copy):
 
 def test_unwritable_place(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunDirError, match=r"cannot be written \(.*file is no writable directory\); give another --out"):
+    with pytest.raises(RunDirError, match=r"cannot be written \(.*file is no writable directory\); give another out"):
         RunDirectory.create(tmp_path / "file" / "run", tiny_with())

@@ -30,7 +30,7 @@ def test_each_seed_is_the_run_it_would_be_alone(tmp_path):
     assert read_json(paths[0] / "run.json")["target"] != read_json(paths[1] / "run.json")["target"]
     for name, value in parts(alone.path).items():
         assert value.equal(parts(paths[1])[name])
-    with pytest.raises(RunDirError, match="--resume continues it"):
+    with pytest.raises(RunDirError, match="resume continues it"):
         decompose_seeds(config, 3, out=tmp_path / "seeds")
     assert decompose_seeds(config, 3, out=tmp_path / "seeds", resume=True)[2].is_dir()
     with pytest.raises(ConfigError, match="seeds 0"):

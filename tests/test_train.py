@@ -285,7 +285,7 @@ def test_non_finite_target_is_refused_before_anything_is_written(tmp_path):
 def test_wrong_input_replaces_nothing(tmp_path):
     decompose_config(tiny_with(), out=tmp_path / "run")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    with pytest.raises(runs.RunDirError, match="exists; --resume continues it"):
+    with pytest.raises(runs.RunDirError, match="exists; resume continues it"):
         decompose_config(tiny_with(), out=tmp_path / "run")
     with pytest.raises(SiteError, match="matches no weight matrix"):
         decompose_config(tiny_with(sites=["nope"]), out=tmp_path / "run", overwrite=True)

@@ -81,7 +81,7 @@ def require_whole(folder: Path, files: Sequence[str] = FILES) -> None:
     if others:
         remedy = f"remove {folder} to use the checkpoint of step {checkpoint_step(others[0])}, which is whole"
     else:
-        remedy = "no other checkpoint is whole; restore the file from a copy, or start anew with --overwrite"
+        remedy = "no other checkpoint is whole; restore the file from a copy, or start anew with overwrite"
     more = f" (and {len(damaged) - 1} more)" if damaged[1:] else ""
     raise RunDirError(f"{damaged[0]}{more}; {remedy}")
 

@@ -112,14 +112,14 @@ def require_free(path: Path, *, overwrite: bool) -> None:
     require_path(path)
     standing = next(place for place in (path, *path.absolute().parents) if place.exists())
     if not standing.is_dir() or not os.access(standing, os.W_OK):
-        raise RunDirError(f"{path}: cannot be written ({standing} is no writable directory); give another --out")
+        raise RunDirError(f"{path}: cannot be written ({standing} is no writable directory); give another out")
     if standing != path or not any(entry.name not in (LOCK, OWNER) for entry in path.iterdir()):
         return
     if not overwrite:
-        resume = "--resume continues it, " if is_run(path) else ""
-        raise RunDirError(f"{path} exists; {resume}--overwrite replaces it, --out DIR writes elsewhere")
+        resume = "resume continues it, " if is_run(path) else ""
+        raise RunDirError(f"{path} exists; {resume}overwrite replaces it, another out leaves it alone")
     if not is_run(path):
-        raise RunDirError(f"{path} exists and is no run directory, so --overwrite leaves it alone; give another --out")
+        raise RunDirError(f"{path} exists and is no run directory, so overwrite leaves it alone; give another out")
 
 
 def clear(path: Path) -> None:
@@ -153,7 +153,9 @@ def find_checkpoint(path: Path, step: int | None) -> Path:
     """The newest finished checkpoint, or the one at `step`. Raises `RunDirError` if there is none."""
     found = checkpoints(path)
     if not found:
-        raise RunDirError(f"{path}: holds no finished checkpoint; decompose again with --overwrite")
+        raise RunDirError(
+            f"{path}: no checkpoint yet; a run that is under way writes one, one that has ended is started anew with overwrite"
+        )
     if step is None:
         return found[-1]
     for folder in found:

@@ -30,10 +30,10 @@ def locked(path: Path) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise RunDirError(f"{path}: {_owner(path)}; wait for it, or give another --out") from None
+            raise RunDirError(f"{path}: {_owner(path)}; wait for it, or give another out") from None
         write_json(path / OWNER, {"pid": os.getpid(), "host": platform.node(), "since": time.time(), "command": sys.argv[:2]})
     except OSError as error:
-        raise RunDirError(f"{path}: cannot be written ({error.strerror}); give another --out") from None
+        raise RunDirError(f"{path}: cannot be written ({error.strerror}); give another out") from None
     try:
         yield
     finally:

@@ -77,7 +77,7 @@ class RunDirectory:
             write_text(path / "config.yaml", dump_config(config))
             write_json(path / "run.json", {"format": FORMAT, "versions": versions()})
         except OSError as error:
-            raise RunDirError(f"{path}: cannot be written ({error.strerror}); give another --out") from None
+            raise RunDirError(f"{path}: cannot be written ({error.strerror}); give another out") from None
         return cls(path)
 
     @classmethod
@@ -274,12 +274,9 @@ def open_run(
     """
     path = located(path, revision=revision)
     require_run(path)
+    find_checkpoint(path, checkpoint)  # before anything else is missed in a run that has only begun
     described = require_whole_run(path)
-    folder = find_checkpoint(path, checkpoint)
-    require_whole(folder, LOADED)
-    require_own(folder, path)
-    for name, tensors in described.tensors().items():
-        require_fit(folder / f"{name}.safetensors", tensors)
+    folder = _whole_checkpoint(path, checkpoint, described)
     task = None
     if model is None:
         task = _rebuild_task(path, described.rebuilt())
@@ -288,8 +285,34 @@ def open_run(
         task = own_task(model, batches, evaluated_on="given")
     require_target(path, described, model)
     decomposition, importance = build(described, model)
-    load_parameters(folder, decomposition, importance)
-    return Run(path, checkpoint_step(folder), decomposition, importance, task)
+    while True:
+        try:
+            load_parameters(folder, decomposition, importance)
+        except RunDirError:
+            if folder.is_dir():
+                raise
+            folder = _whole_checkpoint(path, checkpoint, described)
+        else:
+            return Run(path, checkpoint_step(folder), decomposition, importance, task)
+
+
+def _whole_checkpoint(path: Path, step: int | None, described: Described) -> Path:
+    """The newest checkpoint, or that of `step`, once it is known to be whole and of this run. Raises `RunDirError`.
+
+    One that a run under way removes meanwhile, since it has written newer ones, is given up for those.
+    """
+    while True:
+        folder = find_checkpoint(path, step)
+        try:
+            require_whole(folder, LOADED)
+            require_own(folder, path)
+            for name, tensors in described.tensors().items():
+                require_fit(folder / f"{name}.safetensors", tensors)
+        except RunDirError:
+            if folder.is_dir():
+                raise
+        else:
+            return folder
 
 
 def require_whole_run(path: Path) -> Described:

@@ -89,7 +89,7 @@ class Saver:
         with contextlib.suppress(OSError):
             whole = checkpoints(self.directory.path)
         kept = f"the checkpoint of step {checkpoint_step(whole[-1])} is whole" if whole else "there is no checkpoint before it"
-        return f"{final}: could not be written after {self.failures} tries ({reason}); {kept}. Make room, then --resume"
+        return f"{final}: could not be written after {self.failures} tries ({reason}); {kept}. Make room, then resume the run"
 
 
 def _reason(error: OSError | RunDirError) -> str:
@@ -119,7 +119,7 @@ def require_space(
     if free < needed:
         raise RunDirError(
             f"{path}: {count} checkpoints of {size_text(each)} need {size_text(needed)} of disk, {size_text(free)} are free; make room, "
-            f"lower checkpoint.keep_last ({checkpoint.keep_last}), C or gamma.d_gate, or give --out on another disk"
+            f"lower checkpoint.keep_last ({checkpoint.keep_last}), C or gamma.d_gate, or give an out on another disk"
         )
 
 

@@ -77,7 +77,7 @@ def _require_pushable(path: Path, *, resumable: bool) -> None:
         problem = next(iter([*found.problems, *(each for report in found.checkpoints for each in report.problems)]))
         raise RunDirError(f"{path}: damaged, so nothing was pushed: {problem}; `paramlens verify {path}` lists all")
     if resumable and not found.resumable:
-        raise RunDirError(f"{path}: a copy for reading, which has no optimizer to push; leave --resumable out")
+        raise RunDirError(f"{path}: a copy for reading, which has no optimizer to push; leave resumable out")
 
 
 def _files(path: Path, *, resumable: bool) -> dict[str, Path | bytes]:
@@ -114,7 +114,7 @@ def card(path: Path, repo: str, *, resumable: bool) -> str:
         f"or `paramlens circuit {repo}`. Every file is listed with its sha256 in a `MANIFEST.json` and checked before it is read; "
         "`revision` pins a branch, a tag or a commit.",
         "",
-        "With optimizer and generators: `hf download` gives a directory that `--resume` goes on with."
+        "With optimizer and generators: `hf download` gives a directory that `paramlens decompose --resume` goes on with."
         if resumable
         else "A copy for reading: without the optimizer's state and the generators', it cannot be resumed.",
         "",

@@ -19,7 +19,7 @@ def example(out: str | Path = "runs/example") -> Path:
     try:
         require_free(path, overwrite=False)
     except RunDirError:
-        text = f"{path}: holds something else or cannot be written; report DIR --example puts the shipped run elsewhere"
+        text = f"{path}: holds something else or cannot be written; give another place for the shipped run"
         raise RunDirError(text) from None
     path.parent.mkdir(parents=True, exist_ok=True)
     with resources.as_file(resources.files("paramlens") / "data" / "example") as shipped:

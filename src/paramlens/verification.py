@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from paramlens.checkpoint import damage
 from paramlens.described import Described
 from paramlens.errors import ParamLensError
-from paramlens.layout import checkpoint_step, checkpoints, is_resumable, read_json, read_metrics, require_run
+from paramlens.layout import checkpoint_step, checkpoints, is_begun, is_resumable, read_json, read_metrics, require_run
 from paramlens.metrics import recorded_part
 from paramlens.rundir import require_own, require_whole_run
 from paramlens.shown import Shown
@@ -87,13 +87,18 @@ def verify(path: str | Path) -> Verification:
     path = Path(path)
     require_run(path)
     found: list[str] = []
-    described = _attempt(found, lambda: require_whole_run(path))
+    described = _attempt(found, lambda: require_whole_run(path)) if is_begun(path) else None  # else its writer has only started
     info = _attempt([], lambda: read_json(path / "run.json")) or {}
-    reports = [_report(folder, path, described) for folder in checkpoints(path)]
+    reports, recorded = list[CheckpointReport](), None
+    for folder in checkpoints(path):
+        report, state = _report(folder, path, described), _attempt([], lambda folder=folder: read_json(folder / "state.json")) or {}
+        if not folder.is_dir():
+            continue  # a run under way has removed it meanwhile
+        reports.append(report)
+        recorded = state.get("metrics") if report.whole else recorded
     newest = next((each.step for each in reversed(reports) if each.whole), None)
     if newest is not None:
-        state = read_json(next(folder for folder in checkpoints(path) if checkpoint_step(folder) == newest) / "state.json")
-        _attempt(found, lambda: recorded_part(path / "metrics.jsonl", state.get("metrics"), step=newest))
+        _attempt(found, lambda: recorded_part(path / "metrics.jsonl", recorded, step=newest))
     _attempt(found, lambda: read_metrics(path))
     for file in sorted((path / "analysis").glob("*.json")):
         _attempt(found, lambda file=file: read_json(file))

@@ -70,7 +70,7 @@ class Agreement(Shown):
     def tables(self) -> tuple[Table, ...]:
         """One row a site: agreement, and by direction and pattern alone, mean over the pairs of runs."""
         pairs = f"{len(self.pairs)} pair{'s' if len(self.pairs) > 1 else ''}"
-        flattered = "every seed started from the same singular vectors, which flatters the agreement; --init.kind svd_rotated does not"
+        flattered = "every seed started from the same singular vectors, which flatters the agreement; init.kind svd_rotated does not"
         rows = tuple(
             (
                 site_cell(name),
@@ -103,7 +103,7 @@ def agreement(runs: Sequence[Run], *, threshold: float = ACTIVE, batches: int = 
     task = data_of(first)
     for run in runs[1:]:
         if run.info["target"]["sha256"] != first.info["target"]["sha256"]:
-            raise RunDirError(f"{run.path}: decomposes another target than {first.path}; compare runs of the same one (--target)")
+            raise RunDirError(f"{run.path}: decomposes another target than {first.path}; compare runs that were given the same target")
         if run.decomposition.names != first.decomposition.names:
             raise RunDirError(f"{run.path}: its sites are not those of {first.path}; compare runs of the same sites")
     parts: list[dict[str, _Parts]] = []

@@ -31,6 +31,8 @@ class Analyses:
 
     def __init__(self, run: "Run | str | Path", path: Path) -> None:
         self._run, self._path = run, path
+        newest = checkpoint_step(find_checkpoint(path, None))  # of which all that is shown is, though a run under way writes newer ones
+        self._step = newest if isinstance(run, str | Path) else run.step
         self._read: dict[str, dict[str, Any]] = {}
         self.kept = {name: self._current(name) for name in _SHOWN}
 
@@ -47,9 +49,9 @@ class Analyses:
         return self._path / "analysis" / f"{name}.json"
 
     def _current(self, name: str) -> dict[str, Any] | None:
-        """None if it is missing or of an older checkpoint."""
+        """None if it is missing or of another checkpoint."""
         document = read_json(self._file(name), most=MOST_ANALYSIS) if self._file(name).is_file() else None
-        return document if document and document.get("step") == checkpoint_step(find_checkpoint(self._path, None)) else None
+        return document if document and document.get("step") == self._step else None
 
     def _serves(self, name: str, document: dict[str, Any]) -> bool:
         """Whether it is of the run's own sentences or sites, and counts as active what the circuit does."""
@@ -72,7 +74,7 @@ class Analyses:
     def _opened(self) -> "Run":
         from paramlens.rundir import open_run
 
-        return open_run(self._run) if isinstance(self._run, str | Path) else self._run
+        return open_run(self._run, checkpoint=self._step) if isinstance(self._run, str | Path) else self._run
 
     @property
     def _sentences(self) -> tuple[str, ...]:

@@ -202,7 +202,7 @@ def _folder(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
     except (LocalEntryNotFoundError, OSError):
         raise ConfigError(
             f"model {name}: no such folder, and the Hugging Face Hub cannot be reached (offline?). Where there is a network, "
-            f"`hf download {name} --local-dir {path.name}` fetches it; then give that folder: --task.model ./{path.name}"
+            f"`hf download {name} --local-dir {path.name}` fetches it; then give that folder as the model: ./{path.name}"
         ) from None
 
 
