@@ -54,7 +54,7 @@ def test_induction_is_tables_3_and_4():
         ("task", {"kind": "text"}, "task.source: missing; give it"),
         ("optim.lr", "1e-3", "optim.lr: '1e-3': give a number, without quotes"),
         ("C", "5", "C: '5': give a whole number, without quotes"),
-        ("seed", 2**63, "seed: 9223372036854775808: give 9.22337e+18 or less"),
+        ("seed", 2**64, "seed: 18446744073709551616: give 1.84467e+19 or less"),
         ("compile", 3, "compile: 3: give true or false"),
         ("optim.betas", [0.9], "optim.betas.1: missing; give it"),
         ("optim.betas", [0.9] * 3, "optim.betas: [0.9, 0.9, 0.9]: give at most 2"),

@@ -668,7 +668,7 @@ BAD: dict[str, tuple[str, list[str], str]] = {  # name: what is added to the fil
     "a sequence too short": ("", ["--task.length", "3"], "task.length: 3: give 4 or more"),
     "heads that do not fit": ("", ["--task.heads", "3"], "width 4 must be a multiple of heads 3"),
     "a list, no mapping": ("[]", [], "a mapping of fields is needed, not list"),
-    "nothing at all": ("null", [], "a mapping of fields is needed, not NoneType"),
+    "nothing at all": ("null", [], "a mapping of fields is needed, not an empty file"),
     "no YAML": ("steps: [1, 2", [], "not YAML"),
     "a field twice": ("steps: 3\nsteps: 4", [], "steps is given twice"),
     "a flag without its value": ("", ["--optim.lr"], "--optim.lr: give a value"),

@@ -284,9 +284,9 @@ def test_wrong_questions(facts_run):
         with pytest.raises(ConfigError, match="prompt: empty"):
             trace(model, tokenizer, empty, SUBJECT)
     small = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=5, n_embd=16, n_layer=2, n_head=4, **ENDS))
-    with pytest.raises(BatchError, match="6 tokens with its answer; GPT2LMHeadModel takes 5 at most"):
+    with pytest.raises(BatchError, match="with its answer: 6 tokens, and the model takes at most 5"):
         trace(small, words(), TEXT, "w17")
-    with pytest.raises(BatchError, match="6 tokens with its answer"):
+    with pytest.raises(BatchError, match="with its answer: 6 tokens"):
         trace(small, words(), TEXT, "w17", answer="w3")
     broken = random_model("llama")
     torch.nn.init.constant_(broken.lm_head.weight, float("nan"))

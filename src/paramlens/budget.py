@@ -86,7 +86,7 @@ def footprint(model: nn.Module, sites: Sequence[Site], inputs: Inputs, *, last: 
     Returns None for a model that does not take one sequence.
     """
     rows = next((tensor.shape[0] for tensor in tensors_of(inputs) if tensor.dim()), 1)
-    first = map_tensors(lambda tensor: tensor[:1], inputs)
+    first = map_tensors(lambda tensor: tensor[:1] if tensor.dim() and tensor.shape[0] == rows else tensor, inputs)
     probe = Decomposition(model, sites, C=1, dtype=sites[0].W.dtype)
     kept: dict[int, torch.UntypedStorage] = {}
 

@@ -121,7 +121,7 @@ def trace(
         at = [position for position in positions_of(tokenizer, prompt, subject) if position < len(before)]
         if not at:
             raise ConfigError(f"{subject!r}: one token with the start of the answer; give a prompt that goes on after the subject")
-        require_tokens(model, [[*before, *after]], [f"prompt {prompt!r}" + ("" if answer is None else f" with its answer {answer!r}")])
+        require_tokens(model, [[*before, *(after or before[-1:])]], [f"prompt {prompt!r} with its answer"])
         if answer is None:
             after = [int(model(**model_inputs(torch.tensor([before], device=device))).logits[0, -1].argmax())]
             [text] = token_texts(tokenizer, after)
