@@ -1,9 +1,21 @@
-"""What errors say: one text for who calls the library and who types the command."""
+"""What is said: errors in one text for who calls the library and who types the command, results as JSON of the standard."""
 
 import ast
+import json
+import math
 import re
+import shutil
 from importlib import resources
 from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paramlens.cli import main
+from paramlens.evaluation import evaluate
+from paramlens.metrics import MetricsFile
+from paramlens.rundir import open_run
+from paramlens.shown import html
 
 COMMAND = {"cli", "analysis_commands", "arguments", "options", "completion"}
 """Modules that only the command reaches, and that may speak of flags."""
@@ -28,3 +40,38 @@ def test_no_error_that_python_can_meet_names_a_flag():
                         for said in re.findall(r"(?<![\w`-])--[a-z][\w.-]*", re.sub(r"`[^`]*`", "", said))
                     ]
     assert found == []
+
+
+def strictly(text: str) -> Any:
+    """JSON by the standard, which has no word for what is not finite."""
+    return json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+
+
+def test_json_has_no_word_for_what_is_not_finite(tiny_run, tmp_path, monkeypatch, capsys):
+    """It is null on stdout and in every file, NaN again where it is read as a number, and fails the page's verdicts."""
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run.path, run)
+    line = (run / "metrics.jsonl").read_text().splitlines()[0]
+    broken = strictly(line) | {"losses": {"recon": math.inf, "minimality": math.nan}}
+    metrics = MetricsFile(run / "metrics.jsonl", content=(run / "metrics.jsonl").read_bytes())
+    metrics.append(broken)
+    assert [strictly(each) for each in (run / "metrics.jsonl").read_text().splitlines()][-1]["losses"] == {
+        "recon": None,
+        "minimality": None,
+    }
+    opened = open_run(run)
+    assert math.isnan(opened.metrics[-1]["losses"]["recon"])
+    assert "nan" in html(opened.tables(), opened.charts())
+
+    monkeypatch.setattr("paramlens.analysis.circuit.evaluate", not_finite)
+    assert main(["circuit", str(run), "--batches", "1", "--adversary", "0", "--json"]) == 0
+    document = strictly(capsys.readouterr().out)
+    assert document["metrics"]["recon"] is None
+    assert strictly((run / "analysis/circuit.json").read_text()) == document
+    assert main(["circuit", str(run), "--batches", "1", "--adversary", "0"]) == 0
+    assert main(["report", str(run)]) == 0
+    assert "nan nats" in (run / "report.html").read_text(encoding="utf-8")
+
+
+def not_finite(*args: Any, **how: Any) -> dict[str, float]:
+    return dict.fromkeys(evaluate(*args, **how), math.nan)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +27,7 @@ from paramlens.completion import script
 from paramlens.config import Config
 from paramlens.configfile import load_config, parse_value, shipped_configs
 from paramlens.errors import ConfigError, ParamLensError, RunInterrupted, Terminated
-from paramlens.layout import RUNS, default_out, holds_toy, is_begun, is_hub_id, is_run, read_json, require_free, require_run
+from paramlens.layout import RUNS, default_out, holds_toy, is_begun, is_hub_id, is_run, json_line, read_json, require_free, require_run
 from paramlens.options import (
     Agree,
     Bench,
@@ -250,7 +249,7 @@ def _decompose_seeds(options: Decompose, config: Config, rest: list[str]) -> int
     found = saved_agreement([open_run(path) for path in paths]) if alike else None
     if options.json:
         runs = [_run_document(open_run(path)) for path in paths]
-        print(json.dumps({"runs": runs, "agreement": found.to_json() if found else None}))
+        print(json_line({"runs": runs, "agreement": found.to_json() if found else None}))
         return 0
     for path in paths:
         failed = failures(open_run(path).verdicts)
@@ -370,7 +369,7 @@ def _completion(options: Completion, _: list[str]) -> int:
 
 def _emit(document: Mapping[str, Any], *, as_json: bool, text: str) -> None:
     if as_json:
-        print(json.dumps(document))
+        print(json_line(document))
     else:
         Console().print(text, highlight=False, markup=False, soft_wrap=True)
 

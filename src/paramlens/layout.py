@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -173,7 +174,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         try:
             if not isinstance(document := json.loads(line), dict):
                 raise ValueError(f"a mapping was expected, not {type(document).__name__}")
-            parsed.append(document)
+            parsed.append(with_nan(document))
         except (ValueError, RecursionError) as error:
             if number < len(lines):
                 raise RunDirError(f"{file} line {number}: not JSON ({error}); remove the line") from None
@@ -213,7 +214,27 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
 
 def json_text(document: Mapping[str, Any]) -> str:
     """JSON as every file of a run directory has it."""
-    return json.dumps(document, indent=2) + "\n"
+    return json_line(document, indent=2) + "\n"
+
+
+def json_line(document: Mapping[str, Any], *, indent: int | None = None) -> str:
+    """JSON as the standard has it: in ASCII, and null for a number that is not finite, for which the standard has no word."""
+    return json.dumps(_finite(document), indent=indent, allow_nan=False)
+
+
+def with_nan(tree: Any) -> Any:
+    """What is read of numbers alone, the null of one that was not finite being NaN again."""
+    if isinstance(tree, Mapping):
+        return {key: with_nan(value) for key, value in tree.items()}
+    return math.nan if tree is None else tree
+
+
+def _finite(tree: Any) -> Any:
+    if isinstance(tree, float):
+        return tree if math.isfinite(tree) else None
+    if isinstance(tree, Mapping):
+        return {key: _finite(value) for key, value in tree.items()}
+    return [_finite(value) for value in tree] if isinstance(tree, list | tuple) else tree
 
 
 def write_text(path: Path, text: str) -> None:

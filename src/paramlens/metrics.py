@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from paramlens.errors import RunDirError
+from paramlens.layout import json_line
 
 
 class MetricsFile:
@@ -30,7 +31,7 @@ class MetricsFile:
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Write a line, and those still to be written before it. Raises `OSError` as `flush` does; nothing is lost by it."""
-        self._pending += json.dumps(line).encode() + b"\n"
+        self._pending += json_line(line).encode() + b"\n"
         self._write()
 
     def flush(self) -> dict[str, Any]:

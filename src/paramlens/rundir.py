@@ -38,6 +38,7 @@ from paramlens.layout import (
     checkpoints,
     clear,
     find_checkpoint,
+    json_line,
     read_json,
     read_metrics,
     require_free,
@@ -240,7 +241,7 @@ class Run(Shown):
         path = self.path / "analysis" / f"{name}.json"
         before = read_json(path) if path.is_file() else {}
         kept = before[entries] if before.get("step") == self.step else []
-        plain = json.loads(json.dumps(document))
+        plain = json.loads(json_line(document))
         kept = [each for each in kept if any(each[key] != plain[key] for key in same)]
         return self.save_analysis(name, {"step": self.step, entries: [*kept, plain]})
 

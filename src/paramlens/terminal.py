@@ -1,6 +1,5 @@
 """Tables in a terminal, whole at any width: what does not fit beside each other comes in blocks, one under the other."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 
 from rich import box
@@ -10,6 +9,7 @@ from rich.style import Style
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from paramlens.layout import json_line
 from paramlens.tables import Cell, Table, Tone, token_text, visible
 
 _TONES: dict[Tone, str] = {"plain": "", "faint": "dim", "strong": "bold", "good": "green", "warn": "yellow", "bad": "red"}
@@ -25,7 +25,7 @@ _PROSE = 24
 def emit(document: Mapping[str, object], tables: Sequence[Table], *, as_json: bool) -> None:
     """A command's result on stdout: one JSON document, or its tables."""
     if as_json:
-        print(json.dumps(document))
+        print(json_line(document))
     else:
         print_tables(tables)
 

@@ -18,7 +18,7 @@ from plotly.offline import get_plotlyjs
 from paramlens.config import CustomTask, FactsTask
 from paramlens.configfile import load_config
 from paramlens.errors import ConfigError
-from paramlens.layout import read_json, read_metrics, require_run, write_text
+from paramlens.layout import read_json, read_metrics, require_run, with_nan, write_text
 from paramlens.page.analyses import Analyses
 from paramlens.page.document import pack
 from paramlens.page.figures import (
@@ -68,6 +68,7 @@ def report(run: "Run | str | Path", *, budget: float = BUDGET) -> Path:
     require_run(path)
     analyses = Analyses(run, path)
     circuit, config = analyses["circuit"], load_config(path / "config.yaml")
+    circuit |= {name: circuit[name] and with_nan(circuit[name]) for name in ("metrics", "off_data")}
     target = read_json(path / "target.json") if (path / "target.json").is_file() else None
     found = list(_figures(circuit, read_metrics(path), target, analyses.kept))
     scripts = [_offline(get_plotlyjs()), _own_scripts()]
