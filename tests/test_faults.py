@@ -251,7 +251,7 @@ def test_a_disk_that_stays_full(world, tmp_path, cell, file: str):
     path = tmp_path / "run"
     with cell("disk", "full for good", file):
         code, lines = strike(world, path, partial(disk_is_full, file=file, times=100))
-        require_told(code, lines, "tries (", "File too large", "the checkpoint of step 4 is whole", "--resume")
+        require_told(code, lines, "tries (", "File too large", "the checkpoint of step 4 is whole", "Make room, then resume the run")
         assert [checkpoint_step(each) for each in checkpoints(path)] == [4]
         assert verify(path).checkpoints[0].whole
         assert resume(world, path)[0] == 0
@@ -357,7 +357,7 @@ def test_a_place_that_cannot_be_written(world, cell, moment: str):
                 assert resume(world, path)[0] == 0
                 require_identical(world, path)
             else:
-                require_told(code, lines, str(path), "cannot be written", "--out")
+                require_told(code, lines, str(path), "cannot be written", "give another out")
                 assert not path.exists()
     finally:
         shutil.rmtree(folder)

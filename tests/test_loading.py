@@ -348,7 +348,7 @@ def test_text_that_is_longer_than_the_model_is_refused_everywhere(short: Path, t
         text_task(TextTask(source=str(source), length=32), language, seed=0, batch=2)
     with pytest.raises(BatchError, match=f"sentence '{long}': {takes}"):
         facts_task(FactsTask(sentences=(long, TIGER)), language, seed=0)
-    with pytest.raises(BatchError, match=f"prompt '{long}': {takes}"):
+    with pytest.raises(BatchError, match=f"prompt '{long}' with its answer: {takes}"):
         trace(language.model, language.tokenizer, long, "Kobe")
     with pytest.raises(BatchError, match=f"fact .*: {takes}"):
         recall(language.model, language.tokenizer, shipped_facts())
