@@ -118,6 +118,8 @@ def test_chance_is_what_the_same_weight_gives(tiny, tiny_run, tmp_path):
 
 
 def test_what_cannot_be_compared(tiny, tiny_run, tmp_path):
+    with pytest.raises(ConfigError, match="threshold nan: importances lie in"):
+        agreement([tiny_run, tiny_run], threshold=float("nan"))
     with pytest.raises(ConfigError, match="give two runs or more"):
         agreement([tiny_run])
     other = decompose_config(tiny.model_copy(update={"seed": 5}), out=tmp_path / "other")

@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import io
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import field
 from typing import Annotated, Any, get_origin
@@ -39,7 +40,8 @@ def parse(name: str, kind: type, argv: Sequence[str]) -> tuple[Any, list[str]]:
         with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(complaint):
             options, rest = tyro.cli(kind, prog=prog, args=argv, return_unknown_args=True, config=(tyro.conf.FlagCreatePairsOff,))
     except SystemExit:
-        raise ConfigError(f"{name}: {_first_paragraph(complaint.getvalue())}") from None
+        told = re.sub(_OPTIONAL_NUMBER, _said_plainly, _first_paragraph(complaint.getvalue()))
+        raise ConfigError(f"{name}: {told}") from None
     if rest and not configured:
         raise ConfigError(f"{name}: unexpected argument {rest[0]!r}")
     return options, rest
@@ -68,6 +70,14 @@ _FIRST = {
 """What a command's first word is, by the name of the option."""
 
 
+_OPTIONAL_NUMBER = r"no type matching \{None\}\|(INT|FLOAT) could be instantiated from \['(.*)'\]\."
+"""What tyro says of a number that may be left out."""
+
+
+def _said_plainly(match: re.Match[str]) -> str:
+    return f"{match[2]!r}: give a {'whole number' if match[1] == 'INT' else 'number'}"
+
+
 def _first_paragraph(boxed: str) -> str:
     """What a complaint of tyro's says first, without the box drawn around it: a title, a rule or not, then the text up to a rule."""
     frame = " │╭╮╰╯─-"
@@ -93,13 +103,13 @@ def configuration(name: str, words: list[str]) -> Config:
     overrides: dict[str, Any] = {}
     while words:
         flag, has_inline, inline = words[0].partition("=")
-        if not flag.startswith("--"):
+        if not flag.startswith("--") or flag == "--":
             raise ConfigError(f"unexpected argument {words[0]!r}; fields are flags, such as --optim.lr 3e-3")
         end = next((i for i, word in enumerate(words[1:], 1) if word.startswith("--")), len(words))
         values = [inline, *words[1:end]] if has_inline else words[1:end]
         path = flag.removeprefix("--").replace("-", "_")
         parsed = [parse_value(value) for value in values]
-        if not parsed and path not in switches():
+        if (has_inline and not inline) or (not parsed and path not in switches()):
             raise ConfigError(f"{flag}: give a value")
         if len(parsed) > 1 and path not in list_fields():
             raise ConfigError(f"{flag}: one value is needed, not {' '.join(values)}")

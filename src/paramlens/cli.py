@@ -114,6 +114,7 @@ def _command(argv: Sequence[str], console: Console) -> int:
         if argv[0] == "--version":
             print(__version__)
             return 0
+        _require_text(argv)
         command = _COMMANDS.get(argv[0])
         if command is None:
             close = difflib.get_close_matches(argv[0], _COMMANDS, n=1)
@@ -134,6 +135,13 @@ def _command(argv: Sequence[str], console: Console) -> int:
     except KeyboardInterrupt as stopped:
         console.print("paramlens: interrupted", style="yellow")
         return stopped.exit_code if isinstance(stopped, Terminated) else 130
+
+
+def _require_text(argv: Sequence[str]) -> None:
+    """Raise `ConfigError` for a word that no encoding holds, unless a file here has that name."""
+    for word in argv:
+        if any("\ud800" <= letter <= "\udfff" for letter in word) and not Path(word.partition("=")[2] or word).exists():
+            raise ConfigError(f"{word!r}: not text in {sys.getfilesystemencoding().upper()}, as the words of a command are")
 
 
 def _demo(options: Demo, _: list[str]) -> int:

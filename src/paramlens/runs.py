@@ -146,7 +146,7 @@ def decompose_config(
         raise ConfigError("task: give one of a kind; a model of your own is decomposed in Python, paramlens.decompose(model, batches, ...)")
     if resume and target is not None:
         raise ConfigError(f"target {target}: a resumed run has its target; leave one of target and resume out")
-    _require_device(config.device)
+    require_device(config.device)
     path = Path(out) if out is not None else default_out(config)
     if resume:
         config = _resumable(config, path, extend_steps=extend_steps, overwrite=overwrite)
@@ -184,7 +184,7 @@ def with_target(config: Config, target: str | Path | None) -> Config:
 
 def trained_target(config: Config, *, tracker: Tracker) -> Target:
     """Train the toy target of a configuration, telling its progress and whether it converged."""
-    _require_device(config.device)
+    require_device(config.device)
     require_training_room(config)
     if isinstance(tracker, TargetTracker):
         tracker.start_target(steps=targets.training_steps(config))
@@ -261,7 +261,7 @@ def _require_same_task(task: InductionTask | FactsTask | TextTask, source: Path)
         raise ConfigError(f"target {source}: trained on another task ({'; '.join(changed)}); give its values or train another")
 
 
-def _require_device(device: str) -> None:
+def require_device(device: str) -> None:
     kind = torch.device(device).type
     if kind != "cpu" and not getattr(torch, kind).is_available():
         raise ConfigError(f"device {device}: torch {torch.__version__} finds none here; give cpu")

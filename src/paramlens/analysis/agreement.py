@@ -9,6 +9,7 @@ from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from paramlens.analysis.components import require_threshold
 from paramlens.analysis.held_out import HeldOut, data_of, held_out
 from paramlens.config import Init
 from paramlens.decomposition import Decomposition
@@ -99,6 +100,7 @@ def agreement(runs: Sequence[Run], *, threshold: float = ACTIVE, batches: int = 
     """
     if len(runs) < 2:
         raise ConfigError("agreement: give two runs or more")
+    require_threshold(threshold)
     first = runs[0]
     task = data_of(first)
     for run in runs[1:]:

@@ -18,12 +18,14 @@ from typing import Any, Literal
 import torch
 
 from paramlens.bench.naive import NaiveStep
-from paramlens.config import Config, Gamma, InductionTask, Losses
+from paramlens.config import Config, InductionTask
+from paramlens.configfile import make_config
 from paramlens.decomposition import Decomposition
 from paramlens.errors import ConfigError
 from paramlens.factors import initialise
 from paramlens.importance import Importance
 from paramlens.machine import machine
+from paramlens.runs import require_device
 from paramlens.sites import find_sites
 from paramlens.step import Steps
 from paramlens.tables import Column, Table, figure, row
@@ -65,28 +67,16 @@ class Case:
     def config(self) -> Config:
         if self.sites % 3:
             raise ConfigError(f"sites {self.sites}: the target has three a block (q, k, v); give a multiple of 3")
-        losses = Losses(
-            stochastic_recon=1.0,
-            stochastic_recon_layerwise=1.0,
-            recon=0.5,
-            faithfulness=1000.0,
-            minimality=0.02,
-            layerwise_sites=self.layerwise_sites,
-        )
-        return Config(
-            name="bench",
-            batch=self.batch,
-            C=self.C,
-            sites=("blocks.*.attn.[qkv]",),
-            task=InductionTask(vocabulary=VOCABULARY, length=self.length, width=WIDTH, blocks=self.sites // 3),
-            gamma=Gamma(kind=self.importance, d_gate=D_GATE),
-            losses=losses,
-            threads=self.threads,
-            device=self.device,
-            compile=self.compile,
-            cuda_graph=self.cuda_graph,
-            matmul=self.matmul,
-        )
+        losses = {"stochastic_recon": 1.0, "stochastic_recon_layerwise": 1.0, "recon": 0.5, "faithfulness": 1000.0, "minimality": 0.02}
+        own = ("batch", "C", "threads", "device", "compile", "cuda_graph", "matmul")
+        tree = {
+            "name": "bench",
+            "sites": ["blocks.*.attn.[qkv]"],
+            "task": {"kind": "induction", "vocabulary": VOCABULARY, "length": self.length, "width": WIDTH, "blocks": self.sites // 3},
+            "gamma": {"kind": self.importance, "d_gate": D_GATE},
+            "losses": losses | {"layerwise_sites": self.layerwise_sites},
+        }
+        return make_config(tree | {name: getattr(self, name) for name in own}, source="bench")
 
 
 @dataclass(frozen=True)
@@ -125,7 +115,12 @@ def bench(
     """Measure each case: at least 3 steps of each kind, at most `repeats`, fewer once a case has taken `seconds`.
 
     naive: the naive step too; busy: ours once more beside a busy process; memory: peak memory of each, in a process of its own.
+    Raises `ConfigError` before anything is measured if one of the cases cannot be.
     """
+    if repeats < 1 or not seconds > 0:
+        raise ConfigError(f"repeats {repeats}, seconds {seconds:g}: give 1 or more repeats, and seconds above 0")
+    for case in chosen:
+        require_device(case.config().device)
     for case in chosen:
         left_out = _too_large(case) if naive else "not asked for"
         timed = _alternate(case, naive=left_out is None, busy=busy, repeats=repeats, seconds=seconds)
