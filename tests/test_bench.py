@@ -91,7 +91,7 @@ def test_bench_prints_what_others_script_against(capsys: pytest.CaptureFixture[s
 
 
 def test_what_would_not_fit_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setattr(bench, "_free_memory", lambda: 1e6)
+    monkeypatch.setattr(bench, "free_memory", lambda _device: 1e6)
     (measured,) = bench.bench([bench.Case(**SMALL | {"C": 50})], repeats=3, busy=False, memory=False)
     assert measured.naive_left_out.startswith("needs about")
     assert (measured.naive_steps_per_s, measured.ratio, measured.busy_steps_per_s) == (None, None, None)

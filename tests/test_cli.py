@@ -12,6 +12,7 @@ import pytest
 from conftest import TINY, until
 from paramlens.cli import main
 from paramlens.configfile import dump_config, load_config, make_config
+from paramlens.errors import SaveError, SiteError, Terminated
 
 
 def run(*words: str, cwd=None) -> subprocess.CompletedProcess[str]:
@@ -338,6 +339,20 @@ def test_doctor_tells_gpt2_without_a_network(capsys: pytest.CaptureFixture[str])
     assert found["parameters"]["U and V"] == 113_246_208
     assert found["parameters"]["decomposed weights"] == 84_934_656
     assert 78e9 < found["bytes"]["total"] < 84e9  # with a copy of the optimizer while a checkpoint is written
+
+
+@pytest.mark.parametrize(("raised", "code"), [(KeyboardInterrupt, 130), (Terminated, 143), (SaveError, 1), (OSError, 1), (SiteError, 2)])
+def test_exit_codes_of_what_ends_a_command(raised, code, tiny_run, monkeypatch, capsys: pytest.CaptureFixture[str]):
+    error = Terminated(signal.SIGTERM) if raised is Terminated else raised("why")
+
+    def ends(*_args: object, **_options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("paramlens.analysis_commands.saved_circuit", ends)
+    assert main(["circuit", str(tiny_run.path)]) == code
+    err = capsys.readouterr().err
+    assert len(err.strip().splitlines()) == 1
+    assert err.startswith("paramlens: ")
 
 
 def test_ctrl_c_ends_with_130_and_a_run_to_resume(config, tmp_path):

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 
 from paramlens.bench.naive import NaiveStep
+from paramlens.budget import free_memory
 from paramlens.config import Config, InductionTask
 from paramlens.configfile import make_config
 from paramlens.decomposition import Decomposition
@@ -262,16 +263,8 @@ def _too_large(case: Case) -> str | None:
     scores = 4 * case.sites * case.batch * case.length**2 if case.importance == "attention" else 0
     runs = plans * rows * (4 * VOCABULARY + 8 * case.sites * WIDTH) + 3 * rows * case.C * 3 * case.sites
     needed = 4 * (hidden + scores + runs)
-    free = torch.cuda.mem_get_info()[0] if case.device.startswith("cuda") else _free_memory()
-    return f"needs about {needed / 2**30:.0f} GiB" if needed > NAIVE_SHARE * free else None
-
-
-def _free_memory() -> float:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return float("inf")
+    free = free_memory(case.device)
+    return f"needs about {needed / 2**30:.0f} GiB" if free is not None and needed > NAIVE_SHARE * free else None
 
 
 def peak(config: Config, side: Literal["ours", "naive"]) -> int | None:
