@@ -21,7 +21,7 @@ from paramlens.masks import Replacement
 from paramlens.shown import Shown
 from paramlens.sites import Site, at_rest
 from paramlens.tables import Table, columns, row
-from paramlens.tasks import Inputs, map_tensors, tensors_of
+from paramlens.tasks import Inputs, map_tensors, row_count
 
 _ADAM_STATE = 2
 """Moments per parameter."""
@@ -85,7 +85,7 @@ def footprint(model: nn.Module, sites: Sequence[Site], inputs: Inputs, *, last: 
 
     Returns None for a model that does not take one sequence.
     """
-    rows = next((tensor.shape[0] for tensor in tensors_of(inputs) if tensor.dim()), 1)
+    rows = row_count(inputs)
     first = map_tensors(lambda tensor: tensor[:1] if tensor.dim() and tensor.shape[0] == rows else tensor, inputs)
     probe = Decomposition(model, sites, C=1, dtype=sites[0].W.dtype)
     kept: dict[int, torch.UntypedStorage] = {}

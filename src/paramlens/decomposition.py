@@ -39,7 +39,7 @@ from paramlens.products import Product, aligned, joined, stacked_product
 from paramlens.shown import Shown
 from paramlens.sites import Site, given_input, swapped_in
 from paramlens.tables import Table, columns, row, site_cell
-from paramlens.tasks import Inputs, map_tensors, tensors_of
+from paramlens.tasks import Inputs, map_tensors, row_count, tensors_of
 
 Plan = Mapping[str, Replacement]
 """Site name → replacement; sites left out run the target's own weight."""
@@ -232,7 +232,7 @@ class Decomposition(Shown, nn.Module):
 
 def _repeated(inputs: Inputs, times: int) -> Inputs:
     """The batch `times` times, one after the other; tensors that do not lead with the batch axis stay as they are."""
-    rows = next((tensor.shape[0] for tensor in tensors_of(inputs) if tensor.dim()), 0)
+    rows = row_count(inputs)
     return map_tensors(lambda t: t.repeat(times, *[1] * (t.dim() - 1)) if t.dim() and t.shape[0] == rows else t, inputs)
 
 

@@ -161,6 +161,11 @@ def tensors_of(tree: Any) -> list[Tensor]:
     return found
 
 
+def row_count(inputs: Any) -> int:
+    """Sequences of a batch: the length of the first axis of the first tensor that has one; 1 where none has."""
+    return next((tensor.shape[0] for tensor in tensors_of(inputs) if tensor.dim()), 1)
+
+
 def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
     """A random generator that is a pure function of `key`, such as (seed, "masks", step)."""
     return torch.Generator(device=device).manual_seed(seed_of(*key))
