@@ -13,9 +13,11 @@ from unittest.mock import patch
 
 import torch
 
-from paramlens import bench, losses, mlps, native
-from paramlens.decomposition import Decomposition
-from paramlens.machine import machine
+from paramlens.baselines import bench
+from paramlens.kernels import mlps, native
+from paramlens.kernels.machine import machine
+from paramlens.method import losses
+from paramlens.method.decomposition import Decomposition
 from paramlens.tasks.induction import InductionTransformer
 
 REPEATS = 9
@@ -57,7 +59,7 @@ VARIANTS: dict[str, Callable[[], Any]] = {
     "chunks of four caches": lambda: cached(4),
     "γ's hidden units in one chunk": lambda: patch.object(mlps, "MIN_CHUNK", 2**30),
     "the toy's attention pattern computed explicitly": hooked,
-    "Adam not fused": lambda: patch("paramlens.train.torch.optim.Adam", unfused),
+    "Adam not fused": lambda: patch("paramlens.runs.train.torch.optim.Adam", unfused),
 }
 
 _Adam = torch.optim.Adam

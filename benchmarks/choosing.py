@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from paramlens import circuit, decompose_config, load_config, open_run
-from paramlens.bench import _processor
+from paramlens.baselines.bench import _processor
 from paramlens.errors import ParamLensError
 
 CONFIG = "induction-quick"
@@ -61,7 +61,7 @@ def runs() -> None:
     target = FOLDER / "target"
     if not target.is_dir():
         words = ["train-target", CONFIG, "--out", str(target)]
-        subprocess.run([sys.executable, "-c", "from paramlens.cli import entry; entry()", *words], check=True)
+        subprocess.run([sys.executable, "-c", "from paramlens.cli.main import entry; entry()", *words], check=True)
     found = _read() if RESULTS.exists() else {"machine": _processor(), "config": CONFIG, "shorter": SHORTER, "runs": {}}
     if any(name not in found["runs"].get(knob, {}) for knob, settings in RUNS.items() for name in settings):
         _decomposed({"steps": 2}, FOLDER / "warm", target)  # kernels compiled and loaded, outside of what is timed

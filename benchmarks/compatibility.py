@@ -25,14 +25,14 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedToken
 from paramlens import Decomposition
 from paramlens.analysis.edit import Edit
 from paramlens.analysis.trace import trace
-from paramlens.bench import _processor
-from paramlens.config import Init
-from paramlens.entry import require_sound
+from paramlens.baselines.bench import _processor
 from paramlens.errors import ParamLensError
-from paramlens.factors import initialise
-from paramlens.masks import Replacement
-from paramlens.sites import Site, at_rest, find_sites
-from paramlens.tasks import generator
+from paramlens.method.entry import require_sound
+from paramlens.method.generators import generator
+from paramlens.method.masks import Replacement
+from paramlens.method.settings import Init
+from paramlens.method.sites import Site, at_rest, find_sites
+from paramlens.method.start import initialise
 from paramlens.tasks.language import model_inputs
 
 ROOT = Path(__file__).parents[1]

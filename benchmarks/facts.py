@@ -25,27 +25,28 @@ from typing import Any
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from paramlens import Run, decompose_config, evaluate_edit, load_config, open_run, suppress, targets, trace
+from paramlens import Run, decompose_config, evaluate_edit, load_config, open_run, suppress, trace
 from paramlens.analysis.components import inspect_prompt
 from paramlens.analysis.edit import unique
 from paramlens.analysis.effect import CONTROLS, KINDS
-from paramlens.config import FactsTask, Miniature
-from paramlens.decomposition import Decomposition
 from paramlens.errors import ConfigError, ParamLensError
-from paramlens.factors import initialise
-from paramlens.forecast import foretell
-from paramlens.importance import Importance
-from paramlens.layout import read_json
-from paramlens.machine import machine, usable_cores
-from paramlens.seeds import decompose_seeds
-from paramlens.sites import at_rest, find_sites
-from paramlens.step import Steps
-from paramlens.tasks import generator
+from paramlens.files.plain import read_json
+from paramlens.kernels.machine import machine, usable_cores
+from paramlens.method.decomposition import Decomposition
+from paramlens.method.generators import generator
+from paramlens.method.importance import Importance
+from paramlens.method.sites import at_rest, find_sites
+from paramlens.method.start import initialise
+from paramlens.method.step import Steps
+from paramlens.runs import targets
+from paramlens.runs.forecast import foretell
+from paramlens.runs.seeds import decompose_seeds
+from paramlens.runs.train import make_optimizer
 from paramlens.tasks.facts import Fact, fact_of, shipped_facts
 from paramlens.tasks.language import save_language
 from paramlens.tasks.miniature import facts_tokenizer
-from paramlens.tracking import Terminal
-from paramlens.train import make_optimizer
+from paramlens.tasks.settings import FactsTask, Miniature
+from paramlens.tracking.tracker import Terminal
 
 CONFIG = "facts-small"
 SEEDS = 5

@@ -22,12 +22,13 @@ from typing import Any
 import torch
 
 from paramlens import Run, agreement, circuit, load_config, open_run, svd_baseline
-from paramlens.config import Config, InductionTask
+from paramlens.config.model import Config
 from paramlens.errors import ParamLensError
-from paramlens.layout import read_json
-from paramlens.losses import kl_divergence
-from paramlens.seeds import decompose_seeds
+from paramlens.files.plain import read_json
+from paramlens.method.losses import kl_divergence
+from paramlens.runs.seeds import decompose_seeds
 from paramlens.tasks.induction import ROLES, induction_batch
+from paramlens.tasks.settings import InductionTask
 
 CONFIG = "induction-cpu"
 QUICK = "induction-quick"

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from paramlens import decompose, load_config
-from paramlens.budget import COMPILED, diagnose, footprint
-from paramlens.sites import find_sites
+from paramlens.method.sites import find_sites
+from paramlens.runs.budget import COMPILED, diagnose, footprint
 from paramlens.tasks.induction import InductionTransformer
 from paramlens.tasks.miniature import miniature_model
 

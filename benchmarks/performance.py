@@ -17,11 +17,12 @@ from unittest.mock import patch
 
 import torch
 
-from paramlens import bench, losses, step
-from paramlens.bench import D_GATE, WIDTH
-from paramlens.decomposition import Decomposition
-from paramlens.importance import Importance
-from paramlens.machine import machine
+from paramlens.baselines import bench
+from paramlens.baselines.bench import D_GATE, WIDTH
+from paramlens.kernels.machine import machine
+from paramlens.method import losses, step
+from paramlens.method.decomposition import Decomposition
+from paramlens.method.importance import Importance
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results" / "performance.json"

@@ -26,8 +26,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from paramlens.checkpoint import write_checkpoint
-from paramlens.layout import checkpoint_path, checkpoint_step, checkpoints, read_json
+from paramlens.files.plain import read_json
+from paramlens.runs.checkpoint import write_checkpoint
+from paramlens.runs.layout import checkpoint_path, checkpoint_step, checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results" / "reliability.json"
@@ -52,7 +53,7 @@ def keep(part: str, document: Any) -> None:
 
 
 def paramlens(*words: str) -> None:
-    subprocess.run([sys.executable, "-c", "from paramlens.cli import entry; entry()", *words], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-c", "from paramlens.cli.main import entry; entry()", *words], check=True, stdout=subprocess.DEVNULL)
 
 
 def hashes(path: Path) -> dict[str, str]:

@@ -13,44 +13,32 @@ import audit
 import paramlens  # noqa: F401  # before torch, whose idle threads are to sleep
 
 SHAPED = (
-    "sites",
-    "decomposition",
-    "products",
-    "slices",
-    "entry",
-    "factors",
-    "importance",
-    "mlps",
-    "masks",
-    "losses",
-    "evaluation",
-    "rundir",
-    "described",
-    "checkpoint",
-    "tensorfile",
-    "randomness",
-    "step",
-    "train",
-    "budget",
-    "tasks.induction",
-    "tasks.facts",
-    "tasks.language",
-    "tasks.limits",
-    "tasks.loading",
-    "tasks.miniature",
-    "tasks.reading",
-    "tasks.text",
+    "kernels.mlps",
+    "files.tensorfile",
+    "method",
+    *(
+        "tasks.induction",
+        "tasks.facts",
+        "tasks.language",
+        "tasks.limits",
+        "tasks.loading",
+        "tasks.miniature",
+        "tasks.reading",
+        "tasks.text",
+    ),
+    *("runs.rundir", "runs.described", "runs.checkpoint", "runs.randomness", "runs.train", "runs.budget"),
     "analysis",
+    "baselines.svd",
 )
 install_import_hook([f"paramlens.{name}" for name in SHAPED], "beartype.beartype")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from paramlens.config import Config  # noqa: E402
-from paramlens.configfile import load_config, make_config  # noqa: E402
-from paramlens.rundir import Run  # noqa: E402
-from paramlens.runs import decompose_config  # noqa: E402
+from paramlens.config.file import load_config, make_config  # noqa: E402
+from paramlens.config.model import Config  # noqa: E402
+from paramlens.runs.decompose import decompose_config  # noqa: E402
+from paramlens.runs.rundir import Run  # noqa: E402
 from paramlens.tasks.induction import InductionTransformer  # noqa: E402
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))

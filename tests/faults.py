@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from paramlens.cli import main
-from paramlens.layout import checkpoints
+from paramlens.cli.main import main
+from paramlens.runs.layout import checkpoints
 
 resource = pytest.importorskip("resource", reason="faults strike in a forked process under POSIX's limits")
 

@@ -5,8 +5,8 @@ import torch
 
 from paramlens.analysis.agreement import Agreement, _compared, _mean, _Parts, _unit, agreement
 from paramlens.errors import ConfigError, RunDirError
-from paramlens.rundir import open_run
-from paramlens.runs import decompose_config
+from paramlens.runs.decompose import decompose_config
+from paramlens.runs.rundir import open_run
 from rounding import TOY, bound
 
 NONE = (torch.zeros(8, 3).double(), torch.zeros(8, 4).double())

@@ -5,12 +5,12 @@ import torch
 from torch import nn
 
 import architectures
-from paramlens.decomposition import Decomposition
-from paramlens.entry import require_sound
 from paramlens.errors import ParamLensError, SiteError
-from paramlens.rundir import model_sha256
-from paramlens.sites import Site, at_rest, find_sites
-from paramlens.tasks import generator
+from paramlens.method.decomposition import Decomposition
+from paramlens.method.entry import require_sound
+from paramlens.method.generators import generator
+from paramlens.method.sites import Site, at_rest, find_sites
+from paramlens.runs.rundir import model_sha256
 from paramlens.tasks.language import model_inputs
 
 CONFIGS = architectures.configs()
@@ -94,7 +94,7 @@ def test_slices_are_the_models_queries_keys_and_values(name: str):
 @pytest.mark.parametrize("name", ["gpt2", "gpt_bigcode", "falcon_new", "codegen", "minimax", "phi3", "persimmon"])
 @pytest.mark.parametrize("wrong", ["k q v", "q v k", "v k q", "shifted", "one column"])
 def test_a_wrong_split_is_never_taken(name: str, wrong: str, monkeypatch: pytest.MonkeyPatch):
-    from paramlens import fused, sites
+    from paramlens.method import fused, sites
 
     def broken(*args: object, **kwargs: object) -> dict[str, torch.Tensor] | None:
         found = fused.fused_columns(*args, **kwargs)

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from paramlens import Batch, decompose
 from paramlens.errors import BatchError, ConfigError, ParamLensError
-from paramlens.tasks import map_tensors
+from paramlens.method.batch import map_tensors
 from paramlens.tasks.batches import BatchForm, batch_function
 
 X = [torch.randint(11, (4, 6), generator=torch.Generator().manual_seed(i)) for i in range(3)]

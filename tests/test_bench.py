@@ -4,17 +4,17 @@ import subprocess
 import pytest
 import torch
 
-from paramlens import bench
-from paramlens.bench.naive import NaiveStep
-from paramlens.cli import main
-from paramlens.decomposition import Decomposition
+from paramlens.baselines import bench
+from paramlens.baselines.naive import NaiveStep
+from paramlens.cli.main import main
 from paramlens.errors import ConfigError
-from paramlens.factors import initialise
-from paramlens.importance import Importance
-from paramlens.masks import mask_noise
-from paramlens.sites import at_rest, find_sites
-from paramlens.step import training_step
-from paramlens.tasks import generator
+from paramlens.method.decomposition import Decomposition
+from paramlens.method.generators import generator
+from paramlens.method.importance import Importance
+from paramlens.method.masks import mask_noise
+from paramlens.method.sites import at_rest, find_sites
+from paramlens.method.start import initialise
+from paramlens.method.step import training_step
 from paramlens.tasks.induction import InductionTransformer, induction_task
 from rounding import TOY_STEP, assert_near, near
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from conftest import TINY, tiny_with
-from paramlens import budget
-from paramlens.budget import Footprint, diagnose, footprint, free_memory, require_memory
-from paramlens.configfile import load_config, make_config
+from paramlens.config.file import load_config, make_config
 from paramlens.errors import ConfigError
-from paramlens.forecast import forecast, foretell, require_training_room
-from paramlens.runs import decompose, decompose_config
-from paramlens.sites import find_sites
+from paramlens.method.sites import find_sites
+from paramlens.runs import budget
+from paramlens.runs.budget import Footprint, diagnose, footprint, free_memory, require_memory
+from paramlens.runs.decompose import decompose, decompose_config
+from paramlens.runs.forecast import forecast, foretell, require_training_room
 from paramlens.tasks.induction import InductionTransformer
 
 
@@ -61,7 +61,7 @@ def test_the_callers_own_rows_count_and_not_the_configurations(monkeypatch):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Embedding(2000, 8), torch.nn.Linear(8, 2000))
     seen = []
-    monkeypatch.setattr("paramlens.runs.require_memory", lambda _config, _sites, size: seen.append(size))
+    monkeypatch.setattr("paramlens.runs.decompose.require_memory", lambda _config, _sites, size: seen.append(size))
     decompose(model, [torch.zeros(3, 5, dtype=torch.long)], C=2, steps=1, gamma={"kind": "vector", "d_gate": 2})
     [size] = seen
     assert (size.rows, size.length, size.vocabulary, size.last) == (3, 5, 2000, False)
@@ -125,11 +125,11 @@ LOSSES = {
 
 PEAK = """
 import json, sys, psutil, torch
-from paramlens import budget
-from paramlens.budget import diagnose, footprint
-from paramlens.configfile import load_config, make_config
-from paramlens.runs import decompose
-from paramlens.sites import find_sites
+from paramlens.runs import budget
+from paramlens.runs.budget import diagnose, footprint
+from paramlens.config.file import load_config, make_config
+from paramlens import decompose
+from paramlens.method.sites import find_sites
 from pathlib import Path
 kind, fields, out = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
 torch.manual_seed(0)
@@ -184,7 +184,7 @@ def test_a_process_takes_what_was_foretold(kind, gamma, tmp_path):
 )
 def test_absurd_sizes_are_refused_before_anything_is_made(fields, message, tmp_path, monkeypatch):
     """Nothing is drawn, trained or written."""
-    monkeypatch.setattr("paramlens.targets.train", lambda *_args, **_how: pytest.fail("a target was trained"))
+    monkeypatch.setattr("paramlens.runs.targets.train", lambda *_args, **_how: pytest.fail("a target was trained"))
     with pytest.raises(ConfigError, match=message):
         decompose_config(make_config(TINY | fields), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -215,6 +215,6 @@ def test_doctor_counts_target_and_libraries(monkeypatch):
     assert told["libraries"] > 100 * 2**20
     assert told["target"] > 4 * 1600 * 128
     assert told["total"] == sum(count for name, count in told.items() if name != "total")
-    monkeypatch.setattr("paramlens.forecast.free_memory", lambda _device: 10**6)
+    monkeypatch.setattr("paramlens.runs.forecast.free_memory", lambda _device: 10**6)
     with pytest.raises(ConfigError, match=r"task.miniature.batch 64: training the target needs .* give \d+ or less"):
         require_training_room(config)

@@ -12,12 +12,12 @@ from paramlens.analysis.components import inspect_subcomponent, shown_sequences
 from paramlens.analysis.edges import edges
 from paramlens.analysis.held_out import held_out
 from paramlens.analysis.off_data import off_data
-from paramlens.decomposition import call
 from paramlens.errors import ConfigError
-from paramlens.losses import LossAt
-from paramlens.masks import Replacement, rounded_mask
-from paramlens.rundir import open_run
-from paramlens.runs import decompose
+from paramlens.method.decomposition import call
+from paramlens.method.losses import LossAt
+from paramlens.method.masks import Replacement, rounded_mask
+from paramlens.runs.decompose import decompose
+from paramlens.runs.rundir import open_run
 from rounding import TOY, assert_near, near, near_divergence
 
 

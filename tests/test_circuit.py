@@ -5,15 +5,15 @@ import pytest
 import torch
 from torch import nn
 
-from paramlens import train
 from paramlens.analysis.attention import attention_divergence, attention_patterns
 from paramlens.analysis.circuit import circuit, silence
 from paramlens.analysis.held_out import held_out
 from paramlens.errors import ConfigError
-from paramlens.evaluation import evaluate, importances
-from paramlens.masks import Replacement
-from paramlens.rundir import open_run
-from paramlens.runs import decompose
+from paramlens.method.evaluate import evaluate, importances
+from paramlens.method.masks import Replacement
+from paramlens.runs import train
+from paramlens.runs.decompose import decompose
+from paramlens.runs.rundir import open_run
 from paramlens.tasks.induction import S1
 from rounding import TOY, bound, near, near_divergence
 
@@ -173,7 +173,7 @@ def test_every_batch_has_masks_of_its_own(tmp_path, monkeypatch: pytest.MonkeyPa
     run = decompose(Embedded(6), lambda _: torch.tensor([[1, 2, 3]]), out=tmp_path / "run", **SMALL)
     config = run.config.model_copy(update={"evaluate": run.config.evaluate.model_copy(update={"batches": 2})})
     rows = []
-    for module in ("paramlens.train", "paramlens.analysis.circuit"):
+    for module in ("paramlens.runs.train", "paramlens.analysis.circuit"):
         monkeypatch.setattr(f"{module}.evaluate", lambda *args, **how: rows.append(evaluate(*args, **how)) or rows[-1])
     train.held_out(config, run.task, run.decomposition, run.importance)
     circuit(run, batches=2, adversary=0)

@@ -10,13 +10,13 @@ import sys
 import pytest
 
 from conftest import TINY, until
-from paramlens.cli import main
-from paramlens.configfile import dump_config, load_config, make_config
+from paramlens.cli.main import main
+from paramlens.config.file import dump_config, load_config, make_config
 from paramlens.errors import SaveError, SiteError, Terminated
 
 
 def run(*words: str, cwd=None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error", "-c", "from paramlens.cli import entry; entry()", *words]
+    command = [sys.executable, "-W", "error", "-c", "from paramlens.cli.main import entry; entry()", *words]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 
 
@@ -37,7 +37,7 @@ def test_alone_it_explains_itself_in_ten_lines(capsys: pytest.CaptureFixture[str
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]):
-    from paramlens.cli import _COMMANDS
+    from paramlens.cli.main import _COMMANDS
 
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
@@ -116,14 +116,14 @@ def test_wrong_input_is_one_short_message(words, message, config, tmp_path, caps
 def test_what_needs_no_torch_loads_none(words: list[str], tmp_path):
     """The reason that such messages come in under a second: the most expensive import never happens."""
     (tmp_path / "something").write_text("")
-    code = f"import sys\nfrom paramlens.cli import main\ncode = main({words!r})\nassert 'torch' not in sys.modules\nsys.exit(code)"
+    code = f"import sys\nfrom paramlens.cli.main import main\ncode = main({words!r})\nassert 'torch' not in sys.modules\nsys.exit(code)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == (2 if words else 0), done.stderr
 
 
 def test_the_demo_speaks_before_its_expensive_imports(tmp_path):
     """Within a second or two of the command, whatever torch takes to load."""
-    code = "import sys\nsys.modules['paramlens.runs'] = None\nfrom paramlens.cli import main\nmain(['demo'])"
+    code = "import sys\nsys.modules['paramlens.runs.decompose'] = None\nfrom paramlens.cli.main import main\nmain(['demo'])"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stderr.splitlines()[0] == "runs/demo-s0: the induction circuit from nothing, seed 0"
     assert "ModuleNotFoundError" in done.stderr
@@ -143,7 +143,7 @@ def test_public_names_are_what_they_say(name: str):
     import paramlens
     import paramlens.analysis.circuit
     import paramlens.page
-    import paramlens.runs
+    import paramlens.runs.decompose
 
     assert callable(getattr(paramlens, name))
     assert name in dir(paramlens)
@@ -191,7 +191,7 @@ def test_the_whole_way(config, tmp_path):
 
 
 def test_lists_and_switches_on_the_command_line(config, tmp_path):
-    from paramlens.arguments import configuration
+    from paramlens.cli.arguments import configuration
 
     made = configuration(config, ["--sites=a", "b", "--optim.betas", "0.9", "0.95", "--last-token-only", "--compile", "--steps=7"])
     assert (made.sites, made.optim.betas, made.last_token_only, made.steps) == (("a", "b"), (0.9, 0.95), True, 7)
@@ -201,7 +201,7 @@ def test_lists_and_switches_on_the_command_line(config, tmp_path):
 
 
 def test_a_reader_that_leaves_early(config):
-    command = f"{sys.executable} -c 'from paramlens.cli import entry; entry()' decompose {config} --help | head -1"
+    command = f"{sys.executable} -c 'from paramlens.cli.main import entry; entry()' decompose {config} --help | head -1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.stdout.startswith("usage: paramlens decompose")
     assert done.stderr == ""
@@ -348,7 +348,7 @@ def test_exit_codes_of_what_ends_a_command(raised, code, tiny_run, monkeypatch, 
     def ends(*_args: object, **_options: object) -> None:
         raise error
 
-    monkeypatch.setattr("paramlens.analysis_commands.saved_circuit", ends)
+    monkeypatch.setattr("paramlens.cli.analysis_commands.saved_circuit", ends)
     assert main(["circuit", str(tiny_run.path)]) == code
     err = capsys.readouterr().err
     assert len(err.strip().splitlines()) == 1
@@ -357,7 +357,7 @@ def test_exit_codes_of_what_ends_a_command(raised, code, tiny_run, monkeypatch, 
 
 def test_ctrl_c_ends_with_130_and_a_run_to_resume(config, tmp_path):
     place = tmp_path / "run"
-    command = [sys.executable, "-c", "from paramlens.cli import entry; entry()", "decompose", config, "--out", str(place)]
+    command = [sys.executable, "-c", "from paramlens.cli.main import entry; entry()", "decompose", config, "--out", str(place)]
     process = subprocess.Popen([*command, "--steps", "100000", "--log-every", "10"], stderr=subprocess.PIPE, text=True)
     until((place / "metrics.jsonl").is_file, process)  # the loop is under way
     os.kill(process.pid, signal.SIGINT)

@@ -19,16 +19,16 @@ from torch import nn
 from torch.nn.utils import prune
 
 import paramlens
-from paramlens.config import Init
-from paramlens.configfile import load_config
-from paramlens.decomposition import Decomposition, call
+from paramlens.config.file import load_config
 from paramlens.errors import ParamLensError
-from paramlens.factors import initialise
-from paramlens.losses import LossAt
-from paramlens.masks import Replacement
-from paramlens.rundir import Run, open_run
-from paramlens.sites import at_rest, find_sites
-from paramlens.tasks import generator
+from paramlens.method.decomposition import Decomposition, call
+from paramlens.method.generators import generator
+from paramlens.method.losses import LossAt
+from paramlens.method.masks import Replacement
+from paramlens.method.settings import Init
+from paramlens.method.sites import at_rest, find_sites
+from paramlens.method.start import initialise
+from paramlens.runs.rundir import Run, open_run
 from paramlens.tasks.language import load_language
 
 VOCABULARY = 11

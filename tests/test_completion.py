@@ -6,10 +6,10 @@ import subprocess
 
 import pytest
 
-from paramlens.cli import _COMMANDS, main
-from paramlens.completion import script
-from paramlens.configfile import field_paths, shipped_configs
-from paramlens.options import Decompose
+from paramlens.cli.completion import script
+from paramlens.cli.main import _COMMANDS, main
+from paramlens.cli.options import Decompose
+from paramlens.config.file import field_paths, shipped_configs
 
 OPTIONS = {name: command.options for name, command in _COMMANDS.items()}
 

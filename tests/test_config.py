@@ -1,8 +1,8 @@
 import pytest
 
 from conftest import TINY
-from paramlens.config import Config
-from paramlens.configfile import dump_config, field_paths, list_fields, load_config, make_config, parse_value, shipped_configs, switches
+from paramlens.config.file import dump_config, field_paths, list_fields, load_config, make_config, parse_value, shipped_configs, switches
+from paramlens.config.model import Config
 from paramlens.errors import ConfigError
 
 

@@ -4,15 +4,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from paramlens.config import Init
-from paramlens.decomposition import Decomposition, call
 from paramlens.errors import BatchError, SiteError
-from paramlens.factors import initialise, project, project_gradients
-from paramlens.losses import faithfulness
-from paramlens.masks import Replacement
-from paramlens.runs import decompose
-from paramlens.sites import find_sites
-from paramlens.tasks import generator
+from paramlens.method.decomposition import Decomposition, call
+from paramlens.method.generators import generator
+from paramlens.method.losses import faithfulness
+from paramlens.method.masks import Replacement
+from paramlens.method.settings import Init
+from paramlens.method.sites import find_sites
+from paramlens.method.start import initialise, project, project_gradients
+from paramlens.runs.decompose import decompose
 from paramlens.tasks.induction import InductionTransformer
 from rounding import TOY, TOY_STEP, assert_near, bound
 
@@ -323,7 +323,7 @@ def test_a_model_without_blocks_has_one_entry(target):
 
 def _task():
     from conftest import TINY
-    from paramlens.configfile import make_config
+    from paramlens.config.file import make_config
 
     return make_config(TINY).task
 

@@ -14,8 +14,8 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 import paramlens
-from paramlens import cli
-from paramlens.arguments import configuration
+from paramlens.cli import main as cli
+from paramlens.cli.arguments import configuration
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))

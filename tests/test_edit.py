@@ -15,14 +15,14 @@ from paramlens.analysis.components import inspect_prompt, inspect_subcomponent, 
 from paramlens.analysis.controls import CONTROLS, controls, independent_slices, without_activations
 from paramlens.analysis.edit import Edit, Selected, answer_slopes, edit, project_out, suppress, unique
 from paramlens.analysis.effect import _effect, evaluate_edit, perplexity
-from paramlens.config import Init
-from paramlens.decomposition import Decomposition
+from paramlens.display.tables import Cell
 from paramlens.errors import ConfigError, SiteError
-from paramlens.factors import initialise
+from paramlens.method.decomposition import Decomposition
+from paramlens.method.generators import generator
+from paramlens.method.settings import Init
+from paramlens.method.sites import at_rest
+from paramlens.method.start import initialise
 from paramlens.page import report
-from paramlens.sites import at_rest
-from paramlens.tables import Cell
-from paramlens.tasks import generator
 from paramlens.tasks.facts import Fact, fact_of, recall, shipped_facts
 from paramlens.tasks.language import encode, model_inputs
 from rounding import GPT, assert_near, bound, near

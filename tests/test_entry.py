@@ -13,15 +13,15 @@ from torch.nn.utils import parametrizations, spectral_norm
 from torch.utils.checkpoint import checkpoint
 
 from paramlens.analysis.circuit import circuit
-from paramlens.decomposition import Decomposition
-from paramlens.entry import require_sound
 from paramlens.errors import ParamLensError, SiteError
-from paramlens.masks import Replacement
-from paramlens.modes import buffers_kept, default_modes
-from paramlens.rundir import Run, model_sha256, open_run
-from paramlens.runs import decompose
-from paramlens.sites import at_rest, find_sites
-from paramlens.tasks import generator
+from paramlens.method.decomposition import Decomposition
+from paramlens.method.entry import require_sound
+from paramlens.method.generators import generator
+from paramlens.method.masks import Replacement
+from paramlens.method.modes import buffers_kept, default_modes
+from paramlens.method.sites import at_rest, find_sites
+from paramlens.runs.decompose import decompose
+from paramlens.runs.rundir import Run, model_sha256, open_run
 
 BATCHES = [torch.randint(11, (4, 6), generator=generator("batch", i)) for i in range(3)]
 

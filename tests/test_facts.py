@@ -9,24 +9,25 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import TINY_FACTS
-from paramlens.config import Miniature, TextTask
-from paramlens.configfile import load_config, make_config
-from paramlens.decomposition import Decomposition
+from paramlens.config.file import load_config, make_config
 from paramlens.errors import BatchError, ConfigError
-from paramlens.evaluation import evaluate, importances
-from paramlens.factors import initialise
-from paramlens.importance import lower
-from paramlens.losses import LossAt, elsewhere_loss, local_loss, minimality
-from paramlens.masks import Replacement, mask_noise
-from paramlens.rundir import open_run
-from paramlens.runs import decompose_config
-from paramlens.sites import at_rest
-from paramlens.step import training_step
-from paramlens.targets import skeleton
-from paramlens.tasks import Batch, generator
+from paramlens.method.batch import Batch
+from paramlens.method.decomposition import Decomposition
+from paramlens.method.evaluate import evaluate, importances
+from paramlens.method.generators import generator
+from paramlens.method.importance import lower
+from paramlens.method.losses import LossAt, elsewhere_loss, local_loss, minimality
+from paramlens.method.masks import Replacement, mask_noise
+from paramlens.method.sites import at_rest
+from paramlens.method.start import initialise
+from paramlens.method.step import training_step
+from paramlens.runs.decompose import decompose_config
+from paramlens.runs.rundir import open_run
+from paramlens.runs.targets import skeleton
 from paramlens.tasks.facts import Fact, fact_of, facts_task, kinds, read_facts, recall, shipped_facts
 from paramlens.tasks.language import Language, encode, encode_fact, load_language, model_inputs, padded
 from paramlens.tasks.miniature import train_miniature
+from paramlens.tasks.settings import Miniature, TextTask
 from paramlens.tasks.text import packed, text_task
 from rounding import GPT, near, near_divergence
 

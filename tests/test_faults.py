@@ -27,18 +27,20 @@ import faults
 from audit import plant
 from conftest import TINY, tiny_with
 from faults import after, before, content, full_for, half_a_line, half_removed, half_written, nth, result, told
-from paramlens import checkpoint, layout, metrics, rundir, saving, train
-from paramlens import step as step_module
-from paramlens.cli import main
-from paramlens.configfile import dump_config, make_config
+from paramlens.cli.main import main
+from paramlens.config.file import dump_config, make_config
 from paramlens.errors import ConfigError, DivergedError, RunDirError
-from paramlens.layout import checkpoint_path, checkpoint_step, checkpoints, read_json
-from paramlens.manifest import file_sha256, write_manifest
-from paramlens.rundir import open_run
-from paramlens.runs import decompose, decompose_config
+from paramlens.files import plain
+from paramlens.files.manifest import file_sha256, write_manifest
+from paramlens.files.plain import read_json
+from paramlens.method import step as step_module
+from paramlens.runs import checkpoint, metrics, rundir, saving, train
+from paramlens.runs.decompose import decompose, decompose_config
+from paramlens.runs.layout import checkpoint_path, checkpoint_step, checkpoints, is_begun
+from paramlens.runs.rundir import open_run
+from paramlens.runs.verification import verify
 from paramlens.tasks.facts import read_facts
 from paramlens.tasks.language import load_language
-from paramlens.verification import verify
 
 CONFIG = TINY | {"steps": 16}
 """Checkpoints at steps 4, 8, 12 and 16; the first to be pruned goes at 12."""
@@ -140,7 +142,7 @@ MOMENTS: dict[str, Callable[[pytest.MonkeyPatch, int], None]] = {
     "before the manifest": lambda patch, number: nth(patch, checkpoint, "write_manifest", 2, before(number)),
     "between write and rename": lambda patch, number: nth(patch, checkpoint.Path, "rename", 2, before(number)),
     "between rename and prune": lambda patch, number: nth(patch, rundir, "prune", 2, before(number)),
-    "half of an old checkpoint pruned": lambda patch, number: nth(patch, layout.shutil, "rmtree", 5, half_removed(number)),
+    "half of an old checkpoint pruned": lambda patch, number: nth(patch, plain.shutil, "rmtree", 5, half_removed(number)),
     "writing run.json at the end": lambda patch, number: nth(patch, saving.Saver, "record", 1, before(number)),
 }
 
@@ -170,7 +172,7 @@ def test_killed(world, tmp_path, cell, moment: str, number: signal.Signals):
         finished = moment == "writing run.json at the end"
         assert code in (EXITS[number], *([0] if finished else [])), lines
         assert len(told(lines)) <= 3 or number == signal.SIGKILL
-        assert not layout.is_begun(path) or all(each.whole for each in verify(path).checkpoints)
+        assert not is_begun(path) or all(each.whole for each in verify(path).checkpoints)
         code, lines = resume(world, path)
         if moment == "before the run's own files are whole":
             require_told(code, lines, str(path), "overwrite starts anew")

@@ -10,8 +10,8 @@ from torch import nn
 from paramlens.analysis.circuit import circuit
 from paramlens.errors import ConfigError
 from paramlens.page import report
-from paramlens.rundir import open_run
-from paramlens.runs import decompose
+from paramlens.runs.decompose import decompose
+from paramlens.runs.rundir import open_run
 from paramlens.tasks.batches import HELD_OUT, own_task
 
 

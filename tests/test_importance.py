@@ -3,12 +3,12 @@ import warnings
 import pytest
 import torch
 
-from paramlens import importance as importance_module
-from paramlens.config import Gamma
 from paramlens.errors import BatchError, ConfigError
-from paramlens.flex import flex_by_offset
-from paramlens.importance import Importance, lower
-from paramlens.tasks import generator
+from paramlens.kernels.flex import flex_by_offset
+from paramlens.method import importance as importance_module
+from paramlens.method.generators import generator
+from paramlens.method.importance import Importance, lower
+from paramlens.method.settings import Gamma
 from rounding import TOY_STEP, assert_near, near
 
 SHAPES = {"a": (4, 5), "b": (6, 5), "c": (4, 5)}

@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import TINY
-from paramlens.config import InductionTask, TargetTraining
-from paramlens.configfile import make_config
+from paramlens.config.file import make_config
 from paramlens.errors import ConfigError
 from paramlens.tasks.induction import (
     RANDOM,
@@ -23,6 +22,7 @@ from paramlens.tasks.induction import (
     sinusoidal,
     train_target,
 )
+from paramlens.tasks.settings import InductionTask, TargetTraining
 from rounding import TOY, assert_near, near
 
 TASK = make_config(TINY).task

@@ -9,12 +9,13 @@ from paramlens.analysis.circuit import circuit
 from paramlens.analysis.held_out import held_out
 from paramlens.analysis.interventions import interventions
 from paramlens.analysis.maps import aligned_importance
-from paramlens.config import InductionTask
-from paramlens.losses import LossAt, kl_divergence
-from paramlens.masks import Replacement
-from paramlens.rundir import open_run
-from paramlens.tasks import Link, generator
+from paramlens.method.generators import generator
+from paramlens.method.losses import LossAt, kl_divergence
+from paramlens.method.masks import Replacement
+from paramlens.method.task import Link
+from paramlens.runs.rundir import open_run
 from paramlens.tasks.induction import S1, InductionTransformer, M, check_target, induction_batch, induction_task
+from paramlens.tasks.settings import InductionTask
 from rounding import TOY, assert_near, near, near_divergence
 
 

@@ -18,15 +18,15 @@ from transformers import (
     Qwen3Config,
 )
 
-from paramlens.config import Init
-from paramlens.decomposition import Decomposition
 from paramlens.errors import BatchError, ConfigError, SiteError
-from paramlens.factors import initialise
-from paramlens.masks import Replacement
-from paramlens.rundir import open_run
-from paramlens.runs import decompose
-from paramlens.sites import at_rest, find_sites
-from paramlens.tasks import generator
+from paramlens.method.decomposition import Decomposition
+from paramlens.method.generators import generator
+from paramlens.method.masks import Replacement
+from paramlens.method.settings import Init
+from paramlens.method.sites import at_rest, find_sites
+from paramlens.method.start import initialise
+from paramlens.runs.decompose import decompose
+from paramlens.runs.rundir import open_run
 from paramlens.tasks.language import (
     encode,
     encode_fact,

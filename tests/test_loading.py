@@ -13,17 +13,17 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from paramlens.analysis.edit import Edit
 from paramlens.analysis.trace import trace
-from paramlens.cli import main
-from paramlens.config import FactsTask, TextTask
-from paramlens.configfile import make_config
+from paramlens.cli.main import main
+from paramlens.config.file import make_config
 from paramlens.errors import BatchError, ConfigError
-from paramlens.rundir import open_run
-from paramlens.runs import decompose_config
-from paramlens.targets import skeleton
+from paramlens.runs.decompose import decompose_config
+from paramlens.runs.rundir import open_run
+from paramlens.runs.targets import skeleton
 from paramlens.tasks.facts import facts_task, read_facts, recall, require_different, shipped_facts
 from paramlens.tasks.language import encode, encode_sentence, padded
 from paramlens.tasks.limits import that_fit, token_limit
 from paramlens.tasks.loading import Language, load_language, save_language
+from paramlens.tasks.settings import FactsTask, TextTask
 from paramlens.tasks.text import packed, read_documents, text_task
 
 KOBE, TIGER = "Kobe Bryant plays the sport of basketball", "Tiger Woods plays the sport of golf"

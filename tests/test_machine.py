@@ -14,15 +14,17 @@ import pytest
 import torch
 
 from conftest import TINY, tiny_with
-from paramlens import layout, native, openmp, signals
-from paramlens import machine as machine_module
-from paramlens.configfile import make_config
-from paramlens.layout import read_json, write_text
-from paramlens.lock import locked
-from paramlens.machine import _quotas, default_threads, fusible, machine, usable_cores
-from paramlens.runs import decompose_config
-from paramlens.seeds import decompose_seeds
-from paramlens.tracking import Silent
+from paramlens.config.file import make_config
+from paramlens.files import plain
+from paramlens.files.lock import locked
+from paramlens.files.plain import read_json, write_text
+from paramlens.kernels import machine as machine_module
+from paramlens.kernels import native, openmp
+from paramlens.kernels.machine import _quotas, default_threads, fusible, machine, usable_cores
+from paramlens.runs.decompose import decompose_config
+from paramlens.runs.seeds import decompose_seeds
+from paramlens.tracking import signals
+from paramlens.tracking.tracker import Silent
 
 VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
@@ -81,7 +83,7 @@ def in_a_process(code: str, **variables: str) -> str:
     return subprocess.run([sys.executable, "-c", code], env=environment | variables, capture_output=True, text=True, check=True).stdout
 
 
-TELL = "import os; print(paramlens.openmp.waiting(), 'torch' in sys.modules, *(os.environ.get(name) for name in openmp._PASSIVE))"
+TELL = "import os; print(paramlens.kernels.openmp.waiting(), 'torch' in sys.modules, *(os.environ.get(name) for name in openmp._PASSIVE))"
 
 
 @pytest.mark.parametrize(
@@ -108,7 +110,7 @@ def test_workers_use_no_time_between_parallel_loops(order: str):
         f"import {order}"
         + """
 from pathlib import Path
-from paramlens.machine import torch_threads
+from paramlens.kernels.machine import torch_threads
 x = torch.zeros(100_000)
 def ticks():
     fields = [task.joinpath("stat").read_text().rsplit(")", 1)[1].split() for task in Path("/proc/self/task").iterdir()]
@@ -128,7 +130,8 @@ with torch_threads(2):
 
 
 def test_a_wish_of_the_users_is_not_crowded_out():
-    code = "import torch, paramlens; from paramlens.machine import torch_threads\nwith torch_threads(2): print(paramlens.openmp.waiting())"
+    code = "import torch\nfrom paramlens.kernels.machine import torch_threads\nfrom paramlens.kernels.openmp import waiting\n"
+    code += "with torch_threads(2): print(waiting())"
     assert in_a_process(code, OMP_WAIT_POLICY="active").strip() == "spinning"
     assert in_a_process(code, OMP_WAIT_POLICY="passive").strip() == "asleep"
 
@@ -143,7 +146,7 @@ class Messages(Silent):
 
 @pytest.mark.parametrize(("way", "threads", "told"), [("asleep", 2, 0), ("spinning", 2, 1), ("spinning", 1, 0)])
 def test_a_run_records_its_threads_and_says_what_may_be_slow(tmp_path, monkeypatch, way: str, threads: int, told: int):
-    monkeypatch.setattr("paramlens.runs.waiting", lambda: way)
+    monkeypatch.setattr("paramlens.runs.decompose.waiting", lambda: way)
     cores(monkeypatch, threads)
     messages = Messages()
     run = decompose_config(make_config(TINY | {"threads": None, "steps": 1}), out=tmp_path / "run", tracker=messages)
@@ -208,12 +211,12 @@ def test_a_file_that_cannot_be_opened_is_told(tmp_path, monkeypatch: pytest.Monk
     (tmp_path / "file").write_text("", encoding="utf-8")
     monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(PermissionError):
-        layout.sync(tmp_path / "file")
+        plain.sync(tmp_path / "file")
 
 
 def test_a_lock_that_removes_its_own_file(tmp_path, monkeypatch: pytest.MonkeyPatch):
     """As filelock does on Windows."""
-    from paramlens import lock
+    from paramlens.files import lock
 
     class Own(lock.FileLock):
         def release(self, force: bool = False) -> None:

@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from conftest import tiny_with
-from paramlens.config import Losses
-from paramlens.decomposition import Decomposition
-from paramlens.importance import lower, upper
-from paramlens.losses import RECONSTRUCTIONS, annealed_p, faithfulness, kl_divergence, minimality, reconstruction_plans
-from paramlens.masks import mask_noise, rounded_mask, site_subsets, stochastic_mask, subset_shape
-from paramlens.sites import find_sites
-from paramlens.tasks import generator
+from paramlens.method.decomposition import Decomposition
+from paramlens.method.generators import generator
+from paramlens.method.importance import lower, upper
+from paramlens.method.losses import RECONSTRUCTIONS, annealed_p, faithfulness, kl_divergence, minimality, reconstruction_plans
+from paramlens.method.masks import mask_noise, rounded_mask, site_subsets, stochastic_mask, subset_shape
+from paramlens.method.settings import Losses
+from paramlens.method.sites import find_sites
 from rounding import near
 
 

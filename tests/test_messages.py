@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from paramlens.cli import main
-from paramlens.evaluation import evaluate
-from paramlens.metrics import MetricsFile
-from paramlens.rundir import open_run
-from paramlens.shown import html
+from paramlens.cli.main import main
+from paramlens.display.shown import html
+from paramlens.method.evaluate import evaluate
+from paramlens.runs.metrics import MetricsFile
+from paramlens.runs.rundir import open_run
 
 COMMAND = {"cli", "analysis_commands", "arguments", "options", "completion"}
 """Modules that only the command reaches, and that may speak of flags."""

@@ -12,13 +12,13 @@ import torch
 from torch.nn import functional as F
 
 from conftest import tiny_with
-from paramlens import native
-from paramlens.importance import lower, upper
-from paramlens.losses import kl_divergence, minimality
-from paramlens.masks import Replacement, mask_noise, masked_linear
-from paramlens.mlps import Mlps, ScalarMlps
-from paramlens.runs import decompose_config
-from paramlens.tasks import generator
+from paramlens.kernels import native
+from paramlens.kernels.mlps import Mlps, ScalarMlps
+from paramlens.method.generators import generator
+from paramlens.method.importance import lower, upper
+from paramlens.method.losses import kl_divergence, minimality
+from paramlens.method.masks import Replacement, mask_noise, masked_linear
+from paramlens.runs.decompose import decompose_config
 from rounding import TOY, assert_near, bound, near
 
 pytestmark = pytest.mark.skipif(not native.serves(torch.ones(1)), reason="Numba is not installed")
@@ -126,9 +126,11 @@ def test_power_over_all_importances(p: float):
 
 
 def test_minimality_of_many_blocks_is_one_sum():
-    pre = numbers(3 * native._kernels().BLOCK // 8 + 5, 8, key="blocks")
+    pre = numbers(3 * native.compiled_loops().BLOCK // 8 + 5, 8, key="blocks")
     ours = minimality({"site": pre}, p=0.5, eps=1e-12)
-    assert ours.item() == near(((upper(pre.double()) + 1e-12).sqrt() - 1e-6).sum(-1).mean().item(), native._kernels().BLOCK // 16 + 64)
+    assert ours.item() == near(
+        ((upper(pre.double()) + 1e-12).sqrt() - 1e-6).sum(-1).mean().item(), native.compiled_loops().BLOCK // 16 + 64
+    )
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -163,7 +165,7 @@ def arguments(kernel: native._Kernel, **changed) -> list:
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_kernel_is_told_what_its_body_reads(name: str):
     """The body's own subscripts say how it reads each argument; the types it is packed by are these."""
-    body = inspect.getsource(getattr(native._kernels(), name))
+    body = inspect.getsource(getattr(native.compiled_loops(), name))
     read = dict.fromkeys(map(int, re.findall(r"\bd\[(\d+)\]", body)), "i")
     read |= dict.fromkeys(map(int, re.findall(r"_floats\(d\[(\d+)\]", body)), "t")
     read |= dict.fromkeys(map(int, re.findall(r"\bfloats\[(\d+)\]", body)), "f")
@@ -191,7 +193,7 @@ def test_a_kernel_converts_numbers_or_refuses_them(name: str):
 
 OUTSIDE = """
 import numpy as np, torch
-from paramlens.losses import minimality
+from paramlens.method.losses import minimality
 
 for p in (1.0, 1, np.float32(1), np.int64(1), torch.tensor(1), torch.tensor(1.0)):
     for eps in (0.0, 0, np.float64(0), torch.tensor(0)):
@@ -244,7 +246,7 @@ def test_whole_run_without_numba_is_the_same_within_rounding(tmp_path, monkeypat
     losses = {"recon": 1.0, "recon_layerwise": 1.0, "faithfulness": 10.0, "minimality": 0.01}
     config = tiny_with(losses=losses, steps=3, log_every=1)
     ours = decompose_config(config, out=tmp_path / "ours").metrics
-    monkeypatch.setattr(native, "_kernels", lambda: None)
+    monkeypatch.setattr(native, "compiled_loops", lambda: None)
     theirs = decompose_config(config, out=tmp_path / "theirs").metrics
     for mine, other in zip(ours, theirs, strict=True):
         if "losses" in mine:

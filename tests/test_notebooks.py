@@ -14,8 +14,8 @@ import pytest
 from nbformat import NotebookNode
 from nbmake.nb_run import NotebookRun
 
-from paramlens.cli import main
-from paramlens.configfile import field_paths, shipped_configs
+from paramlens.cli.main import main
+from paramlens.config.file import field_paths, shipped_configs
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))

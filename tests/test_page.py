@@ -17,14 +17,14 @@ from paramlens.analysis.agreement import agreement
 from paramlens.analysis.circuit import circuit
 from paramlens.analysis.edit import suppress
 from paramlens.analysis.effect import evaluate_edit
-from paramlens.analysis.svd import svd_baseline
 from paramlens.analysis.trace import trace
-from paramlens.configfile import make_config
+from paramlens.baselines.svd import svd_baseline
+from paramlens.config.file import make_config
+from paramlens.display.verdicts import verdicts
 from paramlens.errors import ConfigError, RunDirError
 from paramlens.page import report
-from paramlens.rundir import open_run
-from paramlens.runs import decompose, decompose_config
-from paramlens.verdicts import verdicts
+from paramlens.runs.decompose import decompose, decompose_config
+from paramlens.runs.rundir import open_run
 
 CHROMIUM = Path("/usr/bin/chromium")
 LIMIT = 3_600_000.0

@@ -9,13 +9,13 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from paramlens import layout
 from paramlens.analysis.circuit import circuit
-from paramlens.cli import main
+from paramlens.cli.main import main
 from paramlens.errors import RunDirError
+from paramlens.files import plain
 from paramlens.page import report
-from paramlens.rundir import open_run
-from paramlens.shipped import example
+from paramlens.runs.rundir import open_run
+from paramlens.runs.shipped import example
 from test_page import needs_browser, opened, require_panel, require_quiet, saved
 
 
@@ -77,8 +77,8 @@ def test_an_analysis_that_lacks_what_the_page_reads_is_made_again(run, name: str
 
 def test_an_analysis_of_a_large_run_may_be_longer_than_other_files(run, monkeypatch: pytest.MonkeyPatch):
     """The catalogue of 72 sites and sequences of 64 tokens passes the bound that catches files which are none of ours."""
-    monkeypatch.setattr(layout, "MOST_JSON", 10**5)
-    monkeypatch.setattr(layout.read_json, "__kwdefaults__", {"most": 10**5})
+    monkeypatch.setattr(plain, "MOST_JSON", 10**5)
+    monkeypatch.setattr(plain.read_json, "__kwdefaults__", {"most": 10**5})
     assert (run / "analysis/catalogue.json").stat().st_size > 10**5
     assert report(run).is_file()
 

@@ -9,7 +9,7 @@ from language_models import CONFIGS, random_model
 from paramlens.analysis.norms import factor, norm_of
 from paramlens.analysis.paths import find_paths
 from paramlens.errors import SiteError
-from paramlens.sites import at_rest, find_sites
+from paramlens.method.sites import at_rest, find_sites
 from paramlens.tasks.language import model_inputs
 
 IDS = torch.tensor([[5, 17, 200, 41, 9, 123, 77]])

@@ -8,15 +8,18 @@ from paramlens import agreement, circuit, decompose, open_run, svd_baseline
 from paramlens.analysis.catalogue import catalogue
 from paramlens.analysis.components import inspect_subcomponent
 from paramlens.analysis.edges import edges
-from paramlens.config import Config, Gamma, Losses
-from paramlens.decomposition import Decomposition
+from paramlens.config.model import Config
 from paramlens.errors import BatchError
-from paramlens.factors import initialise
-from paramlens.importance import Importance
-from paramlens.rundir import Run
-from paramlens.sites import at_rest, find_sites
-from paramlens.step import training_step
-from paramlens.tasks import Batch, Task, generator
+from paramlens.method.batch import Batch
+from paramlens.method.decomposition import Decomposition
+from paramlens.method.generators import generator
+from paramlens.method.importance import Importance
+from paramlens.method.settings import Gamma, Losses
+from paramlens.method.sites import at_rest, find_sites
+from paramlens.method.start import initialise
+from paramlens.method.step import training_step
+from paramlens.method.task import Task
+from paramlens.runs.rundir import Run
 from paramlens.tasks.batches import BatchForm, batch_function
 
 LENGTHS = (7, 3, 5, 2)

@@ -5,16 +5,16 @@ import torch
 
 import reference
 from conftest import tiny_with
-from paramlens import mlps, native
-from paramlens.config import RECONSTRUCTION_NAMES, Init
-from paramlens.decomposition import Decomposition, call
-from paramlens.factors import initialise
-from paramlens.importance import Importance, lower, upper
-from paramlens.losses import RECONSTRUCTIONS, faithfulness, minimality
-from paramlens.masks import Replacement, mask_noise
-from paramlens.sites import at_rest, find_sites, swapped_in
-from paramlens.step import training_step
-from paramlens.tasks import generator
+from paramlens.kernels import mlps, native
+from paramlens.method.decomposition import Decomposition, call
+from paramlens.method.generators import generator
+from paramlens.method.importance import Importance, lower, upper
+from paramlens.method.losses import RECONSTRUCTIONS, faithfulness, minimality
+from paramlens.method.masks import Replacement, mask_noise
+from paramlens.method.settings import RECONSTRUCTION_NAMES, Init
+from paramlens.method.sites import at_rest, find_sites, swapped_in
+from paramlens.method.start import initialise
+from paramlens.method.step import training_step
 from paramlens.tasks.induction import InductionTransformer, induction_task
 from rounding import TOY, TOY_STEP, bound, near
 

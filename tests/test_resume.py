@@ -17,14 +17,15 @@ from torch import nn
 from audit import PICKLES_READ
 from conftest import TINY, tiny_with, until
 from faults import result
-from paramlens.cli import main
-from paramlens.configfile import dump_config, load_config, make_config
+from paramlens.cli.main import main
+from paramlens.config.file import dump_config, load_config, make_config
 from paramlens.errors import ConfigError, RunDirError
-from paramlens.layout import checkpoint_path, checkpoint_step, checkpoints, read_json
-from paramlens.lock import locked
-from paramlens.rundir import open_run
-from paramlens.runs import decompose, decompose_config
-from paramlens.verification import verify
+from paramlens.files.lock import locked
+from paramlens.files.plain import read_json
+from paramlens.runs.decompose import decompose, decompose_config
+from paramlens.runs.layout import checkpoint_path, checkpoint_step, checkpoints
+from paramlens.runs.rundir import open_run
+from paramlens.runs.verification import verify
 
 GOLDEN = Path(__file__).parent / "golden"
 FORMATS = sorted(path.name for path in GOLDEN.iterdir())
@@ -70,9 +71,8 @@ def test_a_second_writer_is_refused(tmp_path, capsys):
     """By name while the first lives; a lock whose holder was killed is free."""
     file, path = tmp_path / "tiny.yaml", tmp_path / "run"
     file.write_text(dump_config(make_config(TINY)), encoding="utf-8")
-    code = (
-        f"from pathlib import Path; from paramlens.lock import locked\nwith locked(Path({str(path)!r})): print('held', flush=True); input()"
-    )
+    code = "from pathlib import Path; from paramlens.files.lock import locked\n"
+    code += f"with locked(Path({str(path)!r})): print('held', flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
@@ -226,7 +226,7 @@ def test_a_real_signal_from_outside(tmp_path):
     """SIGTERM to the command itself: it saves, says how to go on, and ends with 143."""
     file, path = tmp_path / "tiny.yaml", tmp_path / "run"
     file.write_text(dump_config(make_config(TINY | {"steps": 100_000, "checkpoint": {"every": 100_000}})), encoding="utf-8")
-    command = [sys.executable, "-c", "from paramlens.cli import entry; entry()", "decompose", str(file), "--out", str(path)]
+    command = [sys.executable, "-c", "from paramlens.cli.main import entry; entry()", "decompose", str(file), "--out", str(path)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         until((path / "metrics.jsonl").exists, process)
         process.terminate()

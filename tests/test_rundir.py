@@ -11,14 +11,14 @@ from torch import nn
 
 from audit import plant
 from conftest import tiny_with
-from paramlens import rundir, targets, verification
-from paramlens.cli import main
+from paramlens.cli.main import main
 from paramlens.errors import ConfigError, RunDirError
-from paramlens.layout import checkpoints
-from paramlens.manifest import write_manifest
-from paramlens.rundir import RunDirectory, model_sha256, open_run
-from paramlens.runs import decompose, decompose_config
-from paramlens.tasks import TargetHistory
+from paramlens.files.manifest import write_manifest
+from paramlens.method.task import TargetHistory
+from paramlens.runs import rundir, targets, verification
+from paramlens.runs.decompose import decompose, decompose_config
+from paramlens.runs.layout import checkpoints
+from paramlens.runs.rundir import RunDirectory, model_sha256, open_run
 
 NAMES = ("components", "importance", "optimizer", "rng")
 

@@ -10,12 +10,13 @@ import pytest
 from safetensors.torch import load_file
 
 from conftest import TINY, tiny_with, until
-from paramlens.cli import main
-from paramlens.configfile import dump_config, make_config
+from paramlens.cli.main import main
+from paramlens.config.file import dump_config, make_config
 from paramlens.errors import ConfigError, DivergedError, RunDirError
-from paramlens.layout import checkpoint_step, checkpoints, find_checkpoint, read_json
-from paramlens.runs import decompose_config
-from paramlens.seeds import decompose_seeds
+from paramlens.files.plain import read_json
+from paramlens.runs.decompose import decompose_config
+from paramlens.runs.layout import checkpoint_step, checkpoints, find_checkpoint
+from paramlens.runs.seeds import decompose_seeds
 
 
 def parts(path):
@@ -59,7 +60,7 @@ def test_ctrl_c_ends_all_seeds_and_leaves_a_checkpoint(tmp_path):
     file = tmp_path / "tiny.yaml"
     file.write_text(dump_config(make_config(TINY)), encoding="utf-8")
     words = ["decompose", str(file), "--seeds", "9", "--steps", "100000", "--checkpoint.every", "100000", "--out", str(tmp_path / "x")]
-    command = [sys.executable, "-W", "error", "-c", "from paramlens.cli import entry; entry()", *words]
+    command = [sys.executable, "-W", "error", "-c", "from paramlens.cli.main import entry; entry()", *words]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         until((tmp_path / "x/s0/metrics.jsonl").exists, process)
         os.killpg(process.pid, signal.SIGINT)
@@ -76,7 +77,7 @@ def test_seeds_end_with_the_process_that_started_them(tmp_path):
     file = tmp_path / "tiny.yaml"
     file.write_text(dump_config(make_config(TINY)), encoding="utf-8")
     words = ["decompose", str(file), "--seeds", "2", "--steps", "20000", "--checkpoint.every", "20000", "--out", str(tmp_path / "x")]
-    command = [sys.executable, "-c", "from paramlens.cli import entry; entry()", *words]
+    command = [sys.executable, "-c", "from paramlens.cli.main import entry; entry()", *words]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         until((tmp_path / "x/s0/metrics.jsonl").exists, process)
         process.kill()

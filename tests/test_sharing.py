@@ -15,17 +15,18 @@ from huggingface_hub import constants
 import paramlens
 from conftest import TINY
 from hub import Hub
-from paramlens.checkpoint import FILES, RESUMED
-from paramlens.cli import main
-from paramlens.configfile import make_config
+from paramlens.cli.main import main
+from paramlens.config.file import make_config
 from paramlens.errors import ConfigError, RunDirError
-from paramlens.hub import fetch
-from paramlens.layout import checkpoints, find_checkpoint, read_json
-from paramlens.lock import locked
-from paramlens.rundir import Run, open_run
-from paramlens.runs import decompose_config
-from paramlens.sharing import MARK, push_to_hub
-from paramlens.verification import verify
+from paramlens.files.lock import locked
+from paramlens.files.plain import read_json
+from paramlens.runs.checkpoint import FILES, RESUMED
+from paramlens.runs.decompose import decompose_config
+from paramlens.runs.hub import fetch
+from paramlens.runs.layout import checkpoints, find_checkpoint
+from paramlens.runs.rundir import Run, open_run
+from paramlens.runs.sharing import MARK, push_to_hub
+from paramlens.runs.verification import verify
 
 REPO = "ada/tiny-run"
 
@@ -180,7 +181,7 @@ def test_the_card_names_the_base_model_and_its_commit(hub, run):
         document = read_json(run.path / name)
         document["target"] |= {"id": "openai-community/gpt2", "revision": "607a30d783dfa663caf39e06633721c8d4cfcd7e"}
         (run.path / name).write_text(json.dumps(document))
-    from paramlens.sharing import card
+    from paramlens.runs.sharing import card
 
     text = card(run.path, REPO, resumable=False)
     assert yaml.safe_load(text.split("---\n", 2)[1])["base_model"] == "openai-community/gpt2"

@@ -9,7 +9,7 @@ import pytest
 import paramlens
 from paramlens.analysis.circuit import circuit
 from paramlens.errors import RunDirError
-from paramlens.verification import verify
+from paramlens.runs.verification import verify
 from rounding import near_divergence
 
 
@@ -43,7 +43,7 @@ def test_an_example_is_not_copied_over_anything(shipped, tmp_path):
 def test_its_page_needs_no_torch(tmp_path):
     code = """if True:
         import sys
-        from paramlens.cli import main
+        from paramlens.cli.main import main
         assert main(["report", "--example", "--json"]) == 0
         assert "torch" not in sys.modules
     """
@@ -53,7 +53,7 @@ def test_its_page_needs_no_torch(tmp_path):
 
 
 def test_report_wants_a_run_or_the_example(capsys):
-    from paramlens.cli import main
+    from paramlens.cli.main import main
 
     assert main(["report"]) == 2
     assert "give a run directory first, then options; or --example" in capsys.readouterr().err
@@ -61,7 +61,7 @@ def test_report_wants_a_run_or_the_example(capsys):
 
 @pytest.mark.parametrize("there", [True, False])
 def test_open_asks_for_a_browser(shipped, monkeypatch, capsys, there: bool):
-    from paramlens.cli import main
+    from paramlens.cli.main import main
 
     asked: list[str] = []
     monkeypatch.setattr("webbrowser.open", lambda address: asked.append(address) or there)

@@ -12,20 +12,21 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from paramlens import bench, open_run
+from paramlens import open_run
 from paramlens.analysis.agreement import agreement
 from paramlens.analysis.circuit import circuit
 from paramlens.analysis.components import Subcomponent, inspect_prompt, inspect_subcomponent
 from paramlens.analysis.edit import suppress
 from paramlens.analysis.effect import evaluate_edit
-from paramlens.analysis.svd import svd_baseline
 from paramlens.analysis.trace import trace
-from paramlens.budget import Footprint, diagnose
-from paramlens.cli import main
-from paramlens.shown import Shown, html
-from paramlens.tables import Cell, Chart, Column, Line, Table, columns, row, shaded, visible
-from paramlens.terminal import print_tables
-from paramlens.verification import verify
+from paramlens.baselines import bench
+from paramlens.baselines.svd import svd_baseline
+from paramlens.cli.main import main
+from paramlens.display.shown import Shown, html
+from paramlens.display.tables import Cell, Chart, Column, Line, Table, columns, row, shaded, visible
+from paramlens.display.terminal import print_tables
+from paramlens.runs.budget import Footprint, diagnose
+from paramlens.runs.verification import verify
 from test_page import CHROMIUM, FLAGS, needs_browser
 
 KOBE = "Kobe Bryant plays the sport of basketball"
@@ -247,7 +248,7 @@ def test_tokens_of_a_sentence_are_spans_by_importance(results):
 def test_a_run_is_shown_from_its_small_files_alone(tiny_run, monkeypatch):
     run = open_run(tiny_run.path)
     for name in ("open_run", "load_parameters", "require_whole"):
-        monkeypatch.setattr(f"paramlens.rundir.{name}", None)
+        monkeypatch.setattr(f"paramlens.runs.rundir.{name}", None)
     text = run._repr_html_()
     last = [line for line in run.metrics if "losses" in line][-1]
     for value in last["losses"].values():

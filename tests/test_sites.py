@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from paramlens.errors import SiteError
-from paramlens.sites import at_rest, find_sites, swapped_in
+from paramlens.method.sites import at_rest, find_sites, swapped_in
 from rounding import assert_near
 
 

@@ -11,18 +11,19 @@ import torch
 
 from conftest import tiny_with
 from paramlens import decompose
-from paramlens import step as step_module
-from paramlens.decomposition import Decomposition
 from paramlens.errors import BatchError, ConfigError, DivergedError
-from paramlens.factors import initialise
-from paramlens.importance import Importance
-from paramlens.losses import annealed_p, faithfulness
-from paramlens.machine import machine
-from paramlens.sites import find_sites
-from paramlens.step import Steps
-from paramlens.tasks import Batch, generator
+from paramlens.kernels.machine import machine
+from paramlens.method import step as step_module
+from paramlens.method.batch import Batch
+from paramlens.method.decomposition import Decomposition
+from paramlens.method.generators import generator
+from paramlens.method.importance import Importance
+from paramlens.method.losses import annealed_p, faithfulness
+from paramlens.method.sites import find_sites
+from paramlens.method.start import initialise
+from paramlens.method.step import Steps
+from paramlens.runs.train import make_optimizer, set_rates
 from paramlens.tasks.induction import InductionTransformer, induction_task
-from paramlens.train import make_optimizer, set_rates
 from rounding import TOY_STEP, bound, near
 
 
@@ -125,7 +126,7 @@ def test_rates_reach_an_optimizer_that_reads_them_from_tensors():
 COMPILED = """
 import torch
 from paramlens import bench, native
-from paramlens.machine import machine
+from paramlens.kernels.machine import machine
 
 native.serves = lambda *_: False  # as on a GPU
 losses = []

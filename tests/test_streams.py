@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from paramlens.cli import main
-from paramlens.tables import Table, columns, row
-from paramlens.terminal import print_tables
+from paramlens.cli.main import main
+from paramlens.display.tables import Table, columns, row
+from paramlens.display.terminal import print_tables
 
-CODE = "from paramlens.cli import entry; entry()"
+CODE = "from paramlens.cli.main import entry; entry()"
 SCRIPT = ("completion", "bash")
 
 
@@ -74,7 +74,7 @@ def test_a_full_disk_under_stdout(words):
 def test_a_stderr_whose_reader_has_gone_takes_no_result_with_it():
     read, write = os.pipe()
     os.close(read)
-    code = "import sys\nfrom paramlens.streams import ErrorConsole\nfor _ in range(2): ErrorConsole().print('x')\nprint('result')"
+    code = "import sys\nfrom paramlens.display.streams import ErrorConsole\nfor _ in range(2): ErrorConsole().print('x')\nprint('result')"
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=write, text=True, check=False)
     os.close(write)
     assert (done.returncode, done.stdout) == (0, "result\n")

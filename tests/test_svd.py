@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from paramlens.analysis.svd import Pruned, pruned_to, svd_baseline
+from paramlens.baselines.svd import Pruned, pruned_to, svd_baseline
 from paramlens.errors import ConfigError
-from paramlens.losses import kl_divergence
+from paramlens.method.losses import kl_divergence
 from rounding import near, near_divergence
 
 

@@ -17,8 +17,8 @@ from transformers import (
 from language_models import CONFIGS, ENDS, SHARED, SIZE, random_model
 from paramlens.analysis.trace import NOISE, trace
 from paramlens.errors import BatchError, ConfigError
-from paramlens.sites import at_rest
-from paramlens.tasks import generator
+from paramlens.method.generators import generator
+from paramlens.method.sites import at_rest
 from paramlens.tasks.language import encode, encode_fact
 from rounding import GPT, near
 

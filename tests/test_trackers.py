@@ -16,17 +16,17 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from wandb.proto.wandb_internal_pb2 import Record
 
 from conftest import TINY, tiny_with
-from paramlens import recorders, trackers
-from paramlens.cli import main
-from paramlens.configfile import dump_config, make_config
+from paramlens.cli.main import main
+from paramlens.config.file import dump_config, make_config
 from paramlens.errors import ConfigError
-from paramlens.layout import read_json
-from paramlens.rundir import Run
-from paramlens.runs import decompose_config
-from paramlens.seeds import decompose_seeds
-from paramlens.trackers import LIBRARIES, Beside, as_tracker, chosen
-from paramlens.tracking import Fanout, LoggedStep, Silent, Terminal
-from paramlens.verification import verify
+from paramlens.files.plain import read_json
+from paramlens.runs.decompose import decompose_config
+from paramlens.runs.rundir import Run
+from paramlens.runs.seeds import decompose_seeds
+from paramlens.runs.verification import verify
+from paramlens.tracking import recorders, trackers
+from paramlens.tracking.tracker import Fanout, LoggedStep, Silent, Terminal
+from paramlens.tracking.trackers import LIBRARIES, Beside, as_tracker, chosen
 
 
 class Notes(Silent):

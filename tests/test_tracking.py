@@ -10,13 +10,13 @@ from rich.console import Console
 from torch import nn
 
 from conftest import TINY
-from paramlens.configfile import make_config
+from paramlens.config.file import make_config
 from paramlens.errors import ConfigError
-from paramlens.layout import read_json
-from paramlens.rundir import Run
-from paramlens.runs import decompose, decompose_config
-from paramlens.trackers import Beside
-from paramlens.tracking import Fanout, LoggedStep, Silent, TargetTracker, Terminal, Tracker
+from paramlens.files.plain import read_json
+from paramlens.runs.decompose import decompose, decompose_config
+from paramlens.runs.rundir import Run
+from paramlens.tracking.tracker import Fanout, LoggedStep, Silent, TargetTracker, Terminal, Tracker
+from paramlens.tracking.trackers import Beside
 
 
 def logged(step: int) -> LoggedStep:
@@ -79,7 +79,7 @@ def test_no_line_runs_over_the_width_and_no_loss_is_left_out(terminal, label, wi
 @pytest.mark.parametrize("terminal", [True, False])
 def test_training_of_the_target_shows_steps_and_time_left(terminal, monkeypatch):
     clock = iter(range(0, 10_000, 10))
-    monkeypatch.setattr("paramlens.tracking.time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    monkeypatch.setattr("paramlens.tracking.tracker.time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     stream = io.StringIO()
     tracker = Terminal(Console(file=stream, force_terminal=terminal, width=80), seconds=0)
     tracker.start_target(steps=400)

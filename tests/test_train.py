@@ -7,14 +7,15 @@ from torch import nn
 
 import rounding
 from conftest import tiny_with
-from paramlens import runs, train
-from paramlens import step as step_module
-from paramlens.config import Optim
 from paramlens.errors import BatchError, ConfigError, DivergedError, RunDirError, SiteError
-from paramlens.evaluation import evaluate, importances
-from paramlens.layout import read_metrics
-from paramlens.runs import decompose, decompose_config
-from paramlens.tracking import Silent
+from paramlens.method import step as step_module
+from paramlens.method.evaluate import evaluate, importances
+from paramlens.method.settings import Optim
+from paramlens.runs import decompose as decompose_module
+from paramlens.runs import train
+from paramlens.runs.decompose import decompose, decompose_config
+from paramlens.runs.layout import read_metrics
+from paramlens.tracking.tracker import Silent
 from rounding import near
 
 
@@ -232,7 +233,7 @@ def test_resume_refuses_what_differs(tmp_path):
     decompose_config(tiny_with(), out=tmp_path / "run")
     with pytest.raises(ConfigError, match=r"another configuration \(C 5 → 6; optim.lr 0.001 → 0.1\)"):
         decompose_config(tiny_with(C=6, optim={"lr": 0.1}), out=tmp_path / "run", resume=True)
-    with pytest.raises(runs.RunDirError, match="nothing to resume there"):
+    with pytest.raises(decompose_module.RunDirError, match="nothing to resume there"):
         decompose_config(tiny_with(), out=tmp_path / "other", resume=True)
     assert decompose_config(tiny_with(), out=tmp_path / "run", resume=True).step == 12
 
@@ -257,7 +258,7 @@ def test_non_finite_loss_stops_before_the_update(tmp_path, monkeypatch: pytest.M
     losses = "stochastic_recon, stochastic_recon_layerwise, recon, faithfulness"
     assert str(error.value).startswith(f"step 5: loss {losses} is not finite (U at blocks.1.attn.v); nothing was updated.")
     assert torch.equal(seen["decomposition"].V["blocks.0.attn.q"], seen["V"])
-    run = runs.open_run(tmp_path / "run")
+    run = decompose_module.open_run(tmp_path / "run")
     assert (run.step, run.status) == (4, "diverged")
 
 
@@ -285,7 +286,7 @@ def test_non_finite_target_is_refused_before_anything_is_written(tmp_path):
 def test_wrong_input_replaces_nothing(tmp_path):
     decompose_config(tiny_with(), out=tmp_path / "run")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    with pytest.raises(runs.RunDirError, match="exists; resume continues it"):
+    with pytest.raises(decompose_module.RunDirError, match="exists; resume continues it"):
         decompose_config(tiny_with(), out=tmp_path / "run")
     with pytest.raises(SiteError, match="matches no weight matrix"):
         decompose_config(tiny_with(sites=["nope"]), out=tmp_path / "run", overwrite=True)

@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from paramlens.openmp import sleep_when_idle
+from paramlens.kernels.openmp import sleep_when_idle
 
 __version__ = "0.1.0"
 
@@ -15,25 +15,25 @@ if TYPE_CHECKING:
     from paramlens.analysis.components import inspect_prompt, inspect_subcomponent
     from paramlens.analysis.edit import suppress
     from paramlens.analysis.effect import evaluate_edit
-    from paramlens.analysis.svd import svd_baseline
     from paramlens.analysis.trace import trace
-    from paramlens.configfile import load_config
-    from paramlens.decomposition import Decomposition
+    from paramlens.baselines.svd import svd_baseline
+    from paramlens.config.file import load_config
+    from paramlens.method.batch import Batch
+    from paramlens.method.decomposition import Decomposition
     from paramlens.page import report
-    from paramlens.rundir import Run, open_run
-    from paramlens.runs import decompose, decompose_config
-    from paramlens.sharing import push_to_hub
-    from paramlens.shipped import example
-    from paramlens.tasks import Batch
-    from paramlens.verification import verify
+    from paramlens.runs.decompose import decompose, decompose_config
+    from paramlens.runs.rundir import Run, open_run
+    from paramlens.runs.sharing import push_to_hub
+    from paramlens.runs.shipped import example
+    from paramlens.runs.verification import verify
 
 _HOME = {
-    "decompose": "paramlens.runs",
-    "decompose_config": "paramlens.runs",
-    "open_run": "paramlens.rundir",
-    "load_config": "paramlens.configfile",
+    "decompose": "paramlens.runs.decompose",
+    "decompose_config": "paramlens.runs.decompose",
+    "open_run": "paramlens.runs.rundir",
+    "load_config": "paramlens.config.file",
     "circuit": "paramlens.analysis.circuit",
-    "svd_baseline": "paramlens.analysis.svd",
+    "svd_baseline": "paramlens.baselines.svd",
     "agreement": "paramlens.analysis.agreement",
     "suppress": "paramlens.analysis.edit",
     "evaluate_edit": "paramlens.analysis.effect",
@@ -41,12 +41,12 @@ _HOME = {
     "inspect_prompt": "paramlens.analysis.components",
     "inspect_subcomponent": "paramlens.analysis.components",
     "report": "paramlens.page",
-    "example": "paramlens.shipped",
-    "verify": "paramlens.verification",
-    "push_to_hub": "paramlens.sharing",
-    "Batch": "paramlens.tasks",
-    "Decomposition": "paramlens.decomposition",
-    "Run": "paramlens.rundir",
+    "example": "paramlens.runs.shipped",
+    "verify": "paramlens.runs.verification",
+    "push_to_hub": "paramlens.runs.sharing",
+    "Batch": "paramlens.method.batch",
+    "Decomposition": "paramlens.method.decomposition",
+    "Run": "paramlens.runs.rundir",
 }
 
 __all__ = [

@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from paramlens.decomposition import Decomposition, TargetRun
-from paramlens.losses import LossAt
-from paramlens.masks import Replacement, stochastic_mask
-from paramlens.tasks import Inputs
+from paramlens.method.batch import Inputs
+from paramlens.method.decomposition import Decomposition, TargetRun
+from paramlens.method.losses import LossAt
+from paramlens.method.masks import Replacement, stochastic_mask
 
 STEPS = 20
 """Steps of projected gradient ascent."""

@@ -11,17 +11,17 @@ from torch import Tensor
 
 from paramlens.analysis.components import require_threshold
 from paramlens.analysis.held_out import HeldOut, data_of, held_out
-from paramlens.config import Init
-from paramlens.decomposition import Decomposition
+from paramlens.display.shown import Shown
+from paramlens.display.tables import Cell, Table, columns, figure, row, shaded, site_cell
 from paramlens.errors import ConfigError, RunDirError
-from paramlens.evaluation import ACTIVE
-from paramlens.factors import initialise
-from paramlens.machine import machine
-from paramlens.rundir import Run
-from paramlens.shown import Shown
-from paramlens.sites import at_rest
-from paramlens.tables import Cell, Table, columns, figure, row, shaded, site_cell
-from paramlens.tasks import generator
+from paramlens.kernels.machine import machine
+from paramlens.method.decomposition import Decomposition
+from paramlens.method.evaluate import ACTIVE
+from paramlens.method.generators import generator
+from paramlens.method.settings import Init
+from paramlens.method.sites import at_rest
+from paramlens.method.start import initialise
+from paramlens.runs.rundir import Run
 
 
 @dataclass(frozen=True)

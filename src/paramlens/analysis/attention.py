@@ -9,8 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from paramlens.decomposition import Decomposition, Plan
-from paramlens.tasks import Batch, Link
+from paramlens.method.batch import Batch
+from paramlens.method.decomposition import Decomposition, Plan
+from paramlens.method.task import Link
 
 
 def attention_divergence(

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from paramlens.analysis.norms import factor, norm_of
-from paramlens.decomposition import call
 from paramlens.errors import BatchError, ConfigError
-from paramlens.tasks import Inputs
+from paramlens.method.batch import Inputs
+from paramlens.method.decomposition import call
 
 Kind = Literal["mlp", "attention"]
 

@@ -13,18 +13,19 @@ from paramlens.analysis.held_out import ALL_POSITIONS, HeldOut, data_of, held_ou
 from paramlens.analysis.interventions import Intervention, interventions
 from paramlens.analysis.maps import AlignedImportance, aligned_importance
 from paramlens.analysis.off_data import OffData, off_data
-from paramlens.config import InductionTask
-from paramlens.decomposition import Decomposition
+from paramlens.display.shown import Shown
+from paramlens.display.tables import Cell, Table, columns, metric, row, shaded, site_cell
+from paramlens.display.verdicts import Verdict, verdict_table, verdicts
 from paramlens.errors import ConfigError
-from paramlens.evaluation import ACTIVE, evaluate, mean_over_batches
-from paramlens.losses import LossAt, mean_square
-from paramlens.machine import machine
-from paramlens.rundir import Run
-from paramlens.shown import Shown
-from paramlens.sites import at_rest
-from paramlens.tables import Cell, Table, columns, metric, row, shaded, site_cell
-from paramlens.tasks import EvaluatedOn, Task, generator, seed_of
-from paramlens.verdicts import Verdict, verdict_table, verdicts
+from paramlens.kernels.machine import machine
+from paramlens.method.decomposition import Decomposition
+from paramlens.method.evaluate import ACTIVE, evaluate, mean_over_batches
+from paramlens.method.generators import generator, seed_of
+from paramlens.method.losses import LossAt, mean_square
+from paramlens.method.sites import at_rest
+from paramlens.method.task import EvaluatedOn, Task
+from paramlens.runs.rundir import Run
+from paramlens.tasks.settings import InductionTask
 
 EXAMPLE_LENGTH = 128
 """Longest example whose attention patterns are kept, tokens."""

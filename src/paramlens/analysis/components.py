@@ -10,17 +10,17 @@ from torch import Tensor
 
 from paramlens.analysis.held_out import data_of
 from paramlens.analysis.streams import TOP, Read, Streams
-from paramlens.config import FactsTask
+from paramlens.display.shown import Shown
+from paramlens.display.tables import Cell, Column, Table, columns, row, shaded, site_cell
 from paramlens.errors import ConfigError, SiteError
-from paramlens.evaluation import ACTIVE, importances
-from paramlens.machine import machine
-from paramlens.rundir import Run
-from paramlens.shown import Shown
-from paramlens.sites import at_rest
-from paramlens.tables import Cell, Column, Table, columns, row, shaded, site_cell
-from paramlens.tasks import Batch
+from paramlens.kernels.machine import machine
+from paramlens.method.batch import Batch
+from paramlens.method.evaluate import ACTIVE, importances
+from paramlens.method.sites import at_rest
+from paramlens.runs.rundir import Run
 from paramlens.tasks.language import encode_sentence, padded
 from paramlens.tasks.limits import require_tokens
+from paramlens.tasks.settings import FactsTask
 
 SEQUENCES = 6
 """Held-out sequences shown of a run that has no sentences of its own."""

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from paramlens.analysis.components import run_sentences
 from paramlens.analysis.edit import Edit, Method, Selected, taken_out, without_largest, without_random
-from paramlens.rundir import Run
-from paramlens.tasks import generator
+from paramlens.method.generators import generator
+from paramlens.runs.rundir import Run
 from paramlens.tasks.facts import Fact
 
 DRAWS = 5

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from paramlens.analysis.components import require_threshold
 from paramlens.analysis.held_out import HeldOut, data_of, held_out
-from paramlens.evaluation import ACTIVE
-from paramlens.importance import lower
-from paramlens.machine import machine
-from paramlens.masks import Replacement, rounded_mask
-from paramlens.rundir import Run
-from paramlens.shown import Shown
-from paramlens.sites import at_rest
-from paramlens.tables import Cell, Table, columns, shaded
+from paramlens.display.shown import Shown
+from paramlens.display.tables import Cell, Table, columns, shaded
+from paramlens.kernels.machine import machine
+from paramlens.method.evaluate import ACTIVE
+from paramlens.method.importance import lower
+from paramlens.method.masks import Replacement, rounded_mask
+from paramlens.method.sites import at_rest
+from paramlens.runs.rundir import Run
 
 SMALLEST = 1e-6
 """Relative changes below it are the rounding of two runs, and no edge."""

@@ -13,16 +13,16 @@ from paramlens.analysis.controls import CONTROLS, edit_slices
 from paramlens.analysis.controls import controls as controls_of
 from paramlens.analysis.edit import Edit, Selected, changed, find_fact, selected_table
 from paramlens.analysis.held_out import data_of
+from paramlens.display.shown import Shown
+from paramlens.display.tables import Cell, Table, columns, figure, row, shaded
+from paramlens.display.verdicts import Verdict, verdict_table
 from paramlens.errors import ConfigError
-from paramlens.machine import machine
-from paramlens.rundir import Run
-from paramlens.shown import Shown
-from paramlens.sites import at_rest
-from paramlens.tables import Cell, Table, columns, figure, row, shaded
+from paramlens.kernels.machine import machine
+from paramlens.method.sites import at_rest
+from paramlens.runs.rundir import Run
 from paramlens.tasks.facts import Fact, kinds, recall, shipped_facts
 from paramlens.tasks.language import encode, padded
 from paramlens.tasks.limits import require_tokens
-from paramlens.verdicts import Verdict, verdict_table
 
 KINDS = ("target", "paraphrase", "other-target", "same-sport", "other-sport", "general", "reverse")
 

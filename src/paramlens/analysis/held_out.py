@@ -10,13 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from paramlens.decomposition import Decomposition, Plan, TargetRun
 from paramlens.errors import ConfigError
-from paramlens.evaluation import importances
-from paramlens.losses import LossAt, stack_size
-from paramlens.masks import Replacement
-from paramlens.rundir import Run
-from paramlens.tasks import Batch, Inputs, Task
+from paramlens.method.batch import Batch, Inputs
+from paramlens.method.decomposition import Decomposition, Plan, TargetRun
+from paramlens.method.evaluate import importances
+from paramlens.method.losses import LossAt, stack_size
+from paramlens.method.masks import Replacement
+from paramlens.method.task import Task
+from paramlens.runs.rundir import Run
 
 ALL_POSITIONS = "all"
 """The one role of a task whose positions have none."""

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from paramlens.analysis.attention import attention_along, captured
 from paramlens.analysis.held_out import HeldOut
-from paramlens.decomposition import Decomposition, Plan
-from paramlens.evaluation import accuracy, mean_over_batches
-from paramlens.losses import LossAt
-from paramlens.masks import Replacement, rounded_mask
-from paramlens.tasks import Task
+from paramlens.method.decomposition import Decomposition, Plan
+from paramlens.method.evaluate import accuracy, mean_over_batches
+from paramlens.method.losses import LossAt
+from paramlens.method.masks import Replacement, rounded_mask
+from paramlens.method.task import Task
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from paramlens.tasks import generator
+from paramlens.method.generators import generator
 
 _PROBES = 8
 

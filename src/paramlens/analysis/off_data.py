@@ -13,15 +13,16 @@ from torch import Tensor
 from paramlens.analysis.controls import weight_rank
 from paramlens.analysis.edit import changed, without_largest, without_random
 from paramlens.analysis.held_out import HeldOut, data_of
-from paramlens.config import CustomTask, FactsTask
-from paramlens.decomposition import call
-from paramlens.evaluation import importances
-from paramlens.losses import LossAt
-from paramlens.masks import Replacement
-from paramlens.rundir import Run
-from paramlens.tasks import Batch, generator
+from paramlens.method.batch import Batch
+from paramlens.method.decomposition import call
+from paramlens.method.evaluate import importances
+from paramlens.method.generators import generator
+from paramlens.method.losses import LossAt
+from paramlens.method.masks import Replacement
+from paramlens.runs.rundir import Run
 from paramlens.tasks.facts import other_facts
 from paramlens.tasks.language import padded
+from paramlens.tasks.settings import CustomTask, FactsTask
 
 FACTS = 64
 """Other facts looked at."""

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from paramlens.analysis.branches import hooked
 from paramlens.analysis.norms import Norm, factor, norm_of
-from paramlens.decomposition import call
 from paramlens.errors import SiteError
-from paramlens.sites import Site, find_sites
-from paramlens.tasks import Inputs, generator, map_tensors, tensors_of
+from paramlens.method.batch import Inputs, map_tensors, tensors_of
+from paramlens.method.decomposition import call
+from paramlens.method.generators import generator
+from paramlens.method.sites import Site, find_sites
 
 _POSITIONS = 16
 """Positions of the one sequence that is run."""

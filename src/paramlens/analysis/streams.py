@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from paramlens.analysis.held_out import data_of
 from paramlens.analysis.paths import find_paths
-from paramlens.rundir import Run
-from paramlens.tasks import Batch
+from paramlens.method.batch import Batch
+from paramlens.runs.rundir import Run
 from paramlens.tasks.induction import InductionTransformer
 from paramlens.tasks.tokens import token_texts
 

@@ -15,10 +15,10 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from paramlens.config import CustomTask, FactsTask
-from paramlens.configfile import load_config
+from paramlens.config.file import load_config
+from paramlens.display.verdicts import verdicts
 from paramlens.errors import ConfigError
-from paramlens.layout import read_json, read_metrics, require_run, with_nan, write_text
+from paramlens.files.plain import read_json, with_nan, write_text
 from paramlens.page.analyses import Analyses
 from paramlens.page.document import pack
 from paramlens.page.figures import (
@@ -35,10 +35,11 @@ from paramlens.page.figures import (
     trace_figure,
     zero_figure,
 )
-from paramlens.verdicts import verdicts
+from paramlens.runs.layout import read_metrics, require_run
+from paramlens.tasks.settings import CustomTask, FactsTask
 
 if TYPE_CHECKING:
-    from paramlens.rundir import Run
+    from paramlens.runs.rundir import Run
 
 SCRIPTS = ("base", "map", "panel", "circuit", "plots", "main")
 """The page's own scripts, which run as one."""

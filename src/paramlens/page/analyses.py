@@ -4,12 +4,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paramlens.config import FactsTask
-from paramlens.configfile import load_config
-from paramlens.layout import MOST_ANALYSIS, checkpoint_step, find_checkpoint, read_json
+from paramlens.config.file import load_config
+from paramlens.files.plain import read_json
+from paramlens.runs.layout import MOST_ANALYSIS, checkpoint_step, find_checkpoint
+from paramlens.tasks.settings import FactsTask
 
 if TYPE_CHECKING:
-    from paramlens.rundir import Run
+    from paramlens.runs.rundir import Run
 
 _READ = {
     "circuit": {"threshold", "sites", "metrics", "attention_kl", "attention_by_role", "interventions", "maps", "example", "off_data"},
@@ -72,7 +73,7 @@ class Analyses:
 
     @cached_property
     def _opened(self) -> "Run":
-        from paramlens.rundir import open_run
+        from paramlens.runs.rundir import open_run
 
         return open_run(self._run, checkpoint=self._step) if isinstance(self._run, str | Path) else self._run
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from paramlens.errors import BatchError, ConfigError
-from paramlens.tasks import Batch, Batches, EvaluatedOn, Inputs, Task, map_leaves, tensors_of
+from paramlens.method.batch import Batch, Batches, Inputs, map_leaves, tensors_of
+from paramlens.method.task import EvaluatedOn, Task
 
 MASK = "attention_mask"
 """Name under which tokenizers hand over which positions are present, (batch, pos), 1 present and 0 padding."""

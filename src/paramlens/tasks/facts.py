@@ -12,14 +12,16 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from paramlens.config import FactsTask
-from paramlens.configfile import MOST_BYTES, parse_yaml
 from paramlens.errors import ConfigError
-from paramlens.tasks import Batch, Task, generator
+from paramlens.files.yaml import MOST_BYTES, parse_yaml
+from paramlens.method.batch import Batch
+from paramlens.method.generators import generator
+from paramlens.method.task import Task
 from paramlens.tasks.language import encode_fact, encode_sentence, padded, sentence_of
 from paramlens.tasks.limits import require_tokens, that_fit
 from paramlens.tasks.loading import Language
 from paramlens.tasks.reading import read_text
+from paramlens.tasks.settings import FactsTask
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Fact:
 @cache
 def shipped_facts() -> tuple[Fact, ...]:
     """The facts in the package: every athlete in every template, general facts, and the reverse prompts."""
-    tree = yaml.safe_load((resources.files("paramlens") / "data" / "facts.yaml").read_text(encoding="utf-8"))
+    tree = yaml.safe_load((resources.files("paramlens.tasks") / "facts.yaml").read_text(encoding="utf-8"))
     athletes = [(name, sport) for sport, names in tree["athletes"].items() for name in names]
     facts = [Fact(each.format(name=name), sport, "sport", name) for each in tree["templates"] for name, sport in athletes]
     facts += [Fact(prompt, answer, relation) for relation, pairs in tree["general"].items() for prompt, answer in pairs]

@@ -17,9 +17,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from paramlens.config import InductionTask, TargetTraining
 from paramlens.errors import ConfigError, DivergedError
-from paramlens.tasks import Batch, Link, TargetHistory, Task, generator
+from paramlens.method.batch import Batch
+from paramlens.method.generators import generator
+from paramlens.method.task import Link, TargetHistory, Task
+from paramlens.tasks.settings import InductionTask, TargetTraining
 
 ROLES = ("s1", "m", "s2", "random")
 S1, M, S2, RANDOM = range(4)

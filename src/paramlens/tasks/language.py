@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from paramlens.errors import BatchError
-from paramlens.tasks import Batch
+from paramlens.method.batch import Batch
 from paramlens.tasks.loading import Language, language_skeleton, load_language, save_language
 from paramlens.tasks.tokens import open_ended, token_texts
 

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from paramlens.config import Miniature
 from paramlens.errors import DivergedError
-from paramlens.tasks import TargetHistory, generator, seed_of
+from paramlens.method.generators import generator, seed_of
+from paramlens.method.task import TargetHistory
 from paramlens.tasks.facts import Fact, answers_alike, recall, shipped_facts
 from paramlens.tasks.language import encode, encode_sentence, model_inputs, padded
 from paramlens.tasks.limits import require_tokens
 from paramlens.tasks.loading import Language
+from paramlens.tasks.settings import Miniature
 
 END = "<|endoftext|>"
 

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paramlens.config import TextTask
 from paramlens.errors import BatchError, ConfigError
-from paramlens.tasks import Batch, Task, generator
+from paramlens.method.batch import Batch
+from paramlens.method.generators import generator
+from paramlens.method.task import Task
 from paramlens.tasks.language import encode, model_inputs
 from paramlens.tasks.limits import require_tokens
 from paramlens.tasks.loading import Language
 from paramlens.tasks.reading import json_lines, read_text
+from paramlens.tasks.settings import TextTask
 from paramlens.tasks.tokens import token_texts
 
 

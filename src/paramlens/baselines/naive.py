@@ -1,0 +1,114 @@
+"""The same training step written the obvious way, to be measured against: loops over sites and plans, one einsum over all hidden units.
+
+It is what one writes first and no slower: batched over subcomponents, in PyTorch's own operations, every intermediate kept for
+autograd. The losses are those of Table 4; tests hold its losses and gradients to the library's.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from paramlens.config.model import Config
+from paramlens.method.decomposition import Decomposition
+from paramlens.method.importance import Importance
+from paramlens.method.losses import annealed_p
+from paramlens.method.sites import swapped_in
+
+LOSSES = ("stochastic_recon", "stochastic_recon_layerwise", "recon", "faithfulness", "minimality")
+
+
+class _Lower(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pre: Tensor) -> Tensor:
+        ctx.save_for_backward(pre)
+        return pre.clamp(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (pre,) = ctx.saved_tensors
+        return torch.where(pre <= 0, 0.01 * grad.clamp(max=0), torch.where(pre <= 1, grad, 0))
+
+
+class NaiveStep(nn.Module):
+    """U, V and γ of every site as parameters of its own, copied from a decomposition, and one step on them."""
+
+    def __init__(self, config: Config, decomposition: Decomposition, importance: Importance, *, max_length: int) -> None:
+        super().__init__()
+        self.config, self.max_length = config, max_length
+        self._target = (decomposition.model,)
+        self.sites = decomposition.sites
+        self.U = nn.ParameterList(U.detach().clone() for U in decomposition.U.values())
+        self.V = nn.ParameterList(V.detach().clone() for V in decomposition.V.values())
+        of_site = importance.site_parameters()
+        self.gamma = nn.ModuleList(
+            nn.ParameterDict({key: value.detach().clone() for key, value in of_site[site.name].items()}) for site in self.sites
+        )
+
+    def forward(self, tokens: Tensor, step: int, noise: Callable[[str, str, Tensor], Tensor], layerwise: tuple[str, ...]) -> Tensor:
+        """The weighted loss. noise(loss, site, g): numbers in [0, 1]; layerwise: names of the sites replaced alone."""
+        losses = self.config.losses
+        logits, inputs = self._target_run(tokens)
+        log_p = logits.log_softmax(-1)
+        names = [site.name for site in self.sites]
+        pre = {name: self._pre(i, inputs[name]) for i, name in enumerate(names)}
+        g = {name: _Lower.apply(value) for name, value in pre.items()}
+
+        def divergence(masks: Mapping[str, Tensor]) -> Tensor:
+            log_q = self._masked_run(tokens, masks).log_softmax(-1)
+            return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).mean()
+
+        def drawn(loss: str) -> dict[str, Tensor]:
+            return {name: value + (1 - value) * noise(loss, name, value) for name, value in g.items()}
+
+        total = losses.recon * divergence(g) + losses.stochastic_recon * divergence(drawn("stochastic_recon"))
+        masks = drawn("stochastic_recon_layerwise")
+        for name in layerwise:
+            total = total + losses.stochastic_recon_layerwise / len(layerwise) * divergence({name: masks[name]})
+        squares = [(site.W - U @ V).square().sum() for site, U, V in zip(self.sites, self.U, self.V, strict=True)]
+        total = total + losses.faithfulness * sum(squares) / sum(site.W.numel() for site in self.sites)
+        p, eps = annealed_p(losses, step, self.config.steps), losses.minimality_eps
+        for value in pre.values():
+            upper = torch.where(value > 1, 1 + 0.01 * (value - 1), torch.where(value > 0, value, 0))
+            total = total + losses.minimality * ((upper + eps).pow(p) - eps**p).sum(-1).mean()
+        return total
+
+    def _target_run(self, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        inputs: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Callable[..., None]:
+            return lambda _module, args: inputs.__setitem__(name, args[0])
+
+        hooks = [site.module.register_forward_pre_hook(keep(site.name)) for site in self.sites]
+        with torch.no_grad():
+            logits = self._target[0](tokens)
+        for hook in hooks:
+            hook.remove()
+        return logits, inputs
+
+    def _masked_run(self, tokens: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
+        def forward(U: Tensor, V: Tensor, mask: Tensor) -> Callable[[Tensor], Tensor]:
+            return lambda x: ((x @ U) * mask) @ V
+
+        sites = zip(self.sites, self.U, self.V, strict=True)
+        with swapped_in({site.module: forward(U, V, masks[site.name]) for site, U, V in sites if site.name in masks}):
+            return self._target[0](tokens)
+
+    def _pre(self, i: int, x: Tensor) -> Tensor:
+        kind, p = self.config.gamma.kind, cast("nn.ParameterDict", self.gamma[i])
+        if kind == "scalar":
+            hidden = F.gelu((x @ self.U[i])[..., None] * p["w_in"][:, 0] + p["b_in"])
+        else:
+            read = self._attend(x, p) if kind == "attention" else x
+            hidden = F.gelu(torch.einsum("bnd,cdh->bnch", read, p["w_in"]) + p["b_in"])
+        return torch.einsum("bnch,ch->bnc", hidden, p["w_out"]) + p["b_out"]
+
+    def _attend(self, x: Tensor, p: Any) -> Tensor:
+        n, d = x.shape[1:]
+        x_pos = x + p["absolute"][:n]
+        q, k, v = x @ p["query"], x @ p["key"], x_pos @ p["value"]
+        place = torch.arange(n, device=x.device)
+        r = p["relative"][place[None] - place[:, None] + self.max_length]
+        return torch.cat([((q @ k.mT + r) / d**0.5).softmax(-1) @ v, x_pos], dim=-1)

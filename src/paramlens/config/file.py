@@ -1,0 +1,223 @@
+"""Configurations in and out of files and flags; every message names the field, the value and what to write instead.
+
+Needs no torch, so a wrong configuration is refused at once.
+"""
+
+import difflib
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from paramlens.config.model import Config
+from paramlens.errors import ConfigError
+from paramlens.files.yaml import MOST_BYTES, parse_yaml
+
+
+def parse_value(text: str) -> Any:
+    """A field's value as YAML reads it: 3e-3 is a number, true a boolean, none and null nothing, the rest text."""
+    if text.lower() == "none":
+        return None
+    try:
+        return parse_yaml(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return text
+
+
+def shipped_configs() -> list[str]:
+    """Names of the configurations in the package."""
+    folder = resources.files("paramlens.config") / "shipped"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_config(name_or_path: str | Path, *, overrides: Mapping[str, Any] | None = None) -> Config:
+    """The configuration of a shipped name or a YAML path, with dotted `overrides` ({"optim.lr": 3e-3}) on top.
+
+    Raises `ConfigError` for a name that is neither, a file that is no YAML mapping, or a field that does not hold.
+    """
+    source, tree = read_tree(name_or_path)
+    for path, value in (overrides or {}).items():
+        _set(tree, path.split("."), value)
+    return make_config(tree, source=source)
+
+
+def read_tree(name_or_path: str | Path) -> tuple[str, dict[str, Any]]:
+    """What messages call a configuration, and its fields as they are written, unchecked. Raises `ConfigError` as `load_config` does."""
+    source, text = _read(str(name_or_path))
+    try:
+        tree = parse_yaml(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        place = getattr(error, "problem_mark", None)
+        line = f" line {place.line + 1}" if place else ""
+        problem = str(getattr(error, "problem", None) or error)
+        remedy = "; indent with spaces" if "'\\t'" in problem else ""
+        raise ConfigError(f"{source}{line}: not YAML ({problem}){remedy}") from None
+    if not isinstance(tree, dict):
+        given = "an empty file" if tree is None else type(tree).__name__
+        raise ConfigError(f"{source}: a mapping of fields is needed, not {given}; see the shipped {', '.join(shipped_configs())}")
+    return source, tree
+
+
+def make_config(tree: Mapping[str, Any], *, source: str = "config") -> Config:
+    """A `Config` from a nested mapping; raises `ConfigError` naming `source`, the field, the value and the remedy."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(explain(error, source=source)) from None
+
+
+def with_known_fields(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration's nested mapping without the fields that this version does not know."""
+    known = set(field_paths())
+
+    def kept(node: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        inner = {name: kept(value, f"{prefix}{name}.") if isinstance(value, Mapping) else value for name, value in node.items()}
+        return {name: value for name, value in inner.items() if value or f"{prefix}{name}" in known}
+
+    return kept(tree, "")
+
+
+def dump_config(config: Config) -> str:
+    """YAML that `load_config` reads back to an equal configuration."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def explain(error: ValidationError, *, source: str) -> str:
+    """The first problem of a validation error in one line, with the count of the others."""
+    problems = error.errors()
+    first = problems[0]
+    place = [str(part) for part in first["loc"]]
+    kind = place.pop(1) if place[:1] == ["task"] and len(place) > 1 else None  # pydantic names the kind of task there
+    field = ".".join(place)
+    if first["type"] == "extra_forbidden":
+        text = _unknown(place, first["input"], kind=kind)
+    else:
+        shown = repr(first["input"])
+        unseen = first["type"] in ("missing", "invalid_key") or isinstance(first["input"], dict | BaseModel)
+        given = "" if unseen else f" {shown if len(shown) <= 60 else shown[:57] + '...'}:"
+        text = f"{field}{':' if field else ''}{given} {_remedy(first)}".strip()
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{source}: {text}{more}"
+
+
+_REMEDIES = {
+    "greater_than": "give a number above {gt:g}",
+    "greater_than_equal": "give {ge:g} or more",
+    "less_than": "give a number below {lt:g}",
+    "less_than_equal": "give {le:g} or less",
+    "union_tag_not_found": "give its kind: {{kind: induction}}; a mapping replaces all of it, a single field is named with dots",
+    "finite_number": "give a finite number",
+    "float_type": "give a number",
+    "int_type": "give a whole number",
+    "bool_type": "give true or false",
+    "bool_parsing": "give true or false",
+    "missing": "missing; give it",
+    "string_type": "give text",
+    "tuple_type": "give a list",
+    "too_short": "give at least {min_length}",
+    "too_long": "give at most {max_length}",
+    "invalid_key": "keys are names of fields",
+    "literal_error": "give {expected}",
+    "string_pattern_mismatch": "does not match {pattern}",
+    "union_tag_invalid": "give {expected_tags}",
+    "model_type": "give a mapping of fields",
+    "model_attributes_type": "give a mapping of fields",
+}
+
+
+def _remedy(problem: Mapping[str, Any]) -> str:
+    known = _REMEDIES.get(problem["type"])
+    if known is not None:
+        quoted = problem["type"] in ("int_type", "float_type") and isinstance(parse_value(str(problem["input"])), int | float)
+        return known.format(**problem.get("ctx", {})) + (", without quotes" if quoted and isinstance(problem["input"], str) else "")
+    reason = problem["msg"].removeprefix("Value error, ")
+    return reason[:1].lower() + reason[1:]
+
+
+def _unknown(place: list[str], value: Any, *, kind: str | None) -> str:
+    """An unknown field and what was meant: a key with dots, a field of another task, or the nearest name, of the same level first."""
+    path, above = ".".join(place), [part for name in place[:-1] for part in name.split(".")]
+    known = field_paths()
+    if path in known and "." in place[-1]:
+        outer, *inner = place[-1].split(".")
+        nested = f"{outer}: " + "".join(f"{{{part}: " for part in inner) + str(value) + "}" * len(inner)
+        return f"{path}: keys with dots are for flags; in a mapping write {nested}"
+    if path in known:
+        return f"{path}: a task of kind {kind} has no such field"
+    siblings = sorted({name.split(".")[len(above)] for name in known if name.split(".")[: len(above)] == above})
+    close = [".".join([*above, name]) for name in difflib.get_close_matches(place[-1], siblings, n=1, cutoff=0.6)]
+    close = close or difflib.get_close_matches(path, known, n=1, cutoff=0.6)
+    if not close:
+        by_leaf = {name.rsplit(".", 1)[-1]: name for name in known}
+        close = [by_leaf[leaf] for leaf in difflib.get_close_matches(place[-1], list(by_leaf), n=1, cutoff=0.6)]
+    if close:
+        return f"{path}: unknown field; did you mean {close[0]}?"
+    return f"{path}: unknown field; known here: {', '.join(siblings)}"
+
+
+def field_paths() -> list[str]:
+    """Every field of a configuration as a dotted path."""
+    return list(field_types())
+
+
+def field_types() -> dict[str, list[Any]]:
+    """Every field of a configuration as a dotted path, and its type; of a field that several kinds of task have, their types."""
+    found: dict[str, list[Any]] = {}
+
+    def walk(model: type[BaseModel], prefix: str) -> None:
+        for name, field in model.model_fields.items():
+            inner = _models(field.annotation)
+            for kind in inner:
+                walk(kind, f"{prefix}{name}.")
+            if not inner:
+                found.setdefault(f"{prefix}{name}", []).append(field.annotation)
+
+    walk(Config, "")
+    return found
+
+
+def switches() -> list[str]:
+    """Fields that are true or false; on the command line, the bare flag is true."""
+    return [path for path, hints in field_types().items() if hints == [bool]]
+
+
+def list_fields() -> list[str]:
+    """Fields that hold several values; on the command line, values apart."""
+    return [path for path, hints in field_types().items() if any(get_origin(hint) is tuple for hint in hints)]
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    options = getattr(annotation, "__args__", (annotation,))
+    return [kind for kind in options if isinstance(kind, type) and issubclass(kind, BaseModel)]
+
+
+def _read(name_or_path: str) -> tuple[str, str]:
+    if name_or_path in shipped_configs():
+        return f"config {name_or_path}", (resources.files("paramlens.config") / "shipped" / f"{name_or_path}.yaml").read_text(
+            encoding="utf-8"
+        )
+    path = Path(name_or_path)
+    try:
+        if path.is_file():
+            if (size := path.stat().st_size) > MOST_BYTES:
+                raise ConfigError(f"{path}: {size} bytes, at most {MOST_BYTES} are read; give a YAML file of fields")
+            return str(path), path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not a text file in UTF-8; give a YAML file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    close = difflib.get_close_matches(name_or_path, shipped_configs(), n=1, cutoff=0.5)
+    hint = f", did you mean {close[0]}?" if close else "."
+    raise ConfigError(f"no configuration {name_or_path!r}{hint} Give a YAML file or one of {', '.join(shipped_configs())}")
+
+
+def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
+    for part in path[:-1]:
+        node = tree.setdefault(part, {})
+        if not isinstance(node, dict):
+            tree[part] = node = {}
+        tree = node
+    tree[path[-1]] = value

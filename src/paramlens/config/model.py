@@ -1,0 +1,73 @@
+"""What a run is made of: frozen models in which every field states its unit, the paper's symbol and the paper's value."""
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from paramlens.fields import Count, Section
+from paramlens.method.settings import MethodSettings
+from paramlens.tasks.settings import CustomTask, FactsTask, InductionTask, TextTask
+
+
+class Checkpoint(Section):
+    every: Count = 5000
+    """Steps between checkpoints; one is always written at the end."""
+    keep_last: Count = 2
+    """Checkpoints kept, the newest."""
+    keep_every: Count | None = None
+    """Steps whose multiples keep their checkpoint for good; none: no others are kept."""
+
+
+class Evaluate(Section):
+    every: Count = 1000
+    """Steps between evaluations on held-out batches."""
+    batches: Count = 1
+    """Held-out batches per evaluation."""
+
+
+class Config(MethodSettings):
+    """One run: what the method and the machine need, the task, and what is written and measured. Shipped: `config/shipped/*.yaml`."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "custom"
+    """The run's name; runs go to runs/<name>-s<seed>."""
+    batch: Count = 64
+    """Sequences per step. Table 4: 1024. Figure 6: 2."""
+    task: InductionTask | FactsTask | TextTask | CustomTask = Field(default=CustomTask(), discriminator="kind")
+    checkpoint: Checkpoint = Checkpoint()
+    evaluate: Evaluate = Evaluate()
+    log_every: Count = 50
+    """Steps between lines of metrics.jsonl."""
+
+    @model_validator(mode="after")
+    def _table_holds_the_task(self) -> "Config":
+        table = self.gamma.max_length
+        if self.gamma.kind == "attention" and table is not None and isinstance(self.task, InductionTask) and table < self.task.length:
+            raise ValueError(
+                f"gamma.max_length {table} is below task.length {self.task.length}; "
+                f"the attention γ's table must hold the longest batch, so give at least {self.task.length}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _elsewhere_has_text(self) -> "Config":
+        if bool(self.losses.elsewhere) != bool(isinstance(self.task, FactsTask) and self.task.elsewhere):
+            raise ValueError("losses.elsewhere and task.elsewhere (sentences per step, of a facts task) go together: give both or neither")
+        if self.losses.elsewhere and self.cuda_graph:
+            raise ValueError("cuda_graph true captures one batch a step; losses.elsewhere brings a second, so give one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _graph_has_one_shape(self) -> "Config":
+        partial = self.losses.partial_scope == "forward" and (self.losses.recon_partial or self.losses.stochastic_recon_partial)
+        if self.cuda_graph and not self.device.startswith("cuda"):
+            raise ValueError(f"cuda_graph true needs device cuda, not {self.device}")
+        if self.cuda_graph and self.optim.project_from is not None:
+            raise ValueError(
+                "cuda_graph true cannot capture the projection of optim.project_from, which the host waits for; give one of them"
+            )
+        if self.cuda_graph and (partial or self.losses.layerwise_sites != "all"):
+            raise ValueError(
+                "cuda_graph true replays one set of plans; partial losses need losses.partial_scope sequence or position, "
+                "and losses.layerwise_sites must be all"
+            )
+        return self

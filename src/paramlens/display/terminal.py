@@ -1,0 +1,141 @@
+"""Tables in a terminal, whole at any width: what does not fit beside each other comes in blocks, one under the other."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console
+from rich.style import Style
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from paramlens.display.tables import Cell, Table, Tone, token_text, visible
+from paramlens.files.plain import json_line
+
+_TONES: dict[Tone, str] = {"plain": "", "faint": "dim", "strong": "bold", "good": "green", "warn": "yellow", "bad": "red"}
+_LIGHT, _DEEP = (222, 235, 247), (8, 69, 148)
+_KEY = 36
+"""Columns of the terminal that the names of rows take at most."""
+_LEAST = 20
+"""Columns that a terminal is taken to have at least, whatever it says."""
+_PROSE = 24
+"""Columns that prose is given at least."""
+
+
+def emit(document: Mapping[str, object], tables: Sequence[Table], *, as_json: bool) -> None:
+    """A command's result on stdout: one JSON document, or its tables."""
+    if as_json:
+        print(json_line(document))
+    else:
+        print_tables(tables)
+
+
+def print_tables(tables: Sequence[Table], console: Console | None = None) -> None:
+    """Print tables on `console`, none: stdout; no line is longer than it is wide, or than `_LEAST` columns, and no text is cut."""
+    console = console or Console()
+    console.width = max(_LEAST, console.width)
+    for i, table in enumerate(tables):
+        if i:
+            console.print()
+        if table.title:
+            _line(Cell(table.title, "strong"), console)
+        if table.rows:
+            for number, (block, widths, gap) in enumerate(_blocks(table, console.width)):
+                if number:
+                    console.print()
+                console.print(_rich(table, block, widths, gap))
+        for note in table.notes:
+            _line(note, console)
+
+
+def _line(cell: Cell, console: Console) -> None:
+    console.print(Text(visible(cell.text), style=_TONES[cell.tone], overflow="fold"))
+
+
+def _blocks(table: Table, width: int) -> Iterator[tuple[list[int], list[int], int]]:
+    """Columns that stand beside each other, their widths and the gap between them: all of them if they fit, else as many as do.
+
+    Two spaces between columns or one, heads on one line or on several, whatever is the first to fit.
+    """
+    every = list(range(len(table.columns)))
+    if any(column.wraps for column in table.columns):
+        yield every, _with_prose(table, width), 2
+        return
+    for gap, whole in ((2, True), (2, False), (1, False)):
+        widths = [_width(table, i, width, whole=whole) for i in every]
+        if sum(widths) + gap * (len(every) - 1) <= width:
+            yield every, widths, gap
+            return
+    keys, gap = every[: table.keys], 2
+    widths = [_width(table, i, width, whole=False) for i in every]
+    used = sum(widths[i] + gap for i in keys)
+    block = list[int]()
+    for i in every[table.keys :]:
+        widths[i] = min(widths[i], width - used)
+        if block and used + sum(widths[j] + gap for j in block) + widths[i] > width:
+            yield [*keys, *block], [widths[j] for j in [*keys, *block]], gap
+            block = []
+        block.append(i)
+    yield [*keys, *block], [widths[j] for j in [*keys, *block]], gap
+
+
+def _width(table: Table, index: int, width: int, *, whole: bool) -> int:
+    """Of a column: its longest cell, and its head on one line, or its longest word."""
+    name = token_text(visible(table.columns[index].name)) if table.headed else ""
+    head = [name] if whole else name.split()
+    natural = max(cell_len(text) for text in ["", *head, *(visible(cells[index].text) for cells in table.rows)])
+    return min(natural, _KEY, width // 2) if index < table.keys and natural > width // 3 else natural
+
+
+def _with_prose(table: Table, width: int) -> list[int]:
+    """Widths where some columns are prose, which share what the others leave."""
+    widths = [_width(table, i, width, whole=False) for i in range(len(table.columns))]
+    prose = [i for i, column in enumerate(table.columns) if column.wraps]
+    others = [i for i in range(len(widths)) if i not in prose]
+    gaps = 2 * (len(widths) - 1)
+    free = width - gaps - sum(widths[i] for i in others)
+    if free < _PROSE * len(prose):
+        for i in others:
+            widths[i] = min(widths[i], (width - gaps - _PROSE * len(prose)) // len(others))
+        free = width - gaps - sum(widths[i] for i in others)
+    for i in prose:
+        widths[i] = min(widths[i], free // len(prose))
+    return widths
+
+
+def _rich(table: Table, block: Sequence[int], widths: Sequence[int], gap: int) -> RichTable:
+    made = RichTable(box=_RULE, show_header=table.headed, show_edge=False, pad_edge=False, padding=(0, gap - 1, 0, 0))
+    for i, width in zip(block, widths, strict=True):
+        column = table.columns[i]
+        head = Text(token_text(visible(column.name)), style="bold", overflow="fold")
+        justify = "right" if column.right else "left"
+        made.add_column(head, justify=justify, overflow="fold", width=width, vertical="top", header_style="", no_wrap=False)
+    for cells in table.rows:
+        made.add_row(*[_cell(cells[i], width, wraps=table.columns[i].wraps) for i, width in zip(block, widths, strict=True)])
+    return made
+
+
+_RULE = box.Box("    \n    \n ── \n    \n    \n    \n    \n    \n")
+"""A rule under the heads, and one space between columns."""
+
+
+def _cell(cell: Cell, width: int, *, wraps: bool) -> Text:
+    text = visible(cell.text)
+    return Text(text if wraps else _broken(text, width), style=_style(cell), overflow="fold")
+
+
+def _style(cell: Cell) -> Style:
+    if not cell.level:
+        return Style.parse(_TONES[cell.tone])
+    ground = [round(light + (deep - light) * cell.level) for light, deep in zip(_LIGHT, _DEEP, strict=True)]
+    return Style.parse(f"{'#ffffff' if cell.level > 0.5 else '#000000'} on #{''.join(f'{each:02x}' for each in ground)}")
+
+
+def _broken(text: str, width: int) -> str:
+    """A name that is too long, a line begun after a dot, slash, underscore or space where there is one."""
+    lines = list[str]()
+    while cell_len(text) > width:
+        cut = next((i for i in range(width, width // 2, -1) if text[i - 1] in "./_ "), width)
+        lines.append(text[:cut])
+        text = text[cut:]
+    return "\n".join([*lines, text])

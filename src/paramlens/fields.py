@@ -1,0 +1,40 @@
+"""What every section of a configuration is made of: a frozen model whose fields state their unit, and checked numbers."""
+
+import numbers
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def plain_number(value: Any) -> Any:
+    """A number as Python's own, NumPy's among them; anything else unchanged, true and false refused."""
+    if isinstance(value, bool):
+        raise ValueError("a number is needed, not true or false")
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
+
+
+Integer = Annotated[int, BeforeValidator(plain_number), Field(strict=True)]
+
+
+Number = Annotated[float, BeforeValidator(plain_number), Field(strict=True)]
+
+
+Count = Annotated[Integer, Field(ge=1, le=2**63 - 1)]
+
+
+Natural = Annotated[Integer, Field(ge=0, le=2**63 - 1)]
+
+
+Positive = Annotated[Number, Field(gt=0)]
+
+
+NonNegative = Annotated[Number, Field(ge=0)]
+
+
+Share = Annotated[Number, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)

@@ -1,0 +1,127 @@
+"""Plain files, text and JSON, that are whole or not there; read with the reason said where they cannot be."""
+
+import contextlib
+import errno
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from paramlens.errors import RunDirError
+
+PART = ".part"
+"""Ending of what is not finished, or on its way out: never read, and removed by the next process that writes there."""
+
+
+WINDOWS = os.name == "nt"
+
+_CANNOT_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+"""What file systems say that do not flush directories, such as some network shares."""
+
+
+MOST_JSON = 64 * 2**20
+"""Bytes; a longer JSON file is none of ours."""
+
+
+def read_json(path: Path, *, most: int = MOST_JSON) -> dict[str, Any]:
+    """The mapping of a JSON file of at most `most` bytes; raises `RunDirError` if it is missing, unreadable, not JSON or something else."""
+    text = read_text(path, most=most)
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RunDirError(f"{path}: not JSON ({error}); restore the file from a copy") from None
+    if not isinstance(document, dict):
+        raise RunDirError(f"{path}: a mapping was expected, not {type(document).__name__}; restore the file from a copy")
+    return document
+
+
+def read_text(path: Path, *, most: int | None = None) -> str:
+    """A text file of at most `most` bytes; raises `RunDirError` if it cannot be read, is longer, or is not in UTF-8."""
+    try:
+        if most is not None and (size := path.stat().st_size) > most:
+            raise RunDirError(f"{path}: {size} bytes, at most {most} were expected; restore the file from a copy")
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RunDirError(f"{path}: missing; restore the file from a copy") from None
+    except UnicodeDecodeError as error:
+        raise RunDirError(f"{path}: not a text file in UTF-8 (byte {error.start}); restore the file from a copy") from None
+    except OSError as error:
+        raise RunDirError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Replace a file whole by indented JSON."""
+    write_text(path, json_text(document))
+
+
+def json_text(document: Mapping[str, Any]) -> str:
+    """JSON as every file of a run directory has it."""
+    return json_line(document, indent=2) + "\n"
+
+
+def json_line(document: Mapping[str, Any], *, indent: int | None = None) -> str:
+    """JSON as the standard has it: in ASCII, and null for a number that is not finite, for which the standard has no word."""
+    return json.dumps(_finite(document), indent=indent, allow_nan=False)
+
+
+def with_nan(tree: Any) -> Any:
+    """What is read of numbers alone, the null of one that was not finite being NaN again."""
+    if isinstance(tree, Mapping):
+        return {key: with_nan(value) for key, value in tree.items()}
+    return math.nan if tree is None else tree
+
+
+def _finite(tree: Any) -> Any:
+    if isinstance(tree, float):
+        return tree if math.isfinite(tree) else None
+    if isinstance(tree, Mapping):
+        return {key: _finite(value) for key, value in tree.items()}
+    return [_finite(value) for value in tree] if isinstance(tree, list | tuple) else tree
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file whole: readers see the old text or the new, whatever happens in between."""
+    part = path.with_name(path.name + PART)
+    try:
+        with part.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Force a file to the disk, or the names in a directory, where the system can open one and its file system can flush it.
+
+    Windows cannot open a directory, and flushes only what is open for writing.
+    """
+    folder = path.is_dir()
+    try:
+        descriptor = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)
+    except PermissionError:
+        if folder:
+            return
+        raise
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not folder or error.errno not in _CANNOT_FLUSH:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def discard(folder: Path) -> None:
+    """Remove a directory that others might read: first its name, so that a half-removed one is never taken for whole."""
+    part = folder.with_name(folder.name + PART)
+    shutil.rmtree(part, ignore_errors=True)
+    folder.rename(part)
+    shutil.rmtree(part, ignore_errors=True)

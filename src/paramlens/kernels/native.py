@@ -1,0 +1,124 @@
+"""The CPU's inner loops, compiled by Numba on first use: single passes over numbers that PyTorch would read and write several times.
+
+Each has its twin in plain PyTorch where it is called; `serves` says which of the two runs. Kernels run on PyTorch's own OpenMP
+threads, since a second pool would fight them for the cores; on one thread where that library is not GNU's. Work is cut into units
+that no two threads share, so results do not depend on the number of threads.
+"""
+
+import ctypes
+import operator
+from collections.abc import Callable
+from functools import cache
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paramlens.kernels.openmp import library
+
+
+def serves(*tensors: Tensor) -> bool:
+    """Whether the compiled kernels take these tensors: float32, on the CPU, where Numba is installed."""
+    return all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors) and compiled_loops() is not None
+
+
+def cached_numbers() -> int:
+    """Float32 numbers that fit into the second-level caches of PyTorch's threads: what is worked on at once."""
+    return _cache_bytes() // 4 * torch.get_num_threads()
+
+
+@cache
+def _cache_bytes() -> int:
+    """One core's second-level cache as Linux reports it, within reason; 1 MiB where nothing is reported."""
+    try:
+        size = int(Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text(encoding="ascii").strip().removesuffix("K")) * 1024
+    except (OSError, ValueError):
+        size = 2**20
+    return min(max(size, 2**19), 2**21)
+
+
+@cache
+def compiled_loops() -> Any:
+    try:
+        from paramlens.kernels import loops
+    except ImportError:  # Numba is not made for this Python or machine
+        return None
+    if not loops.enabled():
+        return None
+    loops.prefer_wide_vectors()
+    return loops
+
+
+class _Kernel:
+    """A loop over `units`, split over threads, and the types of its other arguments in order, as its body unpacks them.
+
+    Calls raise `TypeError` for an argument that is not of its type: packed as it is, the body would read it as something else.
+    """
+
+    def __init__(self, name: str, types: str) -> None:
+        """types: a letter for each argument: t, a contiguous float32 tensor on the CPU; i, a whole number; f, a float."""
+        self.name, self.types = name, types
+        self.run: Any = None
+
+    def __call__(self, units: int, *arguments: Tensor | float) -> None:
+        if self.run is None:
+            self.run = compiled_loops().compiled(self.name, library())
+        packed = self.packed(units, *arguments)
+        threads = min(torch.get_num_threads(), units)
+        openmp = library()
+        if openmp is None or threads <= 1:
+            self.run.ctypes(ctypes.cast(packed, ctypes.POINTER(ctypes.c_int64)))
+        else:
+            openmp.GOMP_parallel(self.run.address, packed, threads, 0)
+
+    def packed(self, units: int, *arguments: Tensor | float) -> "ctypes.Array[ctypes.c_int64]":
+        """The one argument of the compiled body: `units` and `arguments` as 64-bit words, floats as their bits."""
+        if len(arguments) != len(self.types):
+            raise TypeError(f"kernel {self.name}: {len(arguments)} arguments; it takes {len(self.types)} after the units")
+        try:
+            words = [_PACK[kind](value) for kind, value in zip(self.types, arguments, strict=True)]
+        except TypeError as error:
+            raise TypeError(f"kernel {self.name}: {error}") from None
+        return (ctypes.c_int64 * compiled_loops().SLOTS)(operator.index(units), *words)
+
+
+def _address(value: object) -> int:
+    if not (isinstance(value, Tensor) and value.dtype == torch.float32 and value.device.type == "cpu" and value.is_contiguous()):
+        raise TypeError(f"a contiguous float32 tensor on the CPU is needed, not {_described(value)}")
+    return value.data_ptr()
+
+
+def _float_bits(value: Any) -> int:
+    if not isinstance(value, Real) and not (isinstance(value, Tensor) and value.dim() == 0):
+        raise TypeError(f"a number is needed, not {_described(value)}")
+    return ctypes.c_int64.from_buffer(ctypes.c_double(float(value))).value
+
+
+def _described(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    strided = "" if value.is_contiguous() else ", not contiguous"
+    return f"a tensor {tuple(value.shape)} of {value.dtype} on {value.device}{strided}"
+
+
+_PACK: dict[str, Callable[[Any], int]] = {"t": _address, "i": operator.index, "f": _float_bits}
+
+
+mlps_forward = _Kernel("mlps_forward", "tttttiii")
+mlps_backward = _Kernel("mlps_backward", "tttttttiii")
+scalar_mlps_forward = _Kernel("scalar_mlps_forward", "ttttttiii")
+scalar_mlps_backward = _Kernel("scalar_mlps_backward", "ttttttttttiii")
+lower_backward = _Kernel("lower_backward", "ttti")
+minimality = _Kernel("minimality", "tttiff")
+uniform = _Kernel("uniform", "tii")
+mask_forward = _Kernel("mask_forward", "ttiiii")
+mask_backward = _Kernel("mask_backward", "ttttiiii")
+divergence_forward = _Kernel("divergence_forward", "tttttii")
+divergence_backward = _Kernel("divergence_backward", "tttttii")
+
+
+def units(tensor: Tensor) -> int:
+    """Units of an elementwise kernel over all numbers of `tensor`."""
+    return -(-tensor.numel() // compiled_loops().BLOCK)

@@ -1,0 +1,341 @@
+"""The core: every site's weight as a sum of rank-1 subcomponents, and runs of the target with sites replaced by them.
+
+    W ≈ U @ V = Σ_c outer(U[:, c], V[c])                                      (eq. 1; U reads, V writes)
+    masked run at a site:  y = ((x @ U) * r) @ V + bias
+
+| tensor            | shape             | range                |
+|-------------------|-------------------|----------------------|
+| W                 | [d_in, d_out]     |                      |
+| U                 | [d_in, C]         |                      |
+| V                 | [C, d_out]        |                      |
+| x, a site's input | [batch, pos, d_in]|                      |
+| inner activation  | [batch, pos, C]   |                      |
+| mask r            | [batch, pos, C]   | [0, 1]               |
+| logits            | [batch, pos, token] |                    |
+| stacked logits    | [plan, batch, pos, token] |              |
+
+A plan says which sites are replaced, and by which mask. Plans are stacked along the batch: one forward pass runs them all,
+and each site computes only what each plan needs of it, its own product or the masked one. A site that is given only the last
+positions of the sequence, because the loss needs no others, takes the mask's last positions. One that is given all positions of all
+sequences in a row, [batch * pos, d_in], is seen as [batch, pos, d_in] like the others. A plan that leaves the first blocks
+of the model alone enters the stack at its own first block, with the target's activations.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from paramlens.display.shown import Shown
+from paramlens.display.tables import Table, columns, row, site_cell
+from paramlens.errors import BatchError, SiteError
+from paramlens.method.batch import Inputs, map_tensors, row_count, tensors_of
+from paramlens.method.kept import Kept
+from paramlens.method.masks import Replacement
+from paramlens.method.products import Product, aligned, joined, stacked_product
+from paramlens.method.sites import Site, given_input, swapped_in
+
+Plan = Mapping[str, Replacement]
+"""Site name → replacement; sites left out run the target's own weight."""
+
+
+@dataclass(frozen=True)
+class BlockRun:
+    """What a block returned in the target's run, and of each tensor among its further arguments whether it leads with the batch axis."""
+
+    output: Any
+    batched: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class TargetRun:
+    """One run of the target: its logits [batch, pos, token] and each site's input [batch, pos, d_in], both without gradient.
+
+    blocks: of each block that `Decomposition.find_blocks` found.
+    """
+
+    logits: Tensor
+    inputs: dict[str, Tensor]
+    blocks: tuple[BlockRun, ...] = ()
+
+
+class Decomposition(Shown, nn.Module):
+    """U and V of every site, and masked runs of the target `model`, which is never changed and never a submodule."""
+
+    def __init__(self, model: nn.Module, sites: Sequence[Site], *, C: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self._target = (model,)  # in a tuple: the target's parameters are not the decomposition's
+        self.sites = tuple(sites)
+        self.C = C
+        self._blocks: tuple[nn.Module, ...] = ()
+        self._home: dict[str, int] = {}  # site name → index of its block
+        self._copied: set[nn.Module] = set()  # whose input or output the model writes to later in a run
+        device = self.sites[0].W.device
+        self._U = nn.ParameterList(torch.zeros(site.d_in, C, dtype=dtype, device=device) for site in sites)
+        self._V = nn.ParameterList(torch.zeros(C, site.d_out, dtype=dtype, device=device) for site in sites)
+
+    @property
+    def model(self) -> nn.Module:
+        return self._target[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self._U[0].device
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(site.name for site in self.sites)
+
+    @property
+    def U(self) -> dict[str, Float[Tensor, "d_in C"]]:
+        """Site name → read directions."""
+        return dict(zip(self.names, self._U, strict=True))
+
+    @property
+    def V(self) -> dict[str, Float[Tensor, "C d_out"]]:
+        """Site name → write directions."""
+        return dict(zip(self.names, self._V, strict=True))
+
+    def summary(self) -> str:
+        return f"{len(self.sites)} sites, {self.C} subcomponents each"
+
+    def tables(self) -> tuple[Table, ...]:
+        """Every site with its shapes."""
+        shapes = [
+            (site_cell(site.name), *row(f"{site.d_in} × {site.d_out}", f"{site.d_in} × {self.C}", f"{self.C} × {site.d_out}"))
+            for site in self.sites
+        ]
+        return (Table(self.summary(), columns("site", "W", "U", "V"), tuple(shapes)),)
+
+    def target_run(self, inputs: Inputs) -> TargetRun:
+        """The target as it is: logits bit-equal to calling it, and what every site was given, before the model wrote into that."""
+        kept, blocks = Kept(self._copied), list[BlockRun]()
+        hooks = [block.register_forward_hook(partial(_keep_block, kept, blocks), with_kwargs=True) for block in self._blocks]
+        try:
+            with torch.no_grad():
+                logits, seen = self._inputs_of(kept, lambda: call(self.model, inputs))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if kept.written():  # what was kept is no longer what it was
+            self._copied |= kept.written()
+            return self.target_run(inputs)
+        for name, calls in seen.items():
+            if len(calls) != 1:
+                raise SiteError(
+                    f"site {name}: the model calls it {len(calls)} times per run; a site must be called exactly once. "
+                    f"Leave it out: add '!{name}' to sites"
+                )
+        return TargetRun(logits, {name: aligned(given, logits.shape[:-1]) for name, [given] in seen.items()}, tuple(blocks))
+
+    def _inputs_of(self, kept: Kept, run: Callable[[], Tensor]) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        """What a run gives, and what every site is given in it, call by call."""
+        seen: dict[str, list[Tensor]] = {site.name: [] for site in self.sites}
+        hooks = [
+            site.module.register_forward_pre_hook(partial(_keep_input, kept, seen[site.name]), with_kwargs=True) for site in self.sites
+        ]
+        try:
+            return run(), seen
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @torch.no_grad()
+    def find_blocks(self, inputs: Inputs) -> None:
+        """Recognise the model's chain of blocks, so that a plan can start at the first block it changes.
+
+        A chain is a `ModuleList` whose modules hand their output on, each to the next; it counts if runs that start in its
+        middle and at its end give the logits of whole runs on `inputs`.
+        """
+        self._blocks = max(block_chains(self.model, inputs), key=lambda chain: len(self._homes(chain)), default=())
+        self._home = self._homes(self._blocks)
+        if not self._starts_anywhere(inputs):
+            self._blocks, self._home = (), {}
+
+    def _starts_anywhere(self, inputs: Inputs) -> bool:
+        starts = sorted(set(self._home.values()) - {0})
+        if not starts:
+            return False
+        target = self.target_run(inputs)
+        off = {name: Replacement(target.inputs[name].new_zeros(*target.inputs[name].shape[:-1], self.C)) for name in self._home}
+        ends = {starts[0], starts[-1]}
+        plans: list[Plan] = [{}, *({name: off[name] for name, home in self._home.items() if home == start} for start in ends)]
+        try:
+            runs = self.masked_run(inputs, plans, target), self.masked_run(inputs, plans)
+            return all(torch.allclose(entered, whole, rtol=1e-3, atol=1e-4) for entered, whole in zip(*runs, strict=True))
+        except (RuntimeError, TypeError, ValueError, IndexError, StopIteration):  # blocks that cannot be entered so
+            return False
+
+    def _homes(self, blocks: Sequence[nn.Module]) -> dict[str, int]:
+        owners = {module: i for i, block in enumerate(blocks) for module in block.modules()}
+        return {site.name: owners[site.module] for site in self.sites if site.module in owners}
+
+    def entry(self, plan: Plan) -> int:
+        """Index of the first block that a plan changes, where it can enter a run; 0 if it must run through the whole model."""
+        return min((self._home.get(name, 0) for name in plan), default=0)
+
+    def masked_run(self, inputs: Inputs, plans: Sequence[Plan], target: TargetRun | None = None) -> Float[Tensor, "plan batch *pos token"]:
+        """Logits of every plan from one forward pass, plans stacked along the batch axis.
+
+        target: the target's run on the same sequences; with it, a plan is not run through the blocks before its first site.
+        """
+        for name in {name for plan in plans for name in plan} - set(self.names):
+            raise SiteError(f"plan names {name}, which is no site of this decomposition; its sites: {', '.join(self.names)}")
+        runs = () if target is None else target.blocks
+        starts = [self.entry(plan) if runs else 0 for plan in plans]
+        order = sorted(range(len(plans)), key=starts.__getitem__)
+        active = [sum(start <= i for start in starts) for i in range(len(self._blocks))]  # plans under way in each block
+        plans = [plans[i] for i in order]
+        changed: dict[nn.Module, list[tuple[Site, Product]]] = {}
+        leading: dict[nn.Module, tuple[int, ...]] = {}
+        for site, U, V in zip(self.sites, self._U, self._V, strict=True):
+            replacements = [plan.get(site.name) for plan in plans[: active[self._home[site.name]] if site.name in self._home else None]]
+            if given := [replacement.g.shape for replacement in replacements if replacement is not None]:
+                leading[site.module] = (len(replacements) * given[0][0], *given[0][1:-1])
+                changed.setdefault(site.module, []).append((site, stacked_product(site, U, V, replacements)))
+        forwards: dict[nn.Module, Callable[..., Any]] = {
+            module: joined(module, products, leading[module], copies=module in self._copied) for module, products in changed.items()
+        }
+        replaced = set(forwards)
+        if max(starts) > 0:
+            forwards |= _entering(self._blocks, runs, active)
+        stacked = inputs if len(plans) == 1 else _repeated(inputs, len(plans))
+        calls: Counter[nn.Module] = Counter()
+        hooks = [module.register_forward_pre_hook(partial(_count, calls)) for module in replaced]  # also keep fused fast paths off
+        try:
+            with swapped_in(forwards):
+                logits = call(self.model, stacked)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for site in self.sites:
+            if site.module in replaced and calls[site.module] != 1:
+                raise SiteError(f"site {site.name}: called {calls[site.module]} times in a masked run; a site must be called exactly once")
+        logits = logits.unflatten(0, (len(plans), -1))
+        return logits if order == sorted(order) else logits[torch.tensor(order).argsort().to(logits.device)]
+
+    def masked_inputs(self, inputs: Inputs, plan: Plan) -> dict[str, Float[Tensor, "batch *pos d_in"]]:
+        """What every site is given in the masked run of `plan`."""
+        kept = Kept(self._copied)
+        logits, seen = self._inputs_of(kept, lambda: self.masked_run(inputs, [plan])[0])
+        if kept.written():
+            self._copied |= kept.written()
+            return self.masked_inputs(inputs, plan)
+        return {name: aligned(given, logits.shape[:-1]) for name, [given] in seen.items()}
+
+
+def _repeated(inputs: Inputs, times: int) -> Inputs:
+    """The batch `times` times, one after the other; tensors that do not lead with the batch axis stay as they are."""
+    rows = row_count(inputs)
+    return map_tensors(lambda t: t.repeat(times, *[1] * (t.dim() - 1)) if t.dim() and t.shape[0] == rows else t, inputs)
+
+
+def block_chains(model: nn.Module, inputs: Inputs) -> list[tuple[nn.Module, ...]]:
+    """Every `ModuleList` of `model` whose modules are called once each, in order, the first argument being the output before."""
+    lists = [tuple(module) for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
+    calls: list[tuple[nn.Module, Tensor | None, Tensor | None]] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        calls.append((module, _hidden(args), _hidden(output)))
+
+    hooks = [module.register_forward_hook(keep) for module in {module for chain in lists for module in chain}]
+    try:
+        call(model, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    chains = []
+    for chain in lists:
+        own = [each for each in calls if each[0] in chain]
+        handed_on = all(after[1] is not None and after[1] is before[2] for before, after in pairwise(own))
+        if tuple(module for module, _, _ in own) == chain and handed_on:
+            chains.append(chain)
+    return chains
+
+
+def _hidden(values: Any) -> Tensor | None:
+    """The hidden state among a block's arguments or results: the tensor itself, or the first of several."""
+    first = values[0] if isinstance(values, tuple | list) and values else values
+    return first if isinstance(first, Tensor) else None
+
+
+def _keep_block(kept: Kept, blocks: list[BlockRun], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    hidden, returned = _hidden(args), _hidden(output)
+    rows = None if hidden is None else hidden.shape[0]
+    batched = tuple(tensor.dim() > 0 and tensor.shape[0] == rows for tensor in tensors_of((args[1:], kwargs)))
+    if returned is not None and (own := kept(module, returned)) is not returned:
+        output = own if isinstance(output, Tensor) else (own, *output[1:])
+    blocks.append(BlockRun(output, batched))
+
+
+def _entering(blocks: Sequence[nn.Module], runs: Sequence[BlockRun], active: Sequence[int]) -> dict[nn.Module, Callable[..., Any]]:
+    """Forwards of the blocks when the first `active[i]` of the stacked plans run through block i.
+
+    The plans that start there enter with the target's activations; a block in which none is under way is skipped. Further arguments
+    that grow with the batch are cut to the plans under way.
+    """
+    plans = active[-1]
+
+    def forward(i: int, original: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not active[i]:
+            return runs[i].output
+        if i == 0:
+            rows = hidden.shape[0] // plans
+            hidden = hidden[: active[0] * rows]
+        else:
+            before = _hidden(runs[i - 1].output)
+            assert before is not None
+            rows = before.shape[0]
+            entering = before.expand(active[i] - active[i - 1], *before.shape).flatten(0, 1)
+            hidden = torch.cat([hidden[: active[i - 1] * rows], entering])
+        batched = iter(runs[i].batched)
+
+        def cut(tensor: Tensor) -> Tensor:
+            grows = next(batched) and tensor.shape[0] == plans * rows
+            return tensor[: active[i] * rows] if grows else tensor
+
+        args, kwargs = map_tensors(cut, (args, kwargs))
+        return original(hidden, *args, **kwargs)
+
+    return {block: partial(forward, i, block.forward) for i, block in enumerate(blocks)}
+
+
+def _count(calls: "Counter[nn.Module]", module: nn.Module, _args: object) -> None:
+    calls[module] += 1
+
+
+def _keep_input(kept: Kept, seen: list[Tensor], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    seen.append(kept(module, given_input(args, kwargs)))
+
+
+def call(model: nn.Module, inputs: Inputs) -> Tensor:
+    """The model's logits on a copy of the inputs, into which it may write.
+
+    The logits are its output, the output's `.logits` or ["logits"], or of a tuple or list the first tensor of two axes or more, as of
+    (loss, logits). Raises `BatchError` for any other output.
+    """
+    inputs = map_tensors(Tensor.clone, inputs)
+    if isinstance(inputs, Mapping):
+        output: Any = model(**inputs)
+    elif isinstance(inputs, tuple | list):
+        output = model(*inputs)
+    else:
+        output = model(inputs)
+    logits = _logits(output)
+    if not isinstance(logits, Tensor):
+        raise BatchError(f"the model returned {type(output).__name__}; it must return logits or an output with .logits")
+    return logits
+
+
+def _logits(output: Any) -> Any:
+    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if named is not None or not isinstance(output, tuple | list):
+        return output if named is None else named
+    tensors = [each for each in output if isinstance(each, Tensor)]
+    return next((each for each in tensors if each.dim() > 1), tensors[0] if tensors else output)

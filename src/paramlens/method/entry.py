@@ -1,0 +1,300 @@
+"""What a model must hold before a run starts: measured on the first batch, once, and refused in one line where it does not.
+
+Whatever a model is called, its run is sound only if all of this is true: it gives the same logits twice; every site is x @ W + bias of
+what it is given, so that masks of ones give the target; the logits depend on every site, by a gradient that needs no second forward
+pass; plans stacked along the batch do not see each other; and no run changes a weight.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
+
+from paramlens.errors import BatchError, ConfigError, DivergedError, ParamLensError, SiteError
+from paramlens.method.batch import Inputs, tensors_of
+from paramlens.method.decomposition import Decomposition, Plan, TargetRun, call
+from paramlens.method.masks import Replacement
+from paramlens.method.sites import Site, given_input, swapped_in
+from paramlens.method.slices import require_slices
+
+FAILURES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError, NotImplementedError)
+"""What a model that is given something it cannot take may raise."""
+
+_WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"}
+_TOLERANCE = 1e-2
+"""Share of the largest logit by which runs may differ that are the same in exact arithmetic, TF32 included."""
+
+
+def require_plain(model: nn.Module) -> None:
+    """Raise `ConfigError` for a model whose modules or weights cannot be replaced: wrapped, compiled, lazy, on no device or on two."""
+    name = type(model).__name__
+    if name in _WRAPPERS:
+        raise ConfigError(f"model: wrapped in {name}, which splits batches over processes of its own; give model.module")
+    for path, module in model.named_modules():
+        at = f"model.{path}" if path else "model"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ConfigError(f"{at}: made by torch.jit, so that its parts cannot be replaced; give the nn.Module it was made from")
+        if "_orig_mod" in dict(module.named_children()) or module.__dict__.get("_compiled_call_impl") is not None:
+            raise ConfigError(f"{at}: compiled by torch.compile, so that its parts cannot be replaced; give the model before compiling")
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    for path, tensor in tensors:
+        if is_lazy(tensor):
+            raise ConfigError(f"model.{path}: has no shape yet (a lazy module); run the model once on a batch")
+        if tensor.is_meta:
+            raise ConfigError(f"model.{path}: is on the meta device, without values; load the weights (device_map offloads some of them)")
+    for path, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise ConfigError(
+                f"model.{path}: was made under torch.inference_mode(), where tensors can take no part in gradients; make or load the model "
+                "outside it"
+            )
+    if len(devices := {str(tensor.device) for _, tensor in tensors}) > 1:
+        raise ConfigError(f"model: lies on several devices ({', '.join(sorted(devices))}); move it to one, model.to(...)")
+
+
+def require_sound(decomposition: Decomposition, inputs: Inputs) -> TargetRun:
+    """The target's run on the first batch, once it is known that the run can be trusted.
+
+    Raises `BatchError` for what the batch or the model's output makes impossible, `SiteError` naming the site otherwise, and
+    `DivergedError` for logits that are not finite.
+    """
+    if any(tensor.is_inference() for tensor in tensors_of(inputs)):
+        raise BatchError("batch: made under torch.inference_mode(), where tensors can take no part in gradients; make batches outside it")
+    for site in decomposition.sites:
+        if not torch.isfinite(site.W).all():
+            raise SiteError(f"site {site.name}: its weight holds values that are not finite. Leave it out: add '!{site.name}' to sites")
+    before = _fingerprints(decomposition.model)
+    with told("the model fails on the first batch"):
+        target = decomposition.target_run(inputs)
+        again = decomposition.target_run(inputs).logits
+    _require_logits(decomposition, inputs, target)
+    if again.shape != target.logits.shape or not _close(again, target.logits):
+        raise BatchError(
+            "the model gives other logits for the same batch a second time; turn off what makes it so: dropout that does not listen to "
+            "model.eval(), random numbers, or a count or cache that it keeps from run to run"
+        )
+    del again
+    changed = [name for name, value in _fingerprints(decomposition.model).items() if before.get(name) != value]
+    if changed:
+        raise SiteError(f"the model changes its own weight {changed[0]} while it runs, so there is no one weight to decompose")
+    _require_leading(inputs, target)
+    _require_exact(decomposition, inputs, target)
+    with told("slices of a fused projection cannot be measured on the first batch"):
+        require_slices(decomposition, inputs)
+    _require_stackable(decomposition, inputs, target)
+    return target
+
+
+def _require_logits(decomposition: Decomposition, inputs: Inputs, target: TargetRun) -> None:
+    logits = target.logits
+    shape = tuple(logits.shape)
+    if not logits.is_floating_point():
+        raise BatchError(f"the model returned {str(logits.dtype).removeprefix('torch.')} {shape}; logits must be floating point")
+    if logits.dim() < 2 or _is_squeezed(decomposition.model, inputs, logits):
+        raise BatchError(f"the model's output {shape} has no axis of classes or tokens; logits end in one, of two entries or more")
+    if shape[-1] < 2:
+        raise BatchError(
+            f"the model's output {shape} is one number, and softmax over one number is always 1: every reconstruction loss would be "
+            "exactly 0, whatever the masks. Give a model of two logits or more, such as (0, x) for one logit x"
+        )
+    if not torch.isfinite(logits).all():
+        raise DivergedError("the target's logits on the first batch are not finite; check the model and the batch")
+    if (logits >= 0).all() and torch.allclose(logits.sum(-1), torch.ones((), dtype=logits.dtype, device=logits.device), atol=1e-3):
+        raise BatchError(
+            "the model returns probabilities: its outputs sum to 1. Softmax would be taken of them once more; return the logits before it"
+        )
+    for site in decomposition.sites:
+        given = target.inputs[site.name].dtype
+        if given != site.W.dtype:
+            raise SiteError(
+                f"site {site.name}: the model gives it {str(given).removeprefix('torch.')}, its weight is "
+                f"{str(site.W.dtype).removeprefix('torch.')}; take torch.autocast or the cast out of the model's forward"
+            )
+
+
+def _is_squeezed(model: nn.Module, inputs: Inputs, logits: Tensor) -> bool:
+    """Whether the logits are the outputs of a layer of one unit, without their last axis."""
+    found: list[bool] = []
+
+    def look(_module: nn.Module, _args: object, output: object) -> None:
+        if isinstance(output, Tensor) and output.shape == (*logits.shape, 1):
+            found.append(bool(torch.equal(output[..., 0], logits)))
+
+    hooks = [module.register_forward_hook(look) for module in model.modules() if getattr(module, "out_features", None) == 1]
+    if not hooks:
+        return False
+    try:
+        with torch.no_grad():
+            call(model, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return any(found)
+
+
+def _require_leading(inputs: Inputs, target: TargetRun) -> None:
+    """Raise unless every site is given the batch's rows first, all sites with the same leading axes."""
+    given = next(tensor for tensor in tensors_of(inputs) if tensor.dim())
+    rows = given.shape[0]
+    in_a_row = {math.prod(given.shape[:2]), math.prod(target.logits.shape[:-1])}
+    shapes = {name: tuple(value.shape[:-1]) for name, value in target.inputs.items()}
+    for name, shape in shapes.items():
+        if not (shape[:1] == (rows,) or (len(shape) == 1 and shape[0] in in_a_row)):
+            what = f"site {name}: is given {tuple(target.inputs[name].shape)}, while the batch has {rows} rows"
+            if shape[1:2] == (rows,):
+                raise SiteError(f"{what}: its axes are (pos, batch, d); build the model with batch_first=True")
+            raise SiteError(
+                f"{what}: it sees some of the positions (an expert?) or does not lead with the batch axis. "
+                f"Leave it out: add '!{name}' to sites"
+            )
+    first = next(iter(shapes))
+    for name, shape in shapes.items():
+        if shape != shapes[first]:
+            raise SiteError(f"sites {first} and {name}: inputs lead with {shapes[first]} and {shape}; decompose them in runs of their own")
+
+
+def _require_exact(decomposition: Decomposition, inputs: Inputs, target: TargetRun) -> None:
+    """Raise unless exact factors, U the identity and V the weight, with masks of ones give the target's logits, and gradients reach them.
+
+    A weight asks for a gradient meanwhile, and must get none: it would be used beside its module.
+    """
+    groups: dict[nn.Module, list[Site]] = {}
+    for site in decomposition.sites:
+        groups.setdefault(site.module, []).append(site)
+    probes: dict[nn.Module, Tensor] = {}
+    forwards = {module: partial(_exact, sites, module.forward, probes) for module, sites in groups.items()}
+    calls: Counter[nn.Module] = Counter()
+    hooks = [module.register_forward_pre_hook(partial(_count, calls)) for module in groups]
+    whole = {module: sites[0] for module, sites in groups.items() if sites[0].columns is None}
+    weights = {site.name: module.get_parameter("weight") for module, site in whole.items()}
+    try:
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        with torch.enable_grad(), told("the model fails with its sites replaced by their own weights"):
+            with swapped_in(forwards):
+                logits = call(decomposition.model, inputs)
+            _require_called(groups, calls)
+            try:
+                gradients = _gradients(logits, [*probes.values(), *weights.values()])
+            finally:
+                _require_called(groups, calls, again=True)
+    finally:
+        for weight in weights.values():
+            weight.requires_grad_(False)
+        for hook in hooks:
+            hook.remove()
+    if not _close(logits.detach(), target.logits):
+        raise SiteError("the model gives other logits where its sites compute x @ W + bias: a site's output also depends on something else")
+    reached, elsewhere = gradients[: len(probes)], gradients[len(probes) :]
+    for name, gradient in zip(weights, elsewhere, strict=True):
+        if gradient is not None:
+            raise SiteError(
+                f"site {name}: the model uses its weight outside the module as well, where it would not be replaced. "
+                f"Leave it out: add '!{name}' to sites"
+            )
+    for module, gradient in zip(probes, reached, strict=True):
+        for site in groups[module]:
+            own = gradient if gradient is None or site.columns is None else gradient[..., site.columns.to(gradient.device)]
+            if own is None or not own.any():
+                raise SiteError(
+                    f"site {site.name}: the logits of the first batch do not depend on what it makes, so nothing could be learned of it "
+                    f"(its output is detached, unused, or multiplied by zero). Leave it out: add '!{site.name}' to sites"
+                )
+
+
+def _exact(sites: Sequence[Site], original: Callable[..., Tensor], probes: dict[nn.Module, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """What the sites of one module make of its input by their weights, once it is clear that the module makes the same of it.
+
+    A tensor of zeros is added, whose gradient is that of the output.
+    """
+    name, x = sites[0].name, given_input(args, kwargs)
+    if not torch.is_grad_enabled():
+        raise SiteError(
+            f"site {name}: the model calls it with gradients off (torch.no_grad, or a checkpoint with use_reentrant=True), so nothing "
+            "could be learned of it; take that out of the model's forward"
+        )
+    if torch.is_autocast_enabled(x.device.type):
+        raise SiteError(f"site {name}: the model calls it under torch.autocast; take that out of its forward, or leave the site out")
+    with torch.no_grad():
+        theirs = original(x)
+    y = theirs
+    for site in sites:
+        own = F.linear(x, site.W.detach().T, None if site.bias is None else site.bias.detach())
+        y = own if site.columns is None else y.index_copy(-1, site.columns.to(x.device), own)
+        if y.shape != theirs.shape or y.dtype != theirs.dtype or not _close(y.detach(), theirs, within=1e-3):
+            raise SiteError(f"site {site.name}: {type(site.module).__name__} makes something else of its input than x @ W + bias")
+    probe = torch.zeros_like(y, requires_grad=True)
+    probes[sites[0].module] = probe
+    return y + probe
+
+
+def _require_called(groups: dict[nn.Module, list[Site]], calls: Counter[nn.Module], *, again: bool = False) -> None:
+    for module, [site, *_] in groups.items():
+        if again and calls[module] != 1:
+            raise SiteError(
+                f"site {site.name}: the model computes it again during the backward pass (activation checkpointing), when it is no longer "
+                "replaced; turn checkpointing off"
+            )
+        if calls[module] != 1:
+            raise SiteError(f"site {site.name}: called {calls[module]} times when replaced; a site must be called exactly once")
+
+
+def _gradients(logits: Tensor, wanted: list[Tensor]) -> tuple[Tensor | None, ...]:
+    """Gradients of a sum of all logits, each with a weight of its own; those of what they do not depend on are none."""
+    if not logits.requires_grad:
+        return (None,) * len(wanted)
+    weights = torch.arange(logits.numel(), device=logits.device, dtype=torch.float64).add_(1).cos_().to(logits.dtype).view(logits.shape)
+    return torch.autograd.grad((logits * weights).sum(), wanted, allow_unused=True)
+
+
+def _require_stackable(decomposition: Decomposition, inputs: Inputs, target: TargetRun) -> None:
+    """Raise unless plans stacked along the batch give what each gives alone."""
+    off = {name: Replacement(U.new_zeros(*target.inputs[name].shape[:-1], decomposition.C)) for name, U in decomposition.U.items()}
+    plans: list[Plan] = [off, {}]
+    advice = "every tensor of a batch must lead with the batch axis, and so must what each site is given"
+    with torch.no_grad():
+        try:
+            stacked = decomposition.masked_run(inputs, plans)
+        except (*FAILURES, BatchError) as error:
+            raise BatchError(f"the model fails on plans stacked along the batch ({_line(error)}); {advice}") from None
+        for plan, logits in zip(plans, stacked, strict=True):
+            alone = decomposition.masked_run(inputs, [plan])[0]
+            if logits.shape != alone.shape or not _close(logits, alone):
+                raise BatchError(f"plans stacked along the batch differ from single ones; {advice}")
+
+
+def _close(a: Tensor, b: Tensor, *, within: float = _TOLERANCE) -> bool:
+    return bool((a - b).abs().max() <= within * b.abs().max())
+
+
+def _fingerprints(model: nn.Module) -> dict[str, str]:
+    """Parameter's name → a number, as text, that changes with any of its bits, nearly always; nan is the same as nan."""
+    return {name: float(parameter.detach().sum(dtype=torch.float64)).hex() for name, parameter in model.named_parameters()}
+
+
+def _count(calls: Counter[nn.Module], module: nn.Module, _args: object) -> None:
+    calls[module] += 1
+
+
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    """While active, whatever the model raises ends in one line; the library's own errors, and memory that is not there, pass."""
+    try:
+        yield
+    except (ParamLensError, torch.OutOfMemoryError):
+        raise
+    except FAILURES as error:
+        raise BatchError(f"{what} ({_line(error)})") from error
+
+
+def _line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    hint = "; are all tokens below the size of the vocabulary?" if isinstance(error, IndexError) else ""
+    return f"{type(error).__name__}: {lines[0]}{hint}" if lines else type(error).__name__

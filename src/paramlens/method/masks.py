@@ -1,0 +1,169 @@
+"""From importance g to masks r, which sites a plan replaces, and the masked product itself (Algorithm 3, lines 4 and 5; eqs. 5 to 8)."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from paramlens.errors import BatchError
+from paramlens.kernels import native
+from paramlens.method.generators import generator
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A site's masked weight in one plan: mask r = g, or, with a key, r = g + (1 - g) u for the noise u of that key, in [g, 1].
+
+    where: (batch, pos or 1) at which it stands in, elsewhere the target's own weight; none: everywhere.
+    sink: contiguous, shaped as g; the compiled product adds g's gradient there instead of handing autograd one tensor for each plan.
+    """
+
+    g: Float[Tensor, "*batch C"]
+    key: int | None = None
+    where: Bool[Tensor, "*#batch"] | None = None
+    sink: Float[Tensor, "*batch C"] | None = None
+
+
+def rounded_mask(g: Float[Tensor, "*batch C"], *, threshold: float) -> Float[Tensor, "*batch C"]:
+    """1 where g > threshold, else 0: the subcomponents Table 1 counts, fully on, and no others."""
+    return (g > threshold).to(g.dtype)
+
+
+def site_subsets(
+    count: int,
+    shape: tuple[int, ...],
+    generator: torch.Generator,
+) -> Bool[Tensor, "site *shape"]:
+    """Random subsets M of `count` sites (eq. 5): size k ~ U{1..count}, then a uniform k-subset, independently for each cell of `shape`."""
+    k: Int[Tensor, "*shape"] = torch.randint(1, count + 1, shape, generator=generator, device=generator.device)
+    order = torch.rand(count, *shape, generator=generator, device=generator.device).argsort(dim=0).argsort(dim=0)
+    return order < k
+
+
+def subset_shape(scope: Literal["forward", "sequence", "position"], batch: tuple[int, ...]) -> tuple[int, ...]:
+    """The cells that draw M independently: one, one per sequence, or one per position; shaped to broadcast over `batch`."""
+    return {"forward": (), "sequence": (batch[0], *(1 for _ in batch[1:])), "position": batch}[scope]
+
+
+def stochastic_mask(g: Float[Tensor, "*batch C"], noise: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
+    """Mask r = g + (1 - g) u, in [g, 1]; the gradient with respect to g is 1 - u (Algorithm 3, line 4)."""
+    return torch.lerp(g, torch.ones_like(g), noise)
+
+
+_noise_source: ContextVar[torch.Generator | None] = ContextVar("noise_source", default=None)
+
+
+@contextmanager
+def noise_from(rng: torch.Generator) -> Iterator[None]:
+    """While active, masks draw from `rng` instead of their keys, which a captured step could not change."""
+    before = _noise_source.set(rng)
+    try:
+        yield
+    finally:
+        _noise_source.reset(before)
+
+
+def mask_noise(key: int, like: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
+    """Noise u ~ U(0, 1) per entry: a pure function of key, shape and kind of device; inside `noise_from`, its generator's next numbers."""
+    if (given := _noise_source.get()) is not None:
+        return torch.rand(like.shape, generator=given, device=like.device, dtype=like.dtype)
+    if native.serves(like):
+        noise = torch.empty_like(like, memory_format=torch.contiguous_format)
+        native.uniform(native.units(noise), noise, noise.numel(), key)
+        return noise
+    rng = generator("noise", key, device=like.device)
+    return torch.rand(like.shape, generator=rng, device=like.device, dtype=like.dtype)
+
+
+def masked_linear(
+    x: Float[Tensor, "*batch d_in"],
+    U: Float[Tensor, "d_in C"],
+    V: Float[Tensor, "C d_out"],
+    replacements: Sequence[Replacement],
+    bias: Float[Tensor, "d_out"] | None,
+) -> Float[Tensor, "*batch d_out"]:
+    """`((x @ U) * r) @ V + bias`, r being the masks of `replacements`, one after the other along the first axis.
+
+    Raises `BatchError` if masks and input disagree on the leading axes.
+    """
+    leading = (sum(replacement.g.shape[0] for replacement in replacements), *replacements[0].g.shape[1:-1])
+    if leading != tuple(x.shape[:-1]):
+        raise BatchError(f"mask has leading axes {leading}, the site's input {tuple(x.shape[:-1])}; masks come from the same batch")
+    gs, keys = [replacement.g for replacement in replacements], [replacement.key for replacement in replacements]
+    if native.serves(x, U, V, *gs) and _noise_source.get() is None:
+        sinks = [replacement.sink for replacement in replacements]
+        assert all(sink is None or sink.is_contiguous() for sink in sinks), "a sink is written to in rows of its own memory"
+        product = _MaskedProduct.apply(x, U, V, keys, sinks, *gs)
+        return product if bias is None else product + bias
+    masks = [g if key is None else stochastic_mask(g, mask_noise(key, g)) for g, key in zip(gs, keys, strict=True)]
+    return F.linear((x @ U) * torch.cat(masks), V.T, bias)
+
+
+class _MaskedProduct(torch.autograd.Function):
+    """`((x @ U) * r) @ V` by chunks of rows; inner activations and masks never leave the cache and are computed again for the gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, U: Tensor, V: Tensor, keys: Sequence[int | None], sinks: Sequence[Tensor | None], *gs: Tensor
+    ) -> Tensor:
+        rows = x.reshape(len(gs), -1, x.shape[-1])
+        U, V = U.contiguous(), V.contiguous()
+        masks = [g.contiguous() for g in gs]
+        ctx.save_for_backward(rows, U, V, *masks)
+        ctx.keys, ctx.sinks = keys, sinks
+        out = x.new_empty(*rows.shape[:2], V.shape[1])
+        size = _chunk_rows(rows, U)
+        inner = x.new_empty(size, U.shape[1])
+        plans = [[each.split(size) for each in (x, g.flatten(0, -2), y)] for x, g, y in zip(rows, masks, out, strict=True)]
+        for i in range(len(plans[0][0])):
+            for (reads, g, y), key in zip(plans, keys, strict=True):
+                part = inner[: len(reads[i])]
+                torch.mm(reads[i], U, out=part)
+                native.mask_forward(native.units(part), part, g[i], part.numel(), *_noise(key, i * inner.numel()))
+                torch.mm(part, V, out=y[i])
+        return out.view(-1, *gs[0].shape[1:-1], V.shape[1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, U, V, *gs = cast("tuple[Tensor, ...]", ctx.saved_tensors)
+        above = grad.reshape(len(gs), -1, grad.shape[-1])
+        wanted = ctx.needs_input_grad[0]
+        grad_rows = torch.empty_like(rows if wanted else rows[:, :0])
+        grad_U, grad_V = torch.zeros_like(U), torch.zeros_like(V)
+        grad_gs = {id(g): torch.zeros_like(g) for g, sink in zip(gs, ctx.sinks, strict=True) if sink is None}  # shared with g by plans
+        to_gs = [grad_gs[id(g)] if sink is None else sink for g, sink in zip(gs, ctx.sinks, strict=True)]
+        size = _chunk_rows(rows, U)
+        inner, below = rows.new_empty(2, size, U.shape[1])
+        plans = [
+            [each.split(size) for each in (x, a, g.flatten(0, -2), to_g.flatten(0, -2), to_x)]
+            for x, a, g, to_g, to_x in zip(rows, above, gs, to_gs, grad_rows, strict=True)
+        ]
+        for i in range(len(plans[0][0])):
+            for (x, a, g, to_g, to_x), key in zip(plans, ctx.keys, strict=True):
+                part, grad_part = inner[: len(x[i])], below[: len(x[i])]
+                torch.mm(x[i], U, out=part)
+                torch.mm(a[i], V.T, out=grad_part)
+                native.mask_backward(native.units(part), part, grad_part, g[i], to_g[i], part.numel(), *_noise(key, i * inner.numel()))
+                grad_V.addmm_(part.T, a[i])
+                grad_U.addmm_(x[i].T, grad_part)
+                if wanted:
+                    torch.mm(grad_part, U.T, out=to_x[i])
+        given = [grad_gs.pop(id(g), None) for g in gs]
+        return grad_rows.view(*grad.shape[:-1], -1) if wanted else None, grad_U, grad_V, None, None, *given
+
+
+def _noise(key: int | None, place: int) -> tuple[int, int, int]:
+    """A mask kernel's last arguments: whether there is noise, its key, and the place of the first number."""
+    return (0, 0, 0) if key is None else (1, key, place)
+
+
+def _chunk_rows(rows: Float[Tensor, "plan row d_in"], U: Float[Tensor, "d_in C"]) -> int:
+    """Rows whose inner activations fit into the threads' caches."""
+    return min(max(16, native.cached_numbers() // (8 * U.shape[1])), rows.shape[1])

@@ -1,0 +1,155 @@
+"""What a configuration says of the method: the paper's symbols and the paper's values."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from paramlens.fields import Count, Integer, Natural, NonNegative, Number, Positive, Section, Share
+from paramlens.kernels.settings import MachineSettings
+
+
+class Gamma(Section):
+    """The causal-importance network γ (§4.1, eq. 4, Algorithm 1)."""
+
+    kind: Literal["scalar", "vector", "attention", "shared"] = "attention"
+    """What γ sees: one inner activation, the site's input, that and all other positions, or one network for a whole site."""
+    d_gate: Count = 16
+    """Hidden width of each MLP, d_gate. Table 4: 16. Figure 6: 64."""
+    max_length: Count | None = None
+    """Positions that the attention γ's tables hold; a longer batch is then refused. Defaults to the longest batch that is known before the
+    run starts; further positions share the tables' last entries."""
+    relative: Literal["offset", "query"] = "offset"
+    """r in eq. 4: one learned scalar per relative offset, or the 2s x d table contracted with the query."""
+    relative_init: Literal["zero", "local"] = "zero"
+    """Start of the per-offset scalars: zero, or -0.7 |offset| (to 8 and beyond) plus noise, so that neighbours are seen first."""
+    relative_lr: Positive = 1.0
+    """Factor on γ's learning rate for the relative encodings."""
+    output_bias: Number = 0.0
+    """Start of the last bias; 1 starts with every subcomponent on."""
+
+    @model_validator(mode="after")
+    def _local_is_per_offset(self) -> "Gamma":
+        if self.relative == "query" and self.relative_init == "local":
+            raise ValueError("relative_init local needs relative offset: a table contracted with the query has no value per offset")
+        return self
+
+
+class Init(Section):
+    """Where U and V start."""
+
+    kind: Literal["random", "svd", "svd_rotated"] = "svd"
+    """`svd` starts at W's singular pairs, `svd_rotated` at a random rotation of them: both hold U V = W to rounding where C >= rank W, and
+    start at the best U V of rank C where C is lower (nothing of rank C can be W). `random`: the paper does not say where it starts. Seeds
+    that start at `svd` start alike, so agreement between seeds is measured from `svd_rotated`."""
+    warmup_steps: Natural = 0
+    """Faithfulness-only steps on U and V before step 0 (for `random`)."""
+    warmup_lr: Positive = 1e-2
+    """Learning rate of those steps (Adam)."""
+
+
+class Losses(Section):
+    """Coefficients β of Algorithm 3; a loss with coefficient 0 is not computed."""
+
+    stochastic_recon: NonNegative = 0.0
+    """eq. 2. Table 4: 1. Figure 6: 0.1."""
+    stochastic_recon_layerwise: NonNegative = 0.0
+    """eq. 3. Table 4: 1. Figure 6: 0.1."""
+    recon: NonNegative = 0.0
+    """Masks equal to the importances (§4). Table 4: 0.5. Figure 6: 0.1."""
+    recon_layerwise: NonNegative = 0.0
+    """As `recon`, each site alone (Table 1c)."""
+    recon_partial: NonNegative = 0.0
+    """eq. 5, 7. Figure 6: 10."""
+    stochastic_recon_partial: NonNegative = 0.0
+    """eq. 6, 8. Figure 6: 10."""
+    local: NonNegative = 0.0
+    """Each site's own output at each token by its important subcomponents alone, squared error relative to its square: what is not
+    important writes nothing there. Ours; the paper has none."""
+    elsewhere: NonNegative = 0.0
+    """On other text, from `task.elsewhere`, all sites replaced and every subcomponent on but those of one sentence alone, which are on in
+    part at random: taking them out must not matter there. Ours; the paper has none."""
+    faithfulness: NonNegative = 0.0
+    """eq. 1. Table 4: 1000. Figure 6: 1e6."""
+    minimality: NonNegative = 0.0
+    """eq. 1. Table 4: 0.02. Figure 6: 0.05."""
+    p_start: Positive = 0.9
+    """Minimality's power p at the first step. Tables: 0.9."""
+    p_final: Positive = 0.1
+    """Power p at the last step, reached linearly. Tables: 0.1."""
+    minimality_eps: Positive = 1e-12
+    """ε in (g + ε)^p - ε^p, which bounds the slope at 0 by p ε^(p - 1)."""
+    samples: Count = 1
+    """S, mask samples per stochastic loss and step."""
+    layerwise_sites: Count | Literal["all"] = "all"
+    """Sites that a layerwise loss replaces in one step, each alone: all, or this many drawn anew for each step (unbiased)."""
+    partial_scope: Literal["forward", "sequence", "position"] = "forward"
+    """What shares one draw of the subset M of a partial loss; the paper's reading: one draw per forward."""
+
+    @model_validator(mode="after")
+    def _something_to_minimise(self) -> "Losses":
+        if self.p_start < self.p_final:
+            raise ValueError(f"p_start {self.p_start} is below p_final {self.p_final}; p is annealed downwards, so give p_start >= p_final")
+        if not any(getattr(self, name) for name in LOSS_NAMES):
+            raise ValueError(f"no loss is enabled; give at least one of {', '.join(LOSS_NAMES)} a coefficient above 0")
+        return self
+
+
+RECONSTRUCTION_NAMES = (
+    "stochastic_recon",
+    "stochastic_recon_layerwise",
+    "recon",
+    "recon_layerwise",
+    "recon_partial",
+    "stochastic_recon_partial",
+)
+
+
+LOSS_NAMES = (*RECONSTRUCTION_NAMES, "local", "elsewhere", "faithfulness", "minimality")
+
+
+class Optim(Section):
+    """The optimizer of U, V and γ."""
+
+    name: Literal["adam", "adamw"] = "adam"
+    """Table 4: Adam. Figure 6: AdamW."""
+    lr: Positive = 1e-3
+    """Learning rate of U and V, and of γ unless `gamma_lr` is given. Tables: 0.001."""
+    gamma_lr: Positive | None = None
+    """Learning rate of γ; none: `lr`."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    """Decay rates of Adam's two moments; the paper gives none."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay (AdamW only). Figure 6: 0.05."""
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    """Learning rate after the warm-up; the last two end at 0. Table 4: cosine. Figure 6: constant."""
+    warmup: NonNegative = 0.0
+    """Linear warm-up: steps if 1 or more, a share of all steps if below 1. Table 4: 0. Figure 6: 0.01."""
+    project_from: Annotated[Number, Field(ge=0, le=1)] | None = None
+    """Share of the steps after which updates of U and V keep to U V = W: the gradient loses what would change the sum, and every update
+    ends at the nearest pair, so that faithfulness is rounding alone; none: never. Four eigenproblems of the size of its weight for each
+    site and step: for small models."""
+
+    @model_validator(mode="after")
+    def _decay_has_an_effect(self) -> "Optim":
+        if self.weight_decay and self.name == "adam":
+            raise ValueError(f"weight_decay {self.weight_decay} is decoupled and needs name adamw, not adam")
+        return self
+
+
+class MethodSettings(MachineSettings):
+    """All that the method itself needs to know: what is decomposed into how much, and how it is trained."""
+
+    seed: Annotated[Integer, Field(ge=0, le=2**64 - 1)] = 0
+    """Seeds the target, the data, the start and every mask."""
+    steps: Count = 1000
+    """Decomposition steps. Table 4: 100000. Figure 6: 20000."""
+    C: Count = 64
+    """Subcomponents per site. Table 4: 100. Figure 6: 768."""
+    sites: Annotated[tuple[str, ...], Field(min_length=1)] = ("*",)
+    """Patterns of the weight matrices to decompose, as module paths (* ? [] as in file names). !PATTERN leaves some out."""
+    last_token_only: bool = False
+    """Loss on the last position only. Table 4: true. Figure 6: false."""
+    gamma: Gamma = Gamma()
+    init: Init = Init()
+    losses: Losses = Losses(stochastic_recon=1.0, stochastic_recon_layerwise=1.0, recon=0.5, faithfulness=1000.0, minimality=0.02)
+    optim: Optim = Optim()

@@ -1,0 +1,91 @@
+"""U and V as factors of the weights: where they start, and how U V = W is kept exactly (eq. 1 as a constraint)."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from paramlens.method.decomposition import Decomposition
+from paramlens.method.settings import Init
+from paramlens.method.sites import Site
+
+
+@torch.no_grad()
+def initialise(decomposition: Decomposition, init: Init, *, generator: torch.Generator) -> None:
+    """Set U and V as `init.kind` says.
+
+    random: independent normal entries, scaled so that U V has W's Frobenius norm in expectation.
+    svd: W's singular pairs, the singular value split evenly; further subcomponents read at random and write nothing.
+    svd_rotated: U = A R, V = Rᵀ B for the SVD factors W = A B and random R with orthonormal rows, so that U V = W and no
+    subcomponent is favoured.
+    """
+    for site, U, V in zip(decomposition.sites, decomposition._U, decomposition._V, strict=True):
+        W = site.W.to(torch.float64).cpu()
+        C, rank = decomposition.C, min(W.shape[0], W.shape[1], decomposition.C)
+        if init.kind == "random":
+            reads = torch.randn(U.shape, generator=generator, dtype=torch.float64)
+            writes = torch.randn(V.shape, generator=generator, dtype=torch.float64)
+            scale = (W.norm() / (C * W.numel()) ** 0.5) ** 0.5
+            reads, writes = reads * scale, writes * scale
+        else:
+            left, singular, right = torch.linalg.svd(W, full_matrices=False)
+            A, B = left[:, :rank] * singular[:rank].sqrt(), singular[:rank, None].sqrt() * right[:rank]
+            if init.kind == "svd":
+                spare = torch.randn(site.d_in, C - rank, generator=generator, dtype=torch.float64)
+                spare *= A.norm() / (site.d_in * rank) ** 0.5
+                reads, writes = torch.cat([A, spare], dim=1), torch.cat([B, B.new_zeros(C - rank, site.d_out)])
+            else:
+                R = torch.linalg.qr(torch.randn(C, rank, generator=generator, dtype=torch.float64)).Q.T
+                reads, writes = A @ R, R.T @ B
+        U.copy_(reads)
+        V.copy_(writes)
+
+
+@torch.no_grad()
+def project(decomposition: Decomposition) -> None:
+    """Move U and V to the nearest pair with U V = W, nearest to first order: one Newton step on eq. 1, computed in float64.
+
+    What is left of E = W - U V is dU dV, of the order of E squared. A part of E that no change of U and V reaches to first order stays.
+    """
+    for sites, Us, Vs in _same_shaped(decomposition):
+        U, V = torch.stack(Us).to(torch.float64), torch.stack(Vs).to(torch.float64)
+        W = torch.stack([site.W for site in sites]).to(torch.float64)
+        _add(_smallest_change(U, V, W - U @ V), Us, Vs)
+
+
+@torch.no_grad()
+def project_gradients(decomposition: Decomposition) -> None:
+    """Take out of the gradients of U and V what would change U V to first order: an optimizer's moments would be made of little else."""
+    for _, Us, Vs in _same_shaped(decomposition):
+        U, V = torch.stack(Us).to(torch.float64), torch.stack(Vs).to(torch.float64)
+        to_U, to_V = ([torch.zeros_like(each) if each.grad is None else each.grad for each in side] for side in (Us, Vs))
+        E = torch.stack(to_U).to(torch.float64) @ V + U @ torch.stack(to_V).to(torch.float64)
+        _add(_smallest_change(U, V, -E), to_U, to_V)
+
+
+def _same_shaped(decomposition: Decomposition) -> Iterator[tuple[list[Site], list[Tensor], list[Tensor]]]:
+    """Sites of one shape, with their U and V."""
+    groups: dict[tuple[int, int], list[tuple[Site, Tensor, Tensor]]] = {}
+    for site, U, V in zip(decomposition.sites, decomposition._U, decomposition._V, strict=True):
+        groups.setdefault((site.d_in, site.d_out), []).append((site, U, V))
+    for members in groups.values():
+        sites, Us, Vs = (list(each) for each in zip(*members, strict=True))
+        yield sites, Us, Vs
+
+
+def _smallest_change(
+    U: Float[Tensor, "site d_in C"], V: Float[Tensor, "site C d_out"], E: Float[Tensor, "site d_in d_out"]
+) -> tuple[Float[Tensor, "site d_in C"], Float[Tensor, "site C d_out"]]:
+    """The smallest (dU, dV) with dU V + U dV = E: dU = L Vᵀ and dV = Uᵀ L, where U Uᵀ L + L Vᵀ V = E; float64."""
+    (a, P), (b, Q) = torch.linalg.eigh(U @ U.mT), torch.linalg.eigh(V.mT @ V)
+    scale = a[:, :, None] + b[:, None, :]
+    reached = scale > scale.amax((1, 2), keepdim=True) * torch.finfo(torch.float64).eps * max(E.shape[1:])
+    L = P @ torch.where(reached, P.mT @ E @ Q / scale, 0) @ Q.mT
+    return L @ V.mT, U.mT @ L
+
+
+def _add(changes: tuple[Tensor, Tensor], Us: Sequence[Tensor], Vs: Sequence[Tensor]) -> None:
+    for change, values in zip(changes, (Us, Vs), strict=True):
+        for each, value in zip(change, values, strict=True):
+            value.add_(each)

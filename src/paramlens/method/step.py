@@ -1,0 +1,236 @@
+"""One step of Algorithm 3: its losses, its gradients, and the guard that nothing broken enters the update."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from paramlens.errors import BatchError, DivergedError
+from paramlens.method.batch import Batch, tensors_of
+from paramlens.method.decomposition import Decomposition
+from paramlens.method.entry import told
+from paramlens.method.generators import generator, seed_of
+from paramlens.method.importance import Importance, lower
+from paramlens.method.losses import LossAt, annealed_p, elsewhere_loss, faithfulness, local_loss, minimality, reconstruction_losses
+from paramlens.method.masks import noise_from
+from paramlens.method.settings import RECONSTRUCTION_NAMES, MethodSettings
+from paramlens.method.start import project, project_gradients
+from paramlens.method.task import Task
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step before the update: losses by name, their weighted sum, and what they were computed from."""
+
+    losses: dict[str, Tensor]
+    total: Tensor
+    p: float | Tensor
+    pre: Mapping[str, Tensor]
+    g: dict[str, Tensor]
+    target_logits: Tensor
+    batch: Batch
+
+
+def training_step(
+    config: MethodSettings,
+    task: Task,
+    decomposition: Decomposition,
+    importance: Importance,
+    batch: Batch,
+    step: int,
+    *,
+    p: float | Tensor | None = None,
+) -> Step:
+    """Lines 2 to 9 of Algorithm 3 on one minibatch. p: minimality's power; none: the one annealed to at `step`."""
+    losses = config.losses
+    with told(f"step {step}: the model fails on the batch"):
+        target = decomposition.target_run(batch.inputs)  # 2: run the original model
+    pre = importance(target.inputs, decomposition.U, batch.present)  # 3: causal importances on this batch
+    g = {name: lower(value) for name, value in pre.items()}
+    total, values = reconstruction_losses(  # 4, 5, 8: masks, masked runs, divergences
+        decomposition,
+        task.loss_inputs(batch, last_token_only=config.last_token_only),
+        target,
+        g,
+        {name: getattr(losses, name) for name in RECONSTRUCTION_NAMES if getattr(losses, name)},
+        at=LossAt(config.last_token_only, batch.present),
+        samples=losses.samples,
+        layerwise_sites=losses.layerwise_sites,
+        partial_scope=losses.partial_scope,
+        generator=lambda name: generator(config.seed, "masks", name, step),
+    )
+    p = annealed_p(losses, step, config.steps) if p is None else p
+    others: dict[str, Tensor] = {}
+    if losses.local:
+        others["local"] = local_loss(decomposition, target, g, present=batch.present)
+    if losses.elsewhere:
+        assert task.elsewhere is not None
+        rng = generator(config.seed, "masks", "elsewhere", step)
+        others["elsewhere"] = elsewhere_loss(decomposition, task.elsewhere(step).to(decomposition.device), g, generator=rng)
+    if losses.faithfulness:
+        others["faithfulness"] = faithfulness(decomposition)
+    if losses.minimality:
+        present = 1.0 if batch.present is None else batch.present.to(total.dtype).mean()
+        others["minimality"] = minimality(pre, p=p, eps=losses.minimality_eps, present=present)
+    for name, value in others.items():
+        total = total + getattr(losses, name) * value
+        values[name] = value.detach()
+    return Step(values, total, p, pre, g, target.logits, batch)
+
+
+class Steps:
+    """Whole steps: losses, gradients, guard and update, run one after the other or replayed as one CUDA graph.
+
+    The host never waits for a GPU here. There the guard is a flag on the device that keeps the optimizer from updating once a step
+    was not finite; `require_finite` looks at it.
+    """
+
+    def __init__(
+        self, config: MethodSettings, task: Task, decomposition: Decomposition, importance: Importance, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.config, self.task, self.decomposition, self.importance, self.optimizer = config, task, decomposition, importance, optimizer
+        self.parameters = [*decomposition.parameters(), *importance.parameters()]
+        self.broken = torch.zeros((), device=decomposition.device)
+        self.waits = decomposition.device.type != "cuda"
+        if not self.waits:
+            optimizer.found_inf = self.broken  # pyright: ignore[reportAttributeAccessIssue]  # read by fused Adam
+        self.replay = _Replay(self) if config.cuda_graph else None
+
+    def __call__(self, batch: Batch, step: int) -> Step:
+        """Lines 2 to 10. Raises `DivergedError` before an update that is not finite, on a GPU by the next `require_finite`."""
+        return self.run(batch, step) if self.replay is None else self.replay(batch, step)
+
+    def run(self, batch: Batch, step: int, p: Tensor | None = None) -> Step:
+        result = training_step(self.config, self.task, self.decomposition, self.importance, batch, step, p=p)
+        self.optimizer.zero_grad()
+        result.total.backward()
+        start = self.config.optim.project_from
+        projecting = start is not None and step >= start * self.config.steps
+        if projecting:
+            project_gradients(self.decomposition)
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in self.parameters if parameter.grad is not None])
+        self.broken.copy_(torch.maximum(self.broken, (~_finite(result, norm)).to(self.broken.dtype)))
+        if self.waits:
+            self.require_finite(result, step)
+        self.optimizer.step()
+        if projecting:
+            project(self.decomposition)
+        return result
+
+    def require_finite(self, result: Step, step: int) -> None:
+        """Raise `DivergedError` naming the loss and the site if anything that was to enter an update is not finite."""
+        if not self.broken.item():
+            return
+        decomposition, importance = self.decomposition, self.importance
+
+        def broken(tensors: Mapping[str, Tensor | None]) -> str:
+            names = [name for name, value in tensors.items() if value is not None and not torch.isfinite(value).all()]
+            return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+        gradients = {f"U at {name}": U.grad for name, U in decomposition.U.items()}
+        gradients |= {f"V at {name}": V.grad for name, V in decomposition.V.items()}
+        for group in importance.typed_groups:
+            for i, site in enumerate(group.names):
+                gradients |= {f"γ's {key} at {site}": value.grad[i] for key, value in group.named_parameters() if value.grad is not None}
+        losses = broken(result.losses)
+        floats = {str(i): value for i, value in enumerate(_floats(result.batch)) if value.isnan().any()}
+        causes = [
+            ("the batch's tensor", ", ".join(floats)),
+            ("the target's", broken({"logits": result.target_logits})),
+            ("U at", broken(decomposition.U)),
+            ("V at", broken(decomposition.V)),
+            ("γ's pre-activation at", broken(result.pre)),
+            ("the gradient of", broken(gradients)),
+        ]
+        where = next((f"{what} {names}" for what, names in causes if names), "every site finite")  # the first is the origin
+        when = "" if self.waits else "by "
+        kinds = {f"loss {losses}": losses, "an importance": broken(result.pre), "the batch": floats}
+        what = next((kind for kind, holds in kinds.items() if holds), "a gradient")
+        remedy = "Mend that batch" if floats else "Lower optim.lr and start anew"
+        raise DivergedError(
+            f"{when}step {step}: {what} is not finite ({where}); nothing was updated. {remedy}; the last checkpoint is from before"
+        )
+
+
+def _finite(result: Step, norm: Tensor) -> Tensor:
+    """Whether all that an update is made of is finite: the loss, the norm of the gradient, every importance, the batch.
+
+    The last two need not show in the first: a saturated importance has the loss of one, attention may drop what it is given.
+    """
+    sums = [value.detach().sum() for value in result.pre.values()]
+    broken = [value.isnan().any() for value in _floats(result.batch)]  # a mask may well hold -inf
+    finite = torch.stack([result.total.detach(), norm, *sums]).isfinite().all()
+    return finite & ~torch.stack(broken).any() if broken else finite
+
+
+def _floats(batch: Batch) -> list[Tensor]:
+    return [tensor for tensor in tensors_of(batch.inputs) if tensor.is_floating_point()]
+
+
+class _Replay:
+    """The step as a CUDA graph: captured once after a few ordinary steps, then replayed on inputs copied into place."""
+
+    WARM = 3
+    """Ordinary steps before the capture, in which libraries set up what they keep."""
+
+    def __init__(self, steps: Steps) -> None:
+        device = steps.decomposition.device
+        self.steps, self.graph, self.done = steps, CudaGraph(), 0
+        self.p = torch.zeros((), device=device, dtype=steps.parameters[0].dtype)
+        self.rng = torch.Generator(device=device)
+        self.batch: Batch | None = None
+        self.result: Step | None = None
+
+    def __call__(self, batch: Batch, step: int) -> Step:
+        config = self.steps.config
+        self._place(batch)
+        self.p.fill_(annealed_p(config.losses, step, config.steps))
+        self.rng.manual_seed(seed_of(config.seed, "masks", step))
+        if self.done < self.WARM:
+            self.result = self.graph.warm(self._run)
+        elif self.done == self.WARM:
+            self.steps.optimizer.zero_grad()
+            self.result = self.graph.capture(self._run, self.rng)
+        if self.done >= self.WARM:
+            self.graph.replay()
+        self.done += 1
+        assert self.result is not None
+        return self.result
+
+    def _run(self) -> Step:
+        assert self.batch is not None
+        with noise_from(self.rng):
+            return self.steps.run(self.batch, 0, self.p)
+
+    def _place(self, batch: Batch) -> None:
+        if self.batch is None:
+            self.batch = batch.map(torch.clone)
+            return
+        kept, given = (tensors_of((each.inputs, each.present)) for each in (self.batch, batch))
+        if [tensor.shape for tensor in kept] != [tensor.shape for tensor in given]:
+            raise BatchError("cuda_graph true replays one shape of batch, and this one has another; give cuda_graph false")
+        for place, tensor in zip(kept, given, strict=True):
+            place.copy_(tensor, non_blocking=True)
+
+
+class CudaGraph:
+    """A captured function of no arguments, and the streams that capturing asks for."""
+
+    def __init__(self) -> None:
+        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+
+    def warm(self, function: Callable[[], Step]) -> Step:
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            result = function()
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return result
+
+    def capture(self, function: Callable[[], Step], rng: torch.Generator) -> Step:
+        self.graph.register_generator_state(rng)
+        with torch.cuda.graph(self.graph):
+            return function()
+
+    def replay(self) -> None:
+        self.graph.replay()

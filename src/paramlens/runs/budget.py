@@ -1,0 +1,263 @@
+"""What a configuration will need, told before anything is started: parameters and bytes by part."""
+
+import contextlib
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from paramlens.config.model import Config
+from paramlens.display.shown import Shown
+from paramlens.display.tables import Table, columns, row
+from paramlens.errors import ConfigError, ParamLensError
+from paramlens.kernels import native
+from paramlens.method.batch import Inputs, map_tensors, row_count
+from paramlens.method.decomposition import Decomposition
+from paramlens.method.importance import Importance
+from paramlens.method.losses import stack_size
+from paramlens.method.masks import Replacement
+from paramlens.method.sites import Site, at_rest
+
+_ADAM_STATE = 2
+"""Moments per parameter."""
+
+CHECKED = 7
+"""Logits of one plan that the checks of the first batch hold at once, at every position."""
+
+SCATTERED = 1.25
+"""Memory that a process takes for what it makes and frees in every step, to what that is: the gaps in between are not given back."""
+
+COMPILED = 64 * 2**20
+"""Bytes that the CPU's compiled loops, and what compiles them, take once they run."""
+
+
+@dataclass(frozen=True, repr=False)
+class Diagnosis(Shown):
+    """parameters, bytes: part → count. bytes holds libraries, weights, gradients, optimizer state, and an estimate of one step's needs."""
+
+    sites: int
+    parameters: dict[str, int]
+    bytes: dict[str, int]
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+    def summary(self) -> str:
+        return f"{self.sites} sites: {self.parameters['trained']:,} parameters to train, {size_text(self.bytes['total'])}"
+
+    def tables(self) -> tuple[Table, ...]:
+        """Parameters and bytes by part."""
+        counts = {name: f"{count:,}" for name, count in self.parameters.items()}
+        sizes = {name: f"{count / 2**20:,.1f}" for name, count in self.bytes.items() if count}
+        return tuple(
+            Table(
+                title,
+                columns("part", unit),
+                tuple(row(name, text, tone="strong" if name in ("trained", "total") else "plain") for name, text in parts.items()),
+            )
+            for title, unit, parts in ((f"Parameters ({self.sites} sites)", "count", counts), ("Memory of a run", "MiB", sizes))
+        )
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What is known of a batch, and of what a masked run of it keeps for its gradient.
+
+    rows: sequences in the batch. length: positions in each. vocabulary: classes of the logits.
+    kept: bytes that the model itself keeps for each sequence, all sites replaced, as `footprint` measures them; None if that is not known.
+    last: whether the model can be asked for the logits of the last position alone.
+    """
+
+    rows: int
+    length: int
+    vocabulary: int
+    kept: int | None = None
+    last: bool = False
+
+
+def footprint(model: nn.Module, sites: Sequence[Site], inputs: Inputs, *, last: bool = False) -> Footprint | None:
+    """Measure a batch by running its first sequence alone, masked and with gradients; a model on the meta device is measured as well.
+
+    Returns None for a model that does not take one sequence.
+    """
+    rows = row_count(inputs)
+    first = map_tensors(lambda tensor: tensor[:1] if tensor.dim() and tensor.shape[0] == rows else tensor, inputs)
+    probe = Decomposition(model, sites, C=1, dtype=sites[0].W.dtype)
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[id(storage)] = storage
+        return tensor
+
+    try:
+        with at_rest(model):
+            target = probe.target_run(first)
+            plan = {name: Replacement(x.new_zeros(*x.shape[:-1], 1)) for name, x in target.inputs.items()}
+            with torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor):
+                probe.masked_run(first, [plan])
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, ParamLensError):
+        return None
+    standing = {id(tensor.untyped_storage()) for tensor in [*model.parameters(), *model.buffers(), *probe.parameters()]}
+    held = sum(storage.nbytes() for key, storage in kept.items() if key not in standing)
+    length = max(x[..., 0].numel() for x in target.inputs.values())
+    return Footprint(rows, length, target.logits.shape[-1], held, last)
+
+
+def diagnose(config: Config, sites: Sequence[Site], size: Footprint, *, target: int = 0, libraries: int = 0) -> Diagnosis:
+    """Count U, V and γ of `sites` and estimate the memory of a step on a batch of that size.
+
+    target, libraries: bytes of both; 0 where they are there already.
+    Parts are the most that each takes at once, and are counted as if all came at the same time: what is freed in between is seldom all
+    given back. Raises `ConfigError` for sizes beyond what any machine could hold.
+    """
+    word = torch.finfo(getattr(torch, config.dtype)).bits // 8
+    factors = sum((site.d_in + site.d_out) * config.C for site in sites)
+    gamma, copied = _gamma_parameters(config, sites, size.length)
+    trained = factors + gamma
+    weights = sum(site.d_in * site.d_out for site in sites)
+    passing = {"gamma activations": _gamma_activations(config, sites, size) * word, **_masked_runs(config, sites, size, word)}
+    step = {
+        **{name: round(SCATTERED * count) for name, count in passing.items()},
+        "gamma working copies": copied * word,
+        "faithfulness": weights * word * bool(config.losses.faithfulness or config.init.warmup_steps),
+        "projection": 6 * weights * 8 * (config.optim.project_from is not None),
+    }
+    saving = _ADAM_STATE * trained * word * (torch.device(config.device).type == "cpu")
+    sizes = {
+        "libraries": libraries,
+        "target": target,
+        "U and V": factors * word,
+        "gamma": gamma * word,
+        "gradients": (trained + factors) * word,
+        "optimizer": _ADAM_STATE * trained * word,
+        **step,
+        "writing a checkpoint, beyond a step": max(0, saving - sum(step.values())),
+    }
+    return Diagnosis(
+        sites=len(sites),
+        parameters={"U and V": factors, "gamma": gamma, "trained": trained, "decomposed weights": weights},
+        bytes={**sizes, "total": sum(sizes.values())},
+    )
+
+
+def _gamma_parameters(config: Config, sites: Sequence[Site], length: int) -> tuple[int, int]:
+    """Parameters of γ, and those of the group of sites whose MLPs are rearranged for products, with their gradients, twice."""
+    shapes = {site.name: (site.d_in, config.C) for site in sites}
+    try:
+        with torch.device("meta"):
+            gamma = Importance(shapes, config.gamma, max_length=length)
+    except RuntimeError:  # more than 64 bits count
+        raise ConfigError(
+            f"C {config.C}, gamma.d_gate {config.gamma.d_gate}, gamma.max_length {config.gamma.max_length}: "
+            "no machine has memory for that many parameters; lower them"
+        ) from None
+    per_subcomponent = config.gamma.kind in ("vector", "attention")
+    largest = max(group.w_in.numel() for group in gamma.typed_groups) if per_subcomponent else 0
+    return sum(value.numel() for value in gamma.parameters()), 2 * largest
+
+
+def _gamma_activations(config: Config, sites: Sequence[Site], size: Footprint) -> int:
+    """Numbers: the sites' inputs, what γ makes of them and keeps, and pre-activations, importances and their gradients."""
+    kind, positions, C = config.gamma.kind, size.rows * size.length, config.C
+    read = sum({"scalar": C, "vector": site.d_in, "attention": 9 * site.d_in, "shared": site.d_in}[kind] + site.d_in for site in sites)
+    hidden = {"scalar": C, "vector": 0, "attention": 4 * size.length, "shared": 4 * config.gamma.d_gate}[kind]
+    return (read + len(sites) * (hidden + 5 * C)) * positions
+
+
+def _compiled(config: Config) -> bool:
+    """Whether a run's inner loops are the CPU's compiled ones."""
+    return native.serves(torch.empty(0, dtype=getattr(torch, config.dtype), device="cpu" if config.device == "cpu" else "meta"))
+
+
+def _masked_runs(config: Config, sites: Sequence[Site], size: Footprint, word: int) -> dict[str, int]:
+    """Bytes that one pass of plans keeps, and the logits of target and plans with what the divergence makes of them."""
+    losses, samples, positions = config.losses, config.losses.samples, size.rows * size.length
+    whole = samples * bool(losses.stochastic_recon) + bool(losses.recon)
+    whole += samples * bool(losses.stochastic_recon_partial) + bool(losses.recon_partial)
+    alone = len(sites) if losses.layerwise_sites == "all" else min(len(sites), losses.layerwise_sites)
+    each = alone * (samples * bool(losses.stochastic_recon_layerwise) + bool(losses.recon_layerwise))
+    seen = size.rows if config.last_token_only else positions
+    computed = seen if size.last else positions
+    plans = min(whole + each, stack_size(seen * size.vocabulary, device=torch.device(config.device).type))
+    replaced = min(whole, plans) * len(sites) + max(0, plans - whole)
+    through_sites = 2 * sum(site.d_in + site.d_out for site in sites) * size.length * word
+    return {
+        "masks and inner activations": 0 if _compiled(config) else 3 * replaced * positions * config.C * word,
+        "masked runs": plans * size.rows * (through_sites if size.kept is None else size.kept),
+        "logits": max(plans * (computed + seen) + positions + 2 * seen, CHECKED * positions) * size.vocabulary * word,
+    }
+
+
+def require_memory(config: Config, sites: Sequence[Site], size: Footprint, *, target: int = 0, free: int | None = None) -> None:
+    """Raise `ConfigError` if the run needs more than is free on its device, naming what to lower and the figures for each.
+
+    target: bytes of it, 0 where it is there already. free: bytes. Defaults to what the device tells; there is no check where it does not.
+    """
+    free = free_memory(config.device) if free is None else free
+
+    def needed(field: str = "C", value: object = config.C, *, count: int = len(sites)) -> int:
+        owner, _, leaf = field.rpartition(".")
+        update = {"gamma": config.gamma.model_copy(update={leaf: value})} if owner else {leaf: value}
+        rows = value if field == "batch" and isinstance(value, int) else size.rows
+        changed, libraries = config.model_copy(update=update), COMPILED * _compiled(config)
+        return diagnose(changed, sites[:count], replace(size, rows=rows), target=target, libraries=libraries).bytes["total"]
+
+    total = needed()
+    if free is None or total <= free:
+        return
+    kinds = [(kind, needed("gamma.kind", kind)) for kind in ("shared", "scalar")]
+    remedies = [f"gamma.kind {kind} ({size_text(amount)})" for kind, amount in kinds if amount < 0.8 * total]
+    rows = {"facts": "sentences in task.sentences", "custom": "sequences in a batch"}.get(config.task.kind, "batch")
+    for field, value in (("batch", size.rows), ("gamma.d_gate", config.gamma.d_gate), ("C", config.C)):
+        halves = [value >> shift for shift in range(1, value.bit_length())]
+        fitting = next((half for half in halves if needed(field, half) <= free), None)
+        if fitting is not None:
+            remedies.append(f"{rows if field == 'batch' else field} {fitting} ({size_text(needed(field, fitting))})")
+    count = next((count for count in range(len(sites) - 1, 0, -1) if needed(count=count) <= free), None)
+    if count is not None:
+        remedies.append(f"fewer sites (the first {count} of {len(sites)}: {size_text(needed(count=count))})")
+    raise ConfigError(
+        f"needs {size_text(total)} of memory on {config.device}, {size_text(free)} are free; "
+        f"lower one of: {', '.join(remedies) or 'C, sites and the length of sequences together'}. `paramlens doctor` lists the parts"
+    )
+
+
+def free_memory(device: str) -> int | None:
+    """Bytes free on a device; None where it does not tell. On a CPU no more than what a container leaves this process."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if kind != "cpu":
+        return None
+    free = psutil.virtual_memory().available
+    return min([free, *_left_by_groups()])
+
+
+def _left_by_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """Bytes that the control groups of this process leave it, of either version; what a group has only cached counts as free."""
+    try:
+        groups = [line.split(":", 2)[2].lstrip("/") for line in own.read_text(encoding="utf-8").splitlines() if line.count(":") >= 2]
+    except OSError:
+        return []
+    files = {"memory.max": "memory.current", "memory.limit_in_bytes": "memory.usage_in_bytes"}
+    found = []
+    for group in {part for name in groups for part in (Path(name), *Path(name).parents)}:
+        for folder in (root / group, root / "memory" / group):
+            for limit, usage in files.items():
+                with contextlib.suppress(OSError, ValueError):  # no such group, or "max": no limit
+                    most, used = (int((folder / name).read_text(encoding="ascii")) for name in (limit, usage))
+                    stat = (folder / "memory.stat").read_text(encoding="ascii")
+                    cached = re.search(r"^(?:total_)?inactive_file (\d+)$", stat, re.MULTILINE)
+                    found.append(max(0, most - used + (int(cached[1]) if cached else 0)))
+    return found
+
+
+def size_text(count: int) -> str:
+    """Bytes as MiB or GiB."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

@@ -1,0 +1,402 @@
+"""From a model or a configuration to a finished run directory: `decompose` and `decompose_config`."""
+
+import dataclasses
+import inspect
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from paramlens.config.file import load_config, make_config
+from paramlens.config.model import Config
+from paramlens.errors import ConfigError, RunDirError, SiteError
+from paramlens.files.lock import locked
+from paramlens.files.plain import read_json
+from paramlens.kernels.machine import machine, usable_cores
+from paramlens.kernels.openmp import SPINNING, waiting
+from paramlens.method.batch import Batches, Inputs
+from paramlens.method.decomposition import Decomposition
+from paramlens.method.entry import require_plain, require_sound
+from paramlens.method.generators import generator
+from paramlens.method.importance import Importance
+from paramlens.method.losses import faithfulness
+from paramlens.method.modes import buffers_kept, default_modes
+from paramlens.method.padding import require_padding_unseen
+from paramlens.method.sites import at_rest, find_sites
+from paramlens.method.start import initialise
+from paramlens.method.task import Task
+from paramlens.runs import targets
+from paramlens.runs.budget import Footprint, footprint, require_memory
+from paramlens.runs.checkpoint import CheckpointState
+from paramlens.runs.forecast import require_room, require_training_room
+from paramlens.runs.layout import FORMAT, checkpoint_path, default_out, holds_toy, is_begun, is_resumable, require_free
+from paramlens.runs.randomness import seeded
+from paramlens.runs.rundir import (
+    Run,
+    RunDirectory,
+    model_sha256,
+    newest_state,
+    open_run,
+    require_target,
+    require_unchanged,
+    require_whole_run,
+    versions,
+)
+from paramlens.runs.saving import require_space
+from paramlens.runs.targets import Target
+from paramlens.runs.train import make_optimizer, restore, train
+from paramlens.tasks.batches import own_task
+from paramlens.tasks.settings import CustomTask, FactsTask, InductionTask, TextTask
+from paramlens.tracking.tracker import TargetTracker, Tracker, tell_target
+from paramlens.tracking.trackers import as_tracker
+
+
+@default_modes()
+def decompose(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    held_out: Batches | None = None,
+    sites: str | Sequence[str] = ("*",),
+    C: int = 64,
+    steps: int = 1000,
+    out: str | Path | None = None,
+    resume: bool = False,
+    extend_steps: int | None = None,
+    overwrite: bool = False,
+    tracker: Tracker | str | Sequence[str] | None = None,
+    **fields: Any,
+) -> Run:
+    """Decompose any `nn.Module` that maps a batch to logits (a tensor, or an output with `.logits`).
+
+    batches: a function of the step, a sequence (cycled), or an iterable (iterated anew when exhausted; such a run cannot be resumed).
+    A batch is passed as `model(x)`, `model(*sequence)` or `model(**mapping)`; tensors lead with the batch axis. What `forward` has no
+    place for (labels, the y of (x, y) pairs) is left out. Of sequences of several lengths an `attention_mask` (batch, pos), as
+    tokenizers make it, or a `paramlens.Batch` says which positions are present; no others count.
+    held_out: batches that are not decomposed, in the same forms (of an iterable the first 64), which evaluations and analyses look at;
+    without them those look at `batches`, and results say "training".
+    out: the run directory; none: a new temporary one. fields: any field of `Config`, nested ones as mappings (`optim={"lr": 3e-3}`).
+    resume: take the run in `out` up at its newest checkpoint, to end in the same bytes as if it had never stopped; extend_steps: to this
+    many steps instead of those it was started with, where nothing it did so far depended on their number.
+    tracker: what follows the run; names of `trackers.LIBRARIES` stand for those beside the terminal.
+    The model comes back exactly as it was. Raises `ConfigError`, `SiteError`, `BatchError`, `RunDirError`, `DivergedError`, `SaveError`.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model: an nn.Module is needed, not {type(model).__name__}")
+    require_plain(model)
+    if "task" in fields:
+        raise ConfigError("task: belongs to configurations; a model of your own comes with its batches")
+    device = str(next((parameter.device for parameter in model.parameters()), "cpu"))
+    if fields.get("device", device) != device:
+        raise ConfigError(f"device {fields['device']}: the model is on {device}; move the model, or leave device out")
+    if not isinstance(sites, Iterable):
+        raise ConfigError(f"sites: {sites!r}; give patterns of module paths, such as '*' for every weight matrix")
+    tree = {"device": device, **fields, "sites": [sites] if isinstance(sites, str) else list(sites), "C": C, "steps": steps}
+    config = make_config(tree, source="decompose")
+    task = dataclasses.replace(own_task(model, batches, held_out=held_out), last_token=_last_logits(model))
+    for name, given in (("batches", batches), ("held_out", held_out)):
+        if resume and given is not None and not (callable(given) or isinstance(given, Sequence)):
+            raise ConfigError(f"resume: {name} from an iterable cannot be taken up at a step; give a function of the step or a sequence")
+    follower = as_tracker(tracker)
+    path = Path(tempfile.mkdtemp(prefix="paramlens-")) if out is None else Path(out).absolute()  # batches may change the directory
+    if resume:
+        config = _resumable(config, path, extend_steps=extend_steps, overwrite=overwrite)
+    else:
+        _require_start(path, extend_steps=extend_steps, overwrite=overwrite)
+    with locked(path):
+        return _run(config, task, path, resume=resume, overwrite=overwrite, tracker=follower)
+
+
+def _last_logits(model: nn.Module) -> Callable[[Inputs], Inputs] | None:
+    """Inputs that make a Hugging Face language model unembed its last position alone, by its own argument for it."""
+    names = list(inspect.signature(model.forward).parameters)
+    if "logits_to_keep" not in names:
+        return None
+
+    def last(inputs: Inputs) -> Inputs:
+        if isinstance(inputs, Mapping):
+            return {**inputs, "logits_to_keep": 1}
+        given = inputs if isinstance(inputs, tuple | list) else (inputs,)
+        return {**dict(zip(names, given, strict=False)), "logits_to_keep": 1}
+
+    return last
+
+
+@default_modes()
+def decompose_config(
+    config: Config,
+    *,
+    out: str | Path | None = None,
+    target: str | Path | None = None,
+    resume: bool = False,
+    extend_steps: int | None = None,
+    overwrite: bool = False,
+    tracker: Tracker | str | Sequence[str] | None = None,
+) -> Run:
+    """The run that a configuration describes, its toy target trained first unless `target` names a directory that holds one.
+
+    target: for language models also any model, an id on the Hugging Face Hub or a local folder.
+    out: the run directory; none: runs/<name>-s<seed>. resume, extend_steps, tracker: as for `decompose`, and it raises as that does.
+    """
+    follower, named = as_tracker(tracker), with_target(config, target)
+    if named is not config:
+        config, target = named, None
+    config = targets.placed(config)
+    if isinstance(config.task, CustomTask):
+        raise ConfigError("task: give one of a kind; a model of your own is decomposed in Python, paramlens.decompose(model, batches, ...)")
+    if resume and target is not None:
+        raise ConfigError(f"target {target}: a resumed run has its target; leave one of target and resume out")
+    require_device(config.device)
+    path = Path(out) if out is not None else default_out(config)
+    if resume:
+        config = _resumable(config, path, extend_steps=extend_steps, overwrite=overwrite)
+    else:
+        _require_start(path, extend_steps=extend_steps, overwrite=overwrite)
+    require_room(config)
+    with locked(path):
+        source = path if resume and targets.is_trained_here(config) else None if target is None else Path(target)
+        found = _target(config, source, tracker=follower).to(config)
+        if not resume:
+            targets.require_sound(config, found)
+        task = targets.make_task(config, found)
+        return _run(config, task, path, resume=resume, overwrite=overwrite, tracker=follower, target=found)
+
+
+def _target(config: Config, source: Path | None, *, tracker: Tracker) -> Target:
+    """The target of a configuration: named by it, lying in the directory `source`, or trained now."""
+    if not targets.is_trained_here(config):
+        return targets.pretrained(config)
+    if source is None:
+        with machine(config):
+            return trained_target(config, tracker=tracker)
+    assert not isinstance(config.task, CustomTask)
+    require_unchanged(source)
+    _require_same_task(config.task, source)
+    return targets.load(config, source)
+
+
+def with_target(config: Config, target: str | Path | None) -> Config:
+    """`config`, its language model replaced by `target` unless that is a directory in which a toy target lies."""
+    if target is None or isinstance(config.task, InductionTask | CustomTask) or holds_toy(Path(target)):
+        return config
+    return config.model_copy(update={"task": config.task.model_copy(update={"model": str(target), "revision": None})})
+
+
+def trained_target(config: Config, *, tracker: Tracker) -> Target:
+    """Train the toy target of a configuration, telling its progress and whether it converged."""
+    require_device(config.device)
+    require_training_room(config)
+    if isinstance(tracker, TargetTracker):
+        tracker.start_target(steps=targets.training_steps(config))
+    try:
+        return targets.train(config, on_message=tracker.message, on_check=partial(tell_target, tracker))
+    finally:
+        tracker.close()
+
+
+def _require_start(path: Path, *, extend_steps: int | None, overwrite: bool) -> None:
+    if extend_steps is not None:
+        raise ConfigError("extend_steps: continues a run; give it together with resume")
+    require_free(path, overwrite=overwrite)
+
+
+def _resumable(config: Config, path: Path, *, extend_steps: int | None, overwrite: bool) -> Config:
+    """`config`, to `extend_steps` steps if they are given, once it is clear that the whole run in `path` can go on with it.
+
+    Raises unless that was started with this very configuration, and nobody asks to replace it.
+    """
+    if overwrite:
+        raise ConfigError("resume and overwrite exclude each other; leave one out")
+    if not (path / "config.yaml").is_file():
+        raise RunDirError(f"{path}: nothing to resume there; leave resume out to start anew")
+    if not is_begun(path):
+        raise RunDirError(f"{path}: was stopped before its first step; overwrite starts anew")
+    if not is_resumable(path):
+        raise RunDirError(
+            f"{path}: a copy for reading, pushed without optimizer and generators; a push with resumable makes one that goes on"
+        )
+    require_whole_run(path)
+    saved = load_config(path / "config.yaml")
+    config = targets.placed(config, like=saved)
+    if extend_steps is not None:
+        _require_extendable(saved, extend_steps)
+        config, saved = (each.model_copy(update={"steps": extend_steps}) for each in (config, saved))
+    ours, theirs = _leaves(config.model_dump()), _leaves(saved.model_dump())
+    changed = [f"{name} {theirs.get(name)!r} → {ours.get(name)!r}" for name in ours if ours[name] != theirs.get(name)]
+    if changed:
+        raise ConfigError(
+            f"{path}: was started with another configuration ({'; '.join(changed)}); resume with the same one or give another out"
+        )
+    return config
+
+
+def _require_extendable(saved: Config, steps: int) -> None:
+    """Raise unless a run of more steps would have done the same so far."""
+    if steps < saved.steps:
+        raise ConfigError(f"extend_steps {steps}: the run is of {saved.steps} steps; give more")
+    optim, losses = saved.optim, saved.losses
+    reasons = {
+        f"optim.schedule {optim.schedule}": optim.schedule != "constant",
+        f"optim.warmup {optim.warmup:g}, a share": 0 < optim.warmup < 1,
+        f"losses.p_start {losses.p_start:g} to p_final {losses.p_final:g}": losses.minimality and losses.p_start != losses.p_final,
+        f"optim.project_from {optim.project_from}": optim.project_from,
+    }
+    if bound := [reason for reason, holds in reasons.items() if holds]:
+        raise ConfigError(
+            f"extend_steps {steps}: what the run did so far depends on its {saved.steps} steps ({'; '.join(bound)}); "
+            f"start a new one with steps {steps}"
+        )
+
+
+def _require_same_task(task: InductionTask | FactsTask | TextTask, source: Path) -> None:
+    """Raise unless the target in `source` was trained on this very task; heads, say, leave no trace in its weights."""
+    if not (source / "config.yaml").is_file():
+        raise RunDirError(f"{source}: no config.yaml; give a directory made by train-target or decompose")
+    if not isinstance(task, InductionTask):
+        return  # a language model's folder says what it is
+    starts = {"training", "embedding_scale", "position_scale", "position_offset"}  # how it was trained, not what it is
+    ours, theirs = (_leaves(each.model_dump(exclude=starts)) for each in (task, load_config(source / "config.yaml").task))
+    changed = [f"task.{name} {theirs.get(name)!r} → {ours[name]!r}" for name in ours if ours[name] != theirs.get(name)]
+    if changed:
+        raise ConfigError(f"target {source}: trained on another task ({'; '.join(changed)}); give its values or train another")
+
+
+def require_device(device: str) -> None:
+    kind = torch.device(device).type
+    if kind != "cpu" and not getattr(torch, kind).is_available():
+        raise ConfigError(f"device {device}: torch {torch.__version__} finds none here; give cpu")
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return leaves
+
+
+def _run(
+    config: Config,
+    task: Task,
+    path: Path,
+    *,
+    resume: bool,
+    overwrite: bool,
+    tracker: Tracker,
+    target: Target | None = None,
+) -> Run:
+    """Train `task` into `path`. Everything that a user can get wrong is checked before a directory is made or replaced."""
+    state = newest_state(path, load_config(path / "config.yaml")) if resume else None
+    threads = config.threads or _threads(path, state)
+    with (
+        machine(config.model_copy(update={"threads": threads})),
+        at_rest(task.model),
+        torch.enable_grad(),
+        seeded(config.seed, config.device),
+    ):
+        with buffers_kept(task.model):
+            decomposition, importance = _built(config, task)
+        optimizer = make_optimizer(config, decomposition, importance)
+        start = 0 if state is None else state.step
+        require_space(path, config.checkpoint, decomposition, importance, start=start, steps=config.steps)
+        identity = targets.identity(config, target) if target is not None else {"id": type(task.model).__qualname__}
+        identity["sha256"] = model_sha256(task.model)
+        if resume:
+            directory = _reopened(config, path, state, decomposition, importance, tracker=tracker)
+        else:
+            directory = RunDirectory.create(path, config, overwrite=overwrite)
+            if target is not None and target.history is not None:
+                targets.save(target, path)
+            directory.record(device=config.device, dtype=config.dtype, matmul=config.matmul, seed=config.seed, target=identity, seconds=0.0)
+            directory.describe(config, decomposition, importance, identity)
+        if state is None:
+            _start_values(config, decomposition, importance)
+        else:
+            restore(checkpoint_path(path, start), state, decomposition, importance, optimizer)
+        if start == config.steps:
+            tracker.message(f"{path}: already finished at step {start}")
+        else:
+            if (used := torch.get_num_threads()) > 1 and waiting() == "spinning":
+                tracker.message(SPINNING.format(threads=used))
+            how = {"threads": used, "cores": usable_cores(), "waiting": waiting()}
+            directory.record(status="running", evaluated_on=task.evaluated_on, **how)
+            train(config, task, decomposition, importance, optimizer, directory, start=start, tracker=tracker)
+    return dataclasses.replace(open_run(path, model=task.model), task=task)
+
+
+def _threads(path: Path, state: CheckpointState | None) -> int | None:
+    """CPU threads of the run that is taken up: with others, sums would round otherwise."""
+    return None if state is None else state.threads or read_json(path / "run.json").get("threads")
+
+
+def _reopened(
+    config: Config,
+    path: Path,
+    state: CheckpointState | None,
+    decomposition: Decomposition,
+    importance: Importance,
+    *,
+    tracker: Tracker,
+) -> RunDirectory:
+    """The directory of a run that goes on; one of an older format is brought to this one. Raises `RunDirError`."""
+    described = require_whole_run(path)
+    require_target(path, described, decomposition.model)
+    directory = RunDirectory.reopen(path, state)
+    before, here = directory.info.get("versions"), versions()
+    if before != here:
+        tracker.message(f"{path}: begun with {before}, goes on with {here}; the same bytes are promised for the same versions alone")
+        directory.record(versions=here)
+    if described.format < FORMAT:
+        directory.record(format=FORMAT)
+        directory.describe(config, decomposition, importance, described.target.model_dump(exclude_none=True))
+    if load_config(path / "config.yaml") != config:
+        directory.reconfigure(config)
+    if state is None:
+        tracker.message(f"{path}: no checkpoint yet, begins at step 0")
+    return directory
+
+
+def _built(config: Config, task: Task) -> tuple[Decomposition, Importance]:
+    dtype = getattr(torch, config.dtype)
+    sites = find_sites(task.model, config.sites)
+    if not any(site.W.any() for site in sites):
+        raise SiteError(f"sites {', '.join(config.sites)}: every weight is 0, so there is nothing to decompose; load the model's weights")
+    for site in sites:
+        if site.W.dtype != dtype:
+            raise ConfigError(f"dtype {config.dtype}: site {site.name} is {site.W.dtype}; convert the model or change dtype")
+    first = task.batch(0, "train").to(config.device)
+    inputs = first.inputs
+    size = footprint(task.model, sites, inputs, last=task.last_token is not None)
+    if size is not None:  # before anything of that size is made
+        require_memory(config, sites, size)
+    decomposition = Decomposition(task.model, sites, C=config.C, dtype=dtype)
+    target = require_sound(decomposition, inputs)
+    if config.last_token_only and target.logits.dim() != 3:
+        raise ConfigError(
+            f"last_token_only true: the model's logits {tuple(target.logits.shape)} have no position axis (batch, pos, token); give false"
+        )
+    require_padding_unseen(task.model, first, target.logits)
+    decomposition.find_blocks(inputs)
+    longest = max(value.shape[1] for value in target.inputs.values())
+    if size is None:
+        require_memory(config, sites, Footprint(target.logits.shape[0], longest, target.logits.shape[-1]))
+    known = task.longest if task.longest is not None and first.columns == longest else longest
+    importance = Importance({site.name: (site.d_in, config.C) for site in sites}, config.gamma, max_length=max(known, longest))
+    importance = importance.to(device=config.device, dtype=dtype)
+    with torch.no_grad():
+        importance(target.inputs, decomposition.U, first.present)
+    return decomposition, importance
+
+
+def _start_values(config: Config, decomposition: Decomposition, importance: Importance) -> None:
+    """Starting point of U, V and γ, with the faithfulness-only warm-up where the configuration asks for one."""
+    initialise(decomposition, config.init, generator=generator(config.seed, "init"))
+    importance.initialise(generator(config.seed, "gamma"))
+    optimizer = torch.optim.Adam(decomposition.parameters(), lr=config.init.warmup_lr)
+    for _ in range(config.init.warmup_steps):
+        optimizer.zero_grad()
+        faithfulness(decomposition).backward()
+        optimizer.step()

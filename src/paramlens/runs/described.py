@@ -1,0 +1,123 @@
+"""model.json: all that loading a run needs, read as a stranger's file, independent of what config.py becomes."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from paramlens.config.file import explain, make_config, read_tree, with_known_fields
+from paramlens.config.model import Config
+from paramlens.errors import RunDirError
+from paramlens.fields import Count
+from paramlens.files.plain import read_json
+from paramlens.method.decomposition import Decomposition
+from paramlens.method.importance import Importance
+from paramlens.method.settings import Gamma
+from paramlens.runs.layout import FORMAT
+
+_REBUILT = ("seed", "batch", "last_token_only", "device", "dtype", "task")
+"""Fields of the configuration from which a task is made again."""
+
+
+Size = Annotated[Count, Field(lt=2**24)]
+"""One dimension; a larger one is no weight matrix's, and several of them would overflow."""
+
+
+class _Checked(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=False)
+
+
+class SiteShape(_Checked):
+    name: str
+    d_in: Size
+    d_out: Size
+
+
+class GammaShape(_Checked):
+    kind: Literal["scalar", "vector", "attention", "shared"]
+    d_gate: Size
+    relative: Literal["offset", "query"]
+    max_length: Size | None
+
+
+class TargetIdentity(_Checked):
+    id: str
+    revision: str | None = None
+    sha256: str
+
+
+class Described(_Checked):
+    """What `model.json` says."""
+
+    format: Count
+    C: Size
+    dtype: Literal["float32", "float64"]
+    sites: tuple[SiteShape, ...] = Field(min_length=1)
+    gamma: GammaShape
+    target: TargetIdentity
+    config: dict[str, Any]
+    """The fields `_REBUILT` of the run's configuration."""
+
+    def rebuilt(self) -> Config:
+        """A configuration whose task and data are the run's; fields that this version no longer knows are left out."""
+        return make_config(with_known_fields(self.config), source="model.json")
+
+    def importance(self) -> Importance:
+        """γ, still empty."""
+        gamma = Gamma(kind=self.gamma.kind, d_gate=self.gamma.d_gate, relative=self.gamma.relative)
+        shapes = {site.name: (site.d_in, self.C) for site in self.sites}
+        return Importance(shapes, gamma, max_length=self.gamma.max_length).to(getattr(torch, self.dtype))
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """File stem → tensor name → a tensor without memory, as a checkpoint of this run holds it."""
+        kind = {"dtype": getattr(torch, self.dtype), "device": "meta"}
+        components = {f"{site.name}.U": torch.empty(site.d_in, self.C, **kind) for site in self.sites}
+        components |= {f"{site.name}.V": torch.empty(self.C, site.d_out, **kind) for site in self.sites}
+        with torch.device("meta"):
+            return {"components": components, "importance": named_parameters(self.importance())}
+
+
+def describe(config: Config, decomposition: Decomposition, importance: Importance, target: dict[str, Any]) -> dict[str, Any]:
+    """What `model.json` is to say. target: id, revision and sha256."""
+    gamma = importance.gamma
+    lengths = {group.max_length for group in importance.typed_groups}
+    return {
+        "format": FORMAT,
+        "C": decomposition.C,
+        "dtype": str(decomposition.U[decomposition.names[0]].dtype).removeprefix("torch."),
+        "sites": [{"name": site.name, "d_in": site.d_in, "d_out": site.d_out} for site in decomposition.sites],
+        "gamma": {"kind": gamma.kind, "d_gate": gamma.d_gate, "relative": gamma.relative, "max_length": lengths.pop()},
+        "target": target,
+        "config": config.model_dump(mode="json", include=set(_REBUILT)),
+    }
+
+
+def require_known_format(path: Path) -> int:
+    """The format of a run directory. Raises `RunDirError` if `model.json` gives none, or one of a newer version than this."""
+    file = path / "model.json"
+    version = read_json(file).get("format")
+    if not isinstance(version, int) or version < 1:
+        raise RunDirError(f"{file}: format {version!r}, a number was expected; restore the file from a copy")
+    if version > FORMAT:
+        raise RunDirError(f"{path}: written in format {version}, this version reads up to {FORMAT}; upgrade paramlens")
+    return version
+
+
+def read_description(path: Path) -> Described:
+    """A run directory's `model.json`. Raises `RunDirError` for a newer format and for anything it cannot be."""
+    file = path / "model.json"
+    version, document = require_known_format(path), read_json(file)
+    if version == 1:  # the target stood in run.json, the task in config.yaml alone
+        tree = read_tree(path / "config.yaml")[1]
+        document |= {"target": read_json(path / "run.json").get("target"), "config": {key: tree[key] for key in _REBUILT if key in tree}}
+    try:
+        return Described.model_validate(document)
+    except ValidationError as error:
+        raise RunDirError(f"{explain(error, source=str(file))}; restore the file from a copy") from None
+
+
+def named_parameters(importance: Importance) -> dict[str, Tensor]:
+    """γ's parameters by site, as `importance.safetensors` names them, as views."""
+    return {f"{name}.{key}": value for name, parts in importance.site_parameters().items() for key, value in parts.items()}

@@ -1,0 +1,179 @@
+"""Names and places in a run directory: all of it that needs no torch, so that a wrong path is refused at once."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from paramlens.config.model import Config
+from paramlens.errors import RunDirError
+from paramlens.files.lock import LOCK, OWNER
+from paramlens.files.manifest import MANIFEST
+from paramlens.files.plain import PART, read_json, read_text, with_nan
+from paramlens.tracking import TRACKING
+
+FORMAT = 2
+"""Version of the directory's format that is written, and the newest that is read. 2: the run's own files have a manifest, model.json
+has the target and the task, and a checkpoint's state.json the threads and the state of metrics.jsonl."""
+
+
+CONTENTS = (
+    *("checkpoints", "analysis", "report.html", "metrics.jsonl", "model.json", "target.safetensors", "target.json", "target"),
+    *(MANIFEST, "config.yaml", "run.json", TRACKING),
+)
+"""What a run directory holds; anything else there is somebody else's."""
+
+
+RUNS = "runs"
+"""Folder that runs go to unless told otherwise."""
+
+
+HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+"""user/name on the Hugging Face Hub."""
+
+
+_STEP = re.compile(r"step-(\d{8})")
+
+
+MOST_ANALYSIS = 2**30
+"""Bytes, likewise of an analysis: the catalogue holds every active part at every shown token."""
+
+
+def default_out(config: Config) -> Path:
+    """Where a run goes unless told otherwise."""
+    return Path(RUNS) / f"{config.name}-s{config.seed}"
+
+
+def is_run(path: Path) -> bool:
+    return (path / "config.yaml").is_file() and (path / "run.json").is_file()
+
+
+def is_begun(path: Path) -> bool:
+    """Whether a run directory can be resumed: its first step was reached, or all that it needs for it is written."""
+    return bool(checkpoints(path)) or (path / MANIFEST).is_file()
+
+
+def is_resumable(path: Path) -> bool:
+    """False for a copy for reading, pushed to the Hub without optimizer and generators, which its run.json says."""
+    with contextlib.suppress(RunDirError):
+        return read_json(path / "run.json").get("resumable") is not False
+    return True
+
+
+def holds_toy(path: Path) -> bool:
+    """Whether a directory holds a target that was trained here."""
+    return (path / "target.json").is_file()
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` is no path here and has the form user/name; a mistyped path stays here: `user` is no folder, nor runs."""
+    if not HUB_ID.fullmatch(name):
+        return False
+    return not (Path(name).exists() or Path(name).parent.is_dir() or Path(name).parts[0] == RUNS)
+
+
+def require_path(path: Path) -> None:
+    """Raise `RunDirError` for a path that no file can have: too long, with a NUL character, or not in UTF-8, as file formats need it."""
+    try:
+        str(path.absolute()).encode()
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise RunDirError(f"{str(path)!r}: cannot be a directory of a run ({reason}); give another path") from None
+
+
+def require_run(path: Path) -> None:
+    """Raise `RunDirError` unless `path` is a run directory."""
+    require_path(path)
+    if not path.exists():
+        raise RunDirError(f"{path}: no such run; give the directory that decompose printed")
+    if not is_run(path):
+        raise RunDirError(f"{path}: not a run directory (it lacks config.yaml or run.json); give the directory that decompose printed")
+
+
+def require_free(path: Path, *, overwrite: bool) -> None:
+    """Raise `RunDirError` if `path` holds anything or cannot be written; with `overwrite`, only if that is no run directory."""
+    require_path(path)
+    standing = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not standing.is_dir() or not os.access(standing, os.W_OK):
+        raise RunDirError(f"{path}: cannot be written ({standing} is no writable directory); give another out")
+    if standing != path or not any(entry.name not in (LOCK, OWNER) for entry in path.iterdir()):
+        return
+    if not overwrite:
+        resume = "resume continues it, " if is_run(path) else ""
+        raise RunDirError(f"{path} exists; {resume}overwrite replaces it, another out leaves it alone")
+    if not is_run(path):
+        raise RunDirError(f"{path} exists and is no run directory, so overwrite leaves it alone; give another out")
+
+
+def clear(path: Path) -> None:
+    """Remove what a run directory holds, and nothing else that lies there."""
+    for name in CONTENTS:
+        entry = path / name
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink(missing_ok=True)
+
+
+def checkpoint_path(path: Path, step: int) -> Path:
+    return path / "checkpoints" / f"step-{step:08d}"
+
+
+def checkpoint_step(folder: Path) -> int:
+    """The step in a checkpoint's name."""
+    match = _STEP.fullmatch(folder.name)
+    assert match is not None
+    return int(match[1])
+
+
+def checkpoints(path: Path) -> list[Path]:
+    """Finished checkpoints of a run directory, oldest first."""
+    folder = path / "checkpoints"
+    return sorted(entry for entry in folder.iterdir() if _STEP.fullmatch(entry.name)) if folder.is_dir() else []
+
+
+def find_checkpoint(path: Path, step: int | None) -> Path:
+    """The newest finished checkpoint, or the one at `step`. Raises `RunDirError` if there is none."""
+    found = checkpoints(path)
+    if not found:
+        raise RunDirError(
+            f"{path}: no checkpoint yet; a run that is under way writes one, one that has ended is started anew with overwrite"
+        )
+    if step is None:
+        return found[-1]
+    for folder in found:
+        if checkpoint_step(folder) == step:
+            return folder
+    raise RunDirError(f"{path}: no checkpoint at step {step}; there are {', '.join(str(checkpoint_step(folder)) for folder in found)}")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Lines of `metrics.jsonl`; a last line that was cut off is left out. Raises `RunDirError` for any other that is no JSON mapping."""
+    file = path / "metrics.jsonl"
+    lines = read_text(file).splitlines() if file.exists() else []
+    parsed: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            if not isinstance(document := json.loads(line), dict):
+                raise ValueError(f"a mapping was expected, not {type(document).__name__}")
+            parsed.append(with_nan(document))
+        except (ValueError, RecursionError) as error:
+            if number < len(lines):
+                raise RunDirError(f"{file} line {number}: not JSON ({error}); remove the line") from None
+    return parsed
+
+
+def sweep(path: Path) -> None:
+    """Remove what a writer that was killed left unfinished."""
+    for folder in (path, path / "checkpoints", path / "analysis"):
+        for entry in folder.glob(f"*{PART}"):
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)

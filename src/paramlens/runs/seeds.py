@@ -1,0 +1,154 @@
+"""Several seeds of one configuration in one go, each in a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paramlens import errors
+from paramlens.config.file import make_config
+from paramlens.config.model import Config
+from paramlens.errors import ConfigError, ParamLensError, RunInterrupted, Terminated
+from paramlens.files.plain import read_json, write_json
+from paramlens.kernels.machine import usable_cores
+from paramlens.runs.decompose import decompose_config
+from paramlens.runs.layout import default_out, holds_toy, is_begun, is_run, require_free
+from paramlens.tracking.signals import apart, ask_to_end, end_in_order, interrupts, termination
+from paramlens.tracking.tracker import Silent, Terminal
+from paramlens.tracking.trackers import chosen
+
+PROGRESS = 30.0
+"""Seconds between lines of progress of one seed."""
+
+
+def decompose_seeds(
+    config: Config,
+    count: int,
+    *,
+    out: str | Path | None = None,
+    target: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    track: Sequence[str] = (),
+) -> list[Path]:
+    """Runs with seeds `config.seed` to `config.seed` + `count` - 1, as many at a time as the usable cores carry; returns their directories.
+
+    Each trains a target of its own, as it would alone, unless `target` names one for all, or with {seed} in it one for each. out: the
+    folder of the run directories `s<seed>`; none: runs/<name>-s<seed> each. threads: as configured, or one where several run at a time,
+    since threads that must wait for each other's cores lose more than they gain. resume: those that have begun go on, the others start.
+    track: names of trackers, as `trackers.chosen` takes them, that follow every seed beside the terminal.
+    A seed that fails does not stop the others; its error is raised when all are done. A Ctrl-C or SIGTERM ends all, those under way with
+    a checkpoint, a second one at once; so does this process's own end. Raises as `decompose_config` does.
+    """
+    if count < 1:
+        raise ConfigError(f"seeds {count}: give 1 or more")
+    chosen(track, first=Silent())
+    workers = min(count, max(1, usable_cores() // (config.threads or 1)))
+    shared = {"threads": 1} if config.threads is None and workers > 1 else {}
+    jobs: list[_Job] = []
+    for seed in range(config.seed, config.seed + count):
+        each = config.model_copy(update={**shared, "seed": seed})
+        path = default_out(each) if out is None else Path(out) / f"s{seed}"
+        resumable = resume and is_begun(path)
+        anew = overwrite or (resume and is_run(path) and not resumable)  # what was stopped before its first step
+        if not resumable:
+            require_free(path, overwrite=anew)
+        given = None if target is None else str(target).replace("{seed}", str(seed))
+        if given is not None and resumable and holds_toy(Path(given)):
+            given = None  # the run has it
+        jobs.append(_Job(each, path, given, resumable, anew and not resumable, tuple(track)))
+    if failed := [failure for failure in _run_all(jobs, workers) if failure is not None]:
+        raise failed[0]
+    return [job.path for job in jobs]
+
+
+@dataclass(frozen=True)
+class _Job:
+    config: Config
+    path: Path
+    target: str | None
+    resume: bool
+    overwrite: bool
+    track: tuple[str, ...]
+
+
+def _run_all(jobs: Sequence[_Job], workers: int) -> list[ParamLensError | None]:
+    """What went wrong in each job, at most `workers` of which run at a time. Raises `RunInterrupted` once all have ended for a signal."""
+    waiting, failures = list(range(len(jobs))), list[ParamLensError | None]([None] * len(jobs))
+    running: dict[int, subprocess.Popen[str]] = {}
+    told = False
+    with tempfile.TemporaryDirectory(prefix="paramlens-") as folder, interrupts() as interrupted:
+        try:
+            while waiting or running:
+                number = interrupted()
+                if number and not told:
+                    waiting, told = [], True
+                    for process in running.values():
+                        ask_to_end(process, number)
+                while waiting and len(running) < workers:
+                    index = waiting.pop(0)
+                    running[index] = _start(jobs[index], Path(folder) / f"{index}.json")
+                for index in [index for index, process in running.items() if process.poll() is not None]:
+                    failures[index] = _failure(jobs[index], running.pop(index))
+                time.sleep(0.05)
+        finally:
+            for process in running.values():  # after a second signal, which ends them as it ends this process
+                process.terminate()
+                process.terminate()
+                process.communicate()
+    if number := interrupted():
+        raise RunInterrupted(number)
+    return failures
+
+
+def _start(job: _Job, file: Path) -> subprocess.Popen[str]:
+    """A job in a process and a session of its own, so that a terminal's Ctrl-C reaches it through this process alone."""
+    settings = {"path": str(job.path), "target": job.target, "resume": job.resume, "overwrite": job.overwrite, "track": job.track}
+    write_json(file, {"config": job.config.model_dump(mode="json"), **settings})
+    quietly = "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL)"  # a Ctrl-C while torch is imported ends in no traceback
+    command = [sys.executable, "-c", f"{quietly}; from paramlens.runs.seeds import run_job; run_job()", str(file)]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, **pipes, **apart())
+
+
+def _failure(job: _Job, process: subprocess.Popen[str]) -> ParamLensError | None:
+    said, _ = process.communicate()
+    if process.returncode == 0 or any(process.returncode in (128 + number, -number) for number in (signal.SIGINT, signal.SIGTERM)):
+        return None
+    try:
+        told = json.loads(said)
+        return getattr(errors, told["kind"])(told["message"])
+    except (ValueError, KeyError, TypeError):
+        return ParamLensError(f"{job.path}: seed {job.config.seed} ended with exit code {process.returncode}; its own messages say why")
+
+
+def run_job() -> None:
+    """One seed in its own process: what went wrong goes to the parent as JSON, and the parent's end is taken as SIGTERM."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    job: dict[str, Any] = read_json(Path(sys.argv[1]))
+    config = make_config(job.pop("config"))
+    terminal = Terminal(seconds=PROGRESS, label=f"seed {config.seed}: ")
+    try:
+        tracker = chosen(job.pop("track"), first=terminal)
+        with termination():
+            decompose_config(config, out=job.pop("path"), tracker=tracker, **job)
+    except ParamLensError as error:
+        print(json.dumps({"kind": type(error).__name__, "message": str(error)}))
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt as stopped:
+        sys.exit(stopped.exit_code if isinstance(stopped, Terminated) else 130)
+
+
+def _end_with_parent() -> None:
+    while os.read(0, 1):  # ends when the parent's side of the pipe does
+        pass
+    end_in_order()

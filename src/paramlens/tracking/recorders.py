@@ -1,0 +1,183 @@
+"""The other side of `trackers.Beside`: a process that is told a run's numbers as lines of JSON and gives them to one library."""
+
+import itertools
+import json
+import netrc
+import os
+import secrets
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+from filelock import FileLock
+
+from paramlens.files.plain import read_json, write_json
+
+PROJECT = "paramlens"
+"""Under which W&B and Trackio list the runs."""
+
+LOCK_PATIENCE = 30.0
+"""Seconds that a resumed run's process waits for that of the run before, should it still be writing."""
+
+
+class Recorder(Protocol):
+    """What keeps a run's numbers. Made with its folder, the run's name, its configuration and the steps done before."""
+
+    def __init__(self, folder: Path, name: str, config: Mapping[str, Any], done: int) -> None: ...
+
+    def record(self, step: int, values: Mapping[str, float], text: str) -> None:
+        """Everything of one step; text: what a person was told."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files. A run that goes on leaves them standing and marks what was logged after its checkpoint as void (a session's start)."""
+
+    def __init__(self, folder: Path, name: str, config: Mapping[str, Any], done: int) -> None:  # noqa: ARG002
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        begun = any(folder.iterdir())
+        self._event, self._writer = Event, EventFileWriter(str(folder))
+        self._writer.add_event(Event(wall_time=time.time(), step=done + 1, session_log=SessionLog(status=SessionLog.START)))
+        if not begun:
+            self._add(0, hparams_pb(leaves(config)))
+
+    def record(self, step: int, values: Mapping[str, float], text: str) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboard.plugins.text.summary_v2 import text_pb
+
+        if values:
+            self._add(step, Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]))
+        if text:
+            self._add(step, text_pb("messages", text))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _add(self, step: int, summary: Any) -> None:
+        self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=summary))
+
+
+class Appended:
+    """A library that cannot take steps back: its run's id and the last step it was told stand in `run.json` beside its files.
+
+    A resumed run repeats steps to the same bytes, so those that were told before are left out.
+    """
+
+    def __init__(self, folder: Path, name: str, config: Mapping[str, Any], done: int) -> None:  # noqa: ARG002  # the protocol's
+        self._file = folder / "run.json"
+        known = read_json(self._file) if self._file.exists() else {"id": secrets.token_hex(4), "step": -1}
+        self.id, self._step = known["id"], known["step"]
+        self._run = self.begin(folder, name, dict(config))
+
+    def begin(self, folder: Path, name: str, config: dict[str, Any]) -> Any:
+        """The library's run, with `log` and `finish`."""
+        raise NotImplementedError
+
+    def record(self, step: int, values: Mapping[str, float], text: str) -> None:
+        if step > self._step:
+            self._run.log({**values, **({"messages": text} if text else {})}, step=step)
+            self._step = step
+            write_json(self._file, {"id": self.id, "step": step})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class WandB(Appended):
+    """Weights & Biases: offline unless WANDB_MODE says otherwise or somebody is logged in. No console, code, packages or machine."""
+
+    def begin(self, folder: Path, name: str, config: dict[str, Any]) -> Any:
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        for kind in ("CACHE", "DATA", "ARTIFACT"):
+            os.environ.setdefault(f"WANDB_{kind}_DIR", str(folder / "cache"))
+        import wandb
+
+        never = ("symlink", "save_code", "x_save_requirements")
+        always = ("silent", "disable_git", "x_disable_meta", "x_disable_stats", "x_disable_machine_info")
+        return wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            name=name,
+            id=self.id,
+            resume="allow",
+            dir=str(folder.parent),
+            config=config,
+            mode=None if os.environ.get("WANDB_MODE") or logged_in() else "offline",
+            settings=wandb.Settings(console="off", **dict.fromkeys(never, False), **dict.fromkeys(always, True)),
+        )
+
+
+class Trackio(Appended):
+    """Trackio's database in the folder, whatever Space or server the environment names."""
+
+    def begin(self, folder: Path, name: str, config: dict[str, Any]) -> Any:
+        for word in [word for word in os.environ if word.startswith("TRACKIO_")]:
+            del os.environ[word]
+        os.environ |= {"TRACKIO_DIR": str(folder), "HF_HUB_OFFLINE": "1"}
+        import trackio
+
+        warnings.showwarning = _raise  # how it tells that something could not be written
+        return trackio.init(PROJECT, name=name, config=config, resume="allow", embed=False, auto_log_gpu=False, auto_log_cpu=False)
+
+
+RECORDERS: dict[str, type[Recorder]] = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}
+
+
+def main() -> None:
+    """Record what comes on stdin until it ends, as it also does when the run is killed. Exits with 1, its last line saying why."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    name, folder, run, done = sys.argv[1:]
+    try:
+        with FileLock(Path(folder).with_suffix(".lock"), timeout=LOCK_PATIENCE):
+            config = json.loads(sys.stdin.readline())["config"]
+            recorder = RECORDERS[name](Path(folder), run, config, int(done))
+            for step, lines in itertools.groupby(map(json.loads, sys.stdin), key=lambda line: line["step"]):
+                values, texts = {}, []
+                for line in lines:
+                    values |= line.get("values", {})
+                    texts += [line["message"]] if "message" in line else []
+                recorder.record(step, values, "\n".join(texts))
+            recorder.close()
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
+    """A configuration's values under dotted names; lists as text, those that are none left out."""
+    found: dict[str, bool | int | float | str] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            found |= leaves(value, f"{prefix}{key}.")
+        elif value is not None:
+            found[f"{prefix}{key}"] = value if isinstance(value, bool | int | float | str) else json.dumps(value)
+    return found
+
+
+def logged_in() -> bool:
+    """Whether W&B's key is in the environment or in the user's netrc file."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    named = os.environ.get("NETRC")
+    for file in [Path(named)] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]:
+        try:
+            if host in netrc.netrc(file).hosts:
+                return True
+        except (OSError, netrc.NetrcParseError):
+            continue
+    return False
+
+
+def _raise(message: Warning | str, *_args: Any, **_more: Any) -> None:
+    raise RuntimeError(str(message))

@@ -1,0 +1,221 @@
+"""What a user sees of a run while it trains: one small protocol, the terminal's side of it, and several trackers as one.
+
+A live line with a bar on a terminal, plain lines elsewhere; always on stderr, so that stdout stays free for results.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.text import Text
+
+from paramlens.config.model import Config
+from paramlens.display.streams import ErrorConsole
+from paramlens.display.tables import packed
+
+
+@dataclass(frozen=True)
+class LoggedStep:
+    """One logged step: losses as in METHOD's table (nats where reconstruction), p, and active subcomponents per position by site."""
+
+    step: int
+    losses: Mapping[str, float]
+    total: float
+    p: float
+    lr: float
+    active: Mapping[str, float]
+
+    def scalars(self) -> dict[str, float]:
+        """All of it as one flat table, `losses/<name>` and `active/<site>` beside single values; active: the sum over sites."""
+        losses = {f"losses/{name}": value for name, value in self.losses.items()}
+        active = {f"active/{name}": value for name, value in self.active.items()}
+        return {**losses, "total": self.total, "p": self.p, "lr": self.lr, **active, "active": sum(self.active.values())}
+
+
+@runtime_checkable
+class Tracker(Protocol):
+    """Follows a run: `start` once per phase, `update` at logged steps, `evaluated` with what an evaluation measured, `close` at the end.
+
+    `start` is told the run directory, the configuration and the steps done before; what was told of later steps is told again.
+    `message` is for what a person should read, and comes before `start` too.
+    """
+
+    def start(self, phase: str, *, steps: int, done: int, path: Path, config: Config) -> None: ...
+
+    def update(self, logged: LoggedStep) -> None: ...
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def message(self, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@runtime_checkable
+class TargetTracker(Tracker, Protocol):
+    """A tracker that follows the training of a toy target as well: `target` at its checks, between `start_target` and `close`.
+
+    A step that is not above the one before begins another attempt. Trackers without it are given each check as a message.
+    """
+
+    def start_target(self, *, steps: int) -> None: ...
+
+    def target(self, step: int, text: str) -> None: ...
+
+
+def tell_target(tracker: Tracker, step: int, text: str) -> None:
+    """A check of the target's training, as the tracker takes it."""
+    if isinstance(tracker, TargetTracker):
+        tracker.target(step, text)
+    else:
+        tracker.message(f"target step {step}  {text}")
+
+
+class Silent:
+    """Follows nothing."""
+
+    def start(self, phase: str, *, steps: int, done: int, path: Path, config: Config) -> None: ...
+
+    def update(self, logged: LoggedStep) -> None: ...
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def message(self, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Terminal:
+    """A live bar on a terminal; elsewhere, or with a label to begin each line, a line at most every `seconds` seconds.
+
+    Losses, active counts and time left either way. What does not fit the width goes on in a line below; nothing runs over.
+    """
+
+    def __init__(self, console: Console | None = None, *, seconds: float = 5.0, label: str = "") -> None:
+        self.console = console or ErrorConsole()
+        self.seconds, self.label = seconds, label
+        self._progress: _Live | None = None
+        self._task: TaskID | None = None
+        self._steps, self._done, self._started, self._printed = 0, 0, 0.0, -float("inf")
+        self._last, self._shown = 0, 0.0
+
+    def start(self, phase: str, *, steps: int, done: int, path: Path, config: Config) -> None:  # noqa: ARG002  # the protocol's
+        self._begin(phase, steps=steps, done=done)
+
+    def start_target(self, *, steps: int) -> None:
+        self._begin("training the target", steps=steps, done=0)
+
+    def _begin(self, phase: str, *, steps: int, done: int) -> None:
+        self.close()
+        self._steps, self._done, self._printed, self._last = steps, done, -float("inf"), done
+        self._started = self._shown = time.monotonic()
+        if self.console.is_terminal and not self.label:
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=max(4, min(24, self.console.width - len(phase) - 32))),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[left]}", markup=False),
+            )
+            self._progress = _Live(*columns, console=self.console, transient=True)
+            self._task = self._progress.add_task(phase, total=steps, completed=done, left="")
+            self._progress.start()
+
+    def update(self, logged: LoggedStep) -> None:
+        losses = [f"{name} {value:.1e}" for name, value in logged.losses.items()]
+        self._show(logged.step, [f"active {sum(logged.active.values()):.1f}", *losses])
+
+    def target(self, step: int, text: str) -> None:
+        if step <= self._last:  # another attempt
+            self._done, self._started = 0, self._shown
+        self._show(step, text.split("  "), name="target step")
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Evaluations are for metrics.jsonl; a person sees the losses."""
+
+    def message(self, text: str) -> None:
+        if self._progress is not None:
+            self._progress.console.print(text, highlight=False, markup=False)
+        else:
+            self._line(text)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        self._progress, self._task = None, None
+
+    def _show(self, step: int, state: Sequence[str], *, name: str = "step") -> None:
+        self._last, self._shown = step, time.monotonic()
+        rate = (self._shown - self._started) / max(1, step - self._done)
+        seconds = round(rate * (self._steps - step))
+        left = f"{seconds // 60}:{seconds % 60:02d} left"
+        if self._progress is not None and self._task is not None:
+            self._progress.state = packed(state, width=self.console.width)
+            self._progress.update(self._task, completed=step, left=left)
+        elif self._shown - self._printed >= self.seconds or step == self._steps:
+            self._printed = self._shown
+            width = self.console.width - len(self.label) - 2
+            first, *more = packed([f"{name} {step}/{self._steps}", left, *state], width=width)
+            for line in (first, *(f"  {each}" for each in more)):
+                self._line(line)
+
+    def _line(self, text: str) -> None:
+        self.console.print(f"{self.label}{text}", highlight=False, markup=False, soft_wrap=True)
+
+
+class _Live(Progress):
+    """The bar, and lines of state under it."""
+
+    state: Sequence[str] = ()
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        yield from (Text(line, style="dim", no_wrap=True) for line in self.state)
+
+
+class Fanout:
+    """Several trackers as one. Whatever one of them raises is told once to those that are left, and the run goes on without it."""
+
+    def __init__(self, *trackers: Tracker) -> None:
+        self._trackers = {id(tracker): tracker for tracker in trackers}
+
+    def start(self, phase: str, *, steps: int, done: int, path: Path, config: Config) -> None:
+        self._each(lambda tracker: tracker.start(phase, steps=steps, done=done, path=path, config=config))
+
+    def start_target(self, *, steps: int) -> None:
+        self._each(lambda tracker: tracker.start_target(steps=steps) if isinstance(tracker, TargetTracker) else None)
+
+    def target(self, step: int, text: str) -> None:
+        self._each(lambda tracker: tell_target(tracker, step, text))
+
+    def update(self, logged: LoggedStep) -> None:
+        self._each(lambda tracker: tracker.update(logged))
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._each(lambda tracker: tracker.evaluated(step, metrics))
+
+    def message(self, text: str) -> None:
+        self._each(lambda tracker: tracker.message(text))
+
+    def close(self) -> None:
+        self._each(lambda tracker: tracker.close())
+
+    def _each(self, call: Callable[[Tracker], None]) -> bool:
+        """Whether any of them took it."""
+        taken = False
+        for key, tracker in tuple(self._trackers.items()):
+            if key not in self._trackers:  # it failed at being told that another one had
+                continue
+            try:
+                call(tracker)
+                taken = True
+            except Exception as error:  # whatever a tracker of anybody's raises
+                del self._trackers[key]
+                name = type(tracker).__name__ if type(tracker).__str__ is object.__str__ else str(tracker)
+                text = f"{name}: {str(error) or type(error).__name__}; the run goes on without it"
+                if not self._each(lambda other, text=text: other.message(text)):
+                    ErrorConsole().print(text, highlight=False, markup=False, soft_wrap=True)
+        return taken
