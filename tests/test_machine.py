@@ -83,7 +83,7 @@ def in_a_process(code: str, **variables: str) -> str:
     return subprocess.run([sys.executable, "-c", code], env=environment | variables, capture_output=True, text=True, check=True).stdout
 
 
-TELL = "import os; print(paramlens.kernels.openmp.waiting(), 'torch' in sys.modules, *(os.environ.get(name) for name in openmp._PASSIVE))"
+TELL = "import os; print(openmp.waiting(), 'torch' in sys.modules, *(os.environ.get(name) for name in openmp._PASSIVE))"
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ TELL = "import os; print(paramlens.kernels.openmp.waiting(), 'torch' in sys.modu
     ],
 )
 def test_idle_threads_sleep_unless_the_user_says_otherwise(first: str, variables: dict[str, str], expected: str):
-    code = f"import sys; {first} import paramlens; from paramlens import openmp; {TELL}"
+    code = f"import sys; {first} import paramlens; from paramlens.kernels import openmp; {TELL}"
     assert in_a_process(code, **variables).split() == expected.split()
 
 
