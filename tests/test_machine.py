@@ -32,6 +32,14 @@ VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 def cores(patch: pytest.MonkeyPatch, allowed: int, *quotas: float) -> None:
     patch.setattr("os.sched_getaffinity", lambda _: set(range(allowed)), raising=False)
     patch.setattr(machine_module, "_quotas", lambda: iter(quotas))
+    patch.delenv("OMP_NUM_THREADS", raising=False)
+
+
+@pytest.mark.parametrize(("wanted", "threads"), [("2", 2), (" 3,1", 3), ("0", 1), ("64", 4), ("", 4), ("many", 4)])
+def test_a_wish_for_fewer_threads_is_kept(monkeypatch: pytest.MonkeyPatch, wanted: str, threads: int):
+    cores(monkeypatch, 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", wanted)
+    assert default_threads() == threads
 
 
 @pytest.mark.parametrize(
