@@ -3,7 +3,7 @@
     python benchmarks/induction.py seeds       # Table 1: five seeds, each its own target; circuit and svd of each
     python benchmarks/induction.py agreement   # three seeds of one target, started from random rotations
     python benchmarks/induction.py ablations   # one part of the method taken away at a time
-    python benchmarks/induction.py bounds      # how few rank-1 parts the first block's queries and keys can do with
+    python benchmarks/induction.py bounds      # the least KL that few rank-1 terms reach in the first block's queries and keys
     python benchmarks/induction.py quick       # docs/results.md: five seeds of induction-quick
     python benchmarks/induction.py vector      # the same on the same targets with the vector γ
     python benchmarks/induction.py tables      # Markdown of all that docs/results holds
@@ -107,10 +107,10 @@ def _decompose(config: Config, count: int, folder: Path, *, target: Path | None 
 
 
 def bounds() -> None:
-    """The least KL with k rank-1 parts of any kind, on at m (Q0) or s1 (K0) alone; every other site as the target has it.
+    """The least KL with k rank-1 terms of any kind, on at m (Q0) or s1 (K0) only; every other site is as in the target.
 
-    No faithfulness is asked and no other mask need work: what a decomposition with k unique parts there could reach at best, as far as
-    the descent finds it.
+    Neither faithfulness nor other masks constrain them. So this is the best that a decomposition with k unique subcomponents there could
+    reach, as far as the descent finds it.
     """
     rows = []
     for seed in range(SEEDS):
@@ -200,9 +200,9 @@ def tables() -> None:
     print(_table(["change", "KL", "accuracy", "attention m→s1", "attention s2→m"], _intervention_lines(found)))
     print(_table(["KL up to", "SVD", "active", "unique"], _svd_lines(found)))
     alike = _read("agreement")["agreement"]["sites"]
-    print(_table(["site", "agreement", "direction", "by chance", "pattern", "parts"], _agreement_lines(alike)))
+    print(_table(["site", "agreement", "direction", "by chance", "pattern", "subcomponents"], _agreement_lines(alike)))
     least = _read("bounds")["seeds"]
-    print(_table(["parts", *(str(row["seed"]) for row in least), "median"], _bound_lines(least)))
+    print(_table(["rank-1 terms", *(str(row["seed"]) for row in least), "median"], _bound_lines(least)))
     columns = ["", "recon", "layerwise", "rounded", "adversarial", "faithfulness", *SHORT.values(), "most at random"]
     print(_table(columns, _ablation_lines(_read("ablations")["rows"])))
     for name in (QUICK, "vector"):
@@ -251,8 +251,8 @@ def _seed_lines(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     lines.append(line("attention KL, block 1 at s2", "{:.4f}", lambda row: row["attention_kl"]["blocks.1.attn.pattern"]["s2"]))
     if "svd" in first:
         lines.append(line("SVD rank at the same KL", "{:.0f}", lambda row: sum(row["svd"]["ranks"].values())))
-        lines.append(line("over active parts", "{:.1f}", lambda row: row["svd"]["factor_active"]))
-        lines.append(line("over unique parts", "{:.2f}", lambda row: row["svd"]["factor_unique"]))
+        lines.append(line("over active subcomponents", "{:.1f}", lambda row: row["svd"]["factor_active"]))
+        lines.append(line("over unique subcomponents", "{:.2f}", lambda row: row["svd"]["factor_unique"]))
     lines.append(line("seconds", "{:.0f}", lambda row: row["seconds"]))
     return lines
 
