@@ -1,9 +1,9 @@
 """The facts experiment as docs/results-facts.md has it; each part resumes what is there and writes docs/results/facts-<part>.json.
 
     python benchmarks/facts.py seeds      # five seeds of facts-small, each its own target: edits, controls, tracing
-    python benchmarks/facts.py edit       # facts-edit on the same targets: made for taking a sentence's own parts out
+    python benchmarks/facts.py edit       # facts-edit on the same targets, made for taking a sentence's own subcomponents out
     python benchmarks/facts.py variants   # one thing changed at a time, and without the partial losses, on the same targets
-    python benchmarks/facts.py stories    # a really trained Llama, ../shared/models/stories260K, where it is there
+    python benchmarks/facts.py stories    # a Llama trained on TinyStories, ../shared/models/stories260K; skipped if it is missing
     python benchmarks/facts.py gpt2       # GPT-2's shape with random weights: a step of gpt2-facts, its time and peak memory
     python benchmarks/facts.py tables     # Markdown of all that docs/results holds
 
@@ -206,7 +206,7 @@ def _write(name: str, document: Mapping[str, Any]) -> None:
 
 
 def stories() -> None:
-    """Sentences of its own kind through a really trained Llama: how few parts carry them, and what taking out a sentence's own does."""
+    """A Llama trained on TinyStories: how many subcomponents sentences of its own kind use, and what taking out a sentence's own does."""
     if not STORIES.is_dir():
         print(f"{STORIES}: not there; this part is skipped", file=sys.stderr)
         return
@@ -360,7 +360,7 @@ def tables() -> None:
             ]
             for row in rows
         ]
-        _print_table(["case", "trained", "s a step", "foretold, GiB", "peak, GiB"], lines)
+        _print_table(["case", "trained", "s per step", "estimated, GiB", "peak, GiB"], lines)
 
 
 def _print_seeds(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -407,7 +407,7 @@ def _print_seeds(rows: Sequence[Mapping[str, Any]]) -> None:
                     ", ".join(site.removeprefix("transformer.h.") for site, *_ in found),
                 ]
             )
-    _print_table(["seed", "answer", "P", "corrupted", "MLPs restored, best", "one MLP zero, share kept", "best own parts"], lines)
+    _print_table(["seed", "answer", "P", "corrupted", "MLPs restored, best", "one MLP zero, share kept", "best own slices"], lines)
 
 
 def _edit_lines(rows: Sequence[Mapping[str, Any]], edits: Mapping[str, Any]) -> list[list[str]]:
@@ -471,9 +471,11 @@ def _print_stories(found: Mapping[str, Any]) -> None:
     for name in found["edits"]:
         lines += [[f"{name}: {control}", "", "", *cells] for control, cells in _control_lines([found], name)]
     _print_table(["edit", "sentence", "slices", *KINDS], lines)
+    print()
     for traced in found["traces"]:
         zero = " ".join(f"{value / traced['clean']:.2f}" for value in traced["zero_mlp"])
-        print(f"{traced['prompt']} → {traced['answer']}: P {traced['clean']:.2f}, corrupted {traced['corrupted']:.2f}, one MLP zero {zero}")
+        probability = f"P {traced['clean']:.2f}, corrupted {traced['corrupted']:.2f}, one MLP zero {zero}"
+        print(f"* {traced['prompt']} → {traced['answer']}: {probability}")
 
 
 def _print_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
