@@ -1,4 +1,4 @@
-"""What each optimisation of the step is worth: the like-for-like step (vector γ) with one of them taken back, alternating in one process.
+"""What each optimisation of the step is worth: the like-for-like step (vector γ) with one of them removed, alternating in one process.
 
 python benchmarks/ablations.py [THREADS]        # Markdown; about 3 minutes
 """
@@ -51,10 +51,10 @@ def plain() -> Any:
 
 VARIANTS: dict[str, Callable[[], Any]] = {
     "as shipped": nullcontext,
-    "no compiled loops: the twins in plain PyTorch, γ by chunks": plain,
+    "no compiled loops: the same in plain PyTorch, γ in chunks": plain,
     "every plan through every block": lambda: patch.object(Decomposition, "find_blocks", lambda *_: None),
     "all plans in one pass": lambda: patch.object(losses, "CPU_STACK", 2**40),
-    "one plan a pass": lambda: patch.object(losses, "CPU_STACK", 1),
+    "one plan per pass": lambda: patch.object(losses, "CPU_STACK", 1),
     "chunks of a quarter of the cache": lambda: cached(1 / 4),
     "chunks of four caches": lambda: cached(4),
     "γ's hidden units in one chunk": lambda: patch.object(mlps, "MIN_CHUNK", 2**30),

@@ -1,4 +1,4 @@
-"""What is foretold of a run's memory against the peak of a process that makes two steps of it: the table in docs/performance.md.
+"""The estimate of a run's memory against the peak of a process that makes two steps of it: the table in docs/performance.md.
 
 python benchmarks/memory.py        # Markdown; about five minutes, up to 4 GB
 """
@@ -34,15 +34,15 @@ CASES: dict[str, tuple[str, tuple[int, int], dict[str, Any]]] = {
 
 
 def main() -> None:
-    print("| run | foretold, MiB | measured, MiB | ratio |\n|---|---:|---:|---:|")
+    print("| run | estimated, MiB | measured, MiB | ratio |\n|---|---:|---:|---:|")
     for name in CASES:
         done = subprocess.run([sys.executable, __file__, name], capture_output=True, text=True, check=True)
-        foretold, measured = json.loads(done.stdout.splitlines()[-1])
-        print(f"| {name} | {foretold / 2**20:.0f} | {measured / 2**20:.0f} | {foretold / measured:.2f} |", flush=True)
+        estimated, measured = json.loads(done.stdout.splitlines()[-1])
+        print(f"| {name} | {estimated / 2**20:.0f} | {measured / 2**20:.0f} | {estimated / measured:.2f} |", flush=True)
 
 
 def one(name: str) -> tuple[int, int]:
-    """Bytes foretold before the run, with all that the process holds by then, and its peak once two steps are made and saved."""
+    """Bytes estimated before the run, with all that the process holds by then, and the peak after two steps are made and saved."""
     base, (rows, length), fields = CASES[name]
     torch.manual_seed(0)
     model, vocabulary, fields = _model(base, fields)
@@ -53,11 +53,11 @@ def one(name: str) -> tuple[int, int]:
     sites = find_sites(model, config.sites)
     size = footprint(model, sites, inputs)
     assert size is not None
-    foretold = psutil.Process().memory_info().rss + diagnose(config, sites, size, libraries=COMPILED).bytes["total"]
+    estimated = psutil.Process().memory_info().rss + diagnose(config, sites, size, libraries=COMPILED).bytes["total"]
     with tempfile.TemporaryDirectory() as folder:
         decompose(model, [inputs], out=Path(folder) / "run", **fields)
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return foretold, next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    return estimated, next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def _model(base: str, fields: dict[str, Any]) -> tuple[nn.Module, int, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Measure what docs/performance.md tells: every grid of `paramlens bench`, the machine's floor, growth exponents and their picture.
+"""The measurements of docs/performance.md: every grid of `paramlens bench`, the machine's floor, growth exponents and their picture.
 
 python benchmarks/performance.py measure        # about 25 minutes on 2 idle cores; docs/results/performance.json
 python benchmarks/performance.py tables         # Markdown from that file
@@ -109,7 +109,7 @@ def tables() -> None:
             peaks = [figure(case[key] and case[key] / 2**20, 0) for key in ("naive_peak_bytes", "peak_bytes")]
             print(f"| {case['importance']} | {case['length']} | {case['batch']} | {case['threads']} | {' | '.join(figures + peaks)} |")
         print()
-    print("| grows with | γ | layerwise_sites | from, to | exponent | naive exponent | s a step at the largest | ratio there |")
+    print("| grows with | γ | layerwise_sites | from, to | exponent | naive exponent | s per step at the largest | ratio there |")
     print("|---|---|---|---|---:|---:|---:|---:|")
     for curve in curves(document):
         last = curve["naive"][-1] / curve["ours"][-1] if curve["naive"][-1] else None
