@@ -1,9 +1,9 @@
-"""The table of architectures in docs/compatibility.md: each of `tests/architectures.py`, tiny and random, from sites to a traced fact.
+"""The table of architectures in docs/compatibility.md: a tiny random model of each in `tests/architectures.py`, from sites to a traced fact.
 
     python benchmarks/compatibility.py runs       docs/results/compatibility.json, a few minutes of one core
-    python benchmarks/compatibility.py tables     its Markdown, put between the marks in docs/compatibility.md
+    python benchmarks/compatibility.py tables     its Markdown, written between the marks in docs/compatibility.md
 
-`runs [NAME ...]` takes those architectures alone and keeps what is there of the others.
+`runs [NAME ...]` runs only those architectures and keeps the results of the others.
 """
 
 import json
@@ -173,7 +173,7 @@ def markdown(document: dict[str, Any]) -> str:
     lines = [
         f"{len(rows)} configurations, {len(taken)} of which have sites ({where}, transformers {machine['transformers']}).",
         "",
-        "| architecture | sites of weights | largest difference | edit, saved and loaded | causal tracing | why not the others |",
+        "| architecture | sites of weights | largest difference | edit, saved and loaded | causal tracing | why the rest cannot be sites |",
         "|---|---:|---:|---|---|---|",
     ]
     for name, row in rows.items():
