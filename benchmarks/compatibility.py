@@ -1,4 +1,4 @@
-"""The table of architectures in docs/compatibility.md: a tiny random model of each in `tests/architectures.py`, from sites to a traced fact.
+"""The table of architectures in docs/compatibility.md: a tiny random model of each in `tests/architectures.py`, from sites to tracing.
 
     python benchmarks/compatibility.py runs       docs/results/compatibility.json, a few minutes of one core
     python benchmarks/compatibility.py tables     its Markdown, written between the marks in docs/compatibility.md
