@@ -52,7 +52,7 @@ def test_without_them_every_table_says_training(tmp_path, facts_run, tiny_run):
     for each in (run, facts_run):
         assert "Training data: nats, accuracies" in {table.title for table in each.tables()}
         assert "2 training sequences" in circuit(facts_run, adversary=0).tables()[0].title
-    assert "Looked at on 3 training sequences" in report(run).read_text(encoding="utf-8")
+    assert "Measured on 3 training sequences" in report(run).read_text(encoding="utf-8")
     assert "held-out" not in report(run).read_text(encoding="utf-8")
     assert (tiny_run.evaluated_on, tiny_run.task.evaluated_on) == ("held-out", "held-out")
     opened = open_run(run.path, model=model, batches=OTHER)

@@ -1,4 +1,4 @@
-"""Whether a decomposition can be trusted, in plain words with the figure: for the page, the commands and Python alike."""
+"""Whether a decomposition can be trusted, in plain words with figures: the same on the page, in the commands and in Python."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from paramlens.display.tables import Cell, Column, Table, Tone
 Standing = Literal["holds", "partly", "fails"]
 
 NATS = (0.01, 0.1)
-"""KL up to which predictions are the target's, and up to which they are near it; nats per position that the loss sees."""
+"""KL up to which a verdict holds, and up to which it partly holds; nats per position that the loss sees."""
 
 WEIGHTS = (1e-4, 1e-2)
-"""Share of the weights' squared size left out of U V, likewise."""
+"""Share of the weights' squared norm that U V leaves out, likewise."""
 
 ACCURACY = (0.005, 0.05)
-"""Answers lost, likewise."""
+"""Share of the right answers that is lost, likewise."""
 
 
 @dataclass(frozen=True)
@@ -31,49 +31,50 @@ class Verdict:
 def verdicts(
     metrics: Mapping[str, float], *, off_data: Mapping[str, Any] | None = None, target: Mapping[str, Any] | None = None
 ) -> Iterator[Verdict]:
-    """The verdicts that what was measured allows. The bounds are those of this module.
+    """The verdicts that the given metrics allow.
 
-    metrics: of a circuit or of an evaluation, by name. off_data: as in `circuit.json`. target: as in `target.json`, where the target was
-    trained here.
+    metrics: of a circuit or an evaluation, by name.
+    off_data: as in `circuit.json`. Defaults to None: not measured.
+    target: as in `target.json`. Defaults to None: the target was not trained here.
     """
     if target is not None and not target["converged"]:
         text = "The target had not converged when its training ended: what follows is the circuit of a half-trained model."
         yield Verdict("target", "fails", f"{target['checks'][-1]['accuracy']:.3f} right", text)
     if "faithfulness_relative" in metrics:
         relative = metrics["faithfulness_relative"]
-        text = f"Mean squared difference of W and U V; {_percent(relative)} of the weights' squared size is left out."
+        text = f"Mean squared difference of W and U V, which leaves out {_percent(relative)} of the weights' squared norm."
         yield Verdict("weights", _standing(relative, WEIGHTS), f"{metrics['faithfulness']:.1e}", text)
     for metric, (name, text) in _DIVERGENCES.items():
         if metric in metrics:
             yield _kl(name, metrics[metric], text)
     if "accuracy_masked" in metrics:
         lost = metrics["accuracy_target"] - metrics["accuracy_masked"]
-        text = f"Answers that the masked model gives right; the target: {metrics['accuracy_target']:.4f}."
+        text = f"Share of answers that the masked model gets right; the target gets {metrics['accuracy_target']:.4f}."
         yield Verdict("answers", _standing(lost, ACCURACY), f"{metrics['accuracy_masked']:.4f}", text)
     if "recon_adversarial" in metrics:
-        text = "The worst masks a search finds that turn on what importance calls not needed: how inert inactive parts really are."
+        text = "How far predictions move when inactive subcomponents are turned on by the worst masks that a search finds."
         yield _kl("worst case", metrics["recon_adversarial"], text)
     if off_data is not None:
         yield _kl("off the data", off_data["recon"], _off_data(off_data))
 
 
 _DIVERGENCES = {
-    "recon": ("predictions", "Every subcomponent scaled by its importance: how far predictions are from the target's."),
-    "recon_rounded": ("on or off", "The active subcomponents fully on, all others off: what Table 1 counts."),
+    "recon": ("predictions", "How far predictions are from the target's when every subcomponent is scaled by its importance."),
+    "recon_rounded": ("on or off", "How far they are with the active subcomponents fully on and all others off, as Table 1 counts them."),
 }
 
 
 def _off_data(found: Mapping[str, Any]) -> str:
-    text = f"The masked model on {found['what']}, which it was not fitted on. "
+    text = f"KL of the masked model on {found['what']}, which it was not fitted on. "
     if found.get("parts") == 0:
-        return f"{text}No part is active on its own data, so there is nothing to take out of the target."
+        return f"{text}No subcomponent is active on its own data, so there is nothing to remove from the target."
     as_many = ", ".join(f"{name} {value:.2g}" for name, value in found["controls"].items())
     beside = f" (as many {as_many})" if as_many else ""
-    return f"{text}Without the parts active on its own data the target there moves by {found['removed']:.2g} nats{beside}."
+    return f"{text}Removing the subcomponents active on its own data moves the target there by {found['removed']:.2g} nats{beside}."
 
 
 def verdict_table(found: Iterable[Verdict]) -> Table:
-    """Verdicts as a table: what was asked, the figure, how it stands and what that means."""
+    """Verdicts as a table: the question, the figure, how it stands and what that means."""
     tones: dict[Standing, Tone] = {"holds": "good", "partly": "warn", "fails": "bad"}
     heads = (Column("verdict", right=False), Column("figure"), Column("meaning", right=False, wraps=True))
     rows = tuple(

@@ -69,7 +69,7 @@ function tableLater(columns, rows) {
   details.addEventListener("toggle", () => {
     if (details.children.length > 1) return;
     const all = rows();
-    if (all.length > MOST_ROWS) details.append(html("p", {}, `The first ${MOST_ROWS} of ${all.length} rows; the CSV holds all.`));
+    if (all.length > MOST_ROWS) details.append(html("p", {}, `The first ${MOST_ROWS} of ${all.length} rows; the CSV file has all of them.`));
     details.append(table(columns, all.slice(0, MOST_ROWS)));
   });
   return details;

@@ -9,7 +9,7 @@ async function showSite(site, { view = null, column = null, chosen = null, home 
   if (mine !== asked) return; // another place was chosen meanwhile
   const about = DATA.sites[site];
   const ranked = parts.map((part) => ({ part, value: importanceIn(part, view, column) })).sort((a, b) => (b.value ?? -1) - (a.value ?? -1));
-  const where = !view ? "mean over all positions" : view.kind === "sequence" ? `at “${view.columns[column].trim() || "space"}”, position ${column} of ${view.label}` : view.kind === "role" ? `at ${view.columns[column]}` : `at ${view.columns[column]} ${view.label}, mean of the shown sequences`;
+  const where = !view ? "averaged over all positions" : view.kind === "sequence" ? `at “${view.columns[column].trim() || "space"}”, position ${column} of ${view.label}` : view.kind === "role" ? `at ${view.columns[column]}` : `at ${view.columns[column]} ${view.label}, averaged over the shown sequences`;
   const list = html("ol", { class: "parts", "aria-label": `Subcomponents of ${about.name}` });
   const detail = html("div", { id: "part", "aria-live": "polite" });
   const fill = (count) => list.replaceChildren(...ranked.slice(0, count).map(({ part, value }) => html("li", {}, partButton(site, part, value, detail))));
@@ -18,10 +18,10 @@ async function showSite(site, { view = null, column = null, chosen = null, home 
   const inactive = `${parts.length} of ${DATA.C} subcomponents are active on some token (importance above ${DATA.threshold})`;
   const heading = html("h3", { id: "panel-heading", tabindex: "-1" }, about.name);
   const note = about.silent ? html("p", { class: "note" }, `This site is silent: it ${about.silent}.`) : null;
-  const lost = about.removed === null ? "" : ` Without the active ones KL rises to ${number(about.removed)} nats.`;
+  const lost = about.removed === null ? "" : ` Without the active ones, KL rises to ${number(about.removed)} nats.`;
   const panel = document.getElementById("panel");
   document.getElementById(home).append(panel);
-  panel.replaceChildren(...[heading, note, html("p", {}, `${inactive}. Importance ${where}.${lost}`), html("div", { class: "two" }, html("div", {}, list, more), detail)].filter(Boolean));
+  panel.replaceChildren(...[heading, note, html("p", {}, `${inactive}. Bars show importance ${where}.${lost}`), html("div", { class: "two" }, html("div", {}, list, more), detail)].filter(Boolean));
   const first = chosen === null ? ranked[0]?.part : parts.find((part) => part.subcomponent === chosen);
   if (first) showPart(site, first, detail);
 }
@@ -40,13 +40,13 @@ function showPart(site, part, place) {
   const rose = part.removed_masked - DATA.masked;
   const facts = [
     `|u| ${number(part.norm_u)}, |v| ${number(part.norm_v)}; importance at most ${number(part.highest)}, ${number(part.mean)} on average.`,
-    `Taken out of the target (all other parts on): KL ${number(part.removed)} nats. Taken out of the masked model: KL ${number(part.removed_masked)} nats, ${rose < 0 ? "" : "+"}${number(rose)}.`,
+    `Taken out of the target (all other subcomponents on): KL ${number(part.removed)} nats. Taken out of the masked model: KL ${number(part.removed_masked)} nats, ${rose < 0 ? "" : "+"}${number(rose)}.`,
   ];
   const ends = [["reads tokens", part.reads], ["reads positions", part.positions], ["raises logits of", part.writes], ["lowers logits of", part.suppresses]].filter(([, entries]) => entries.length);
   place.replaceChildren(
     html("h3", {}, `${shortName(name)} #${part.subcomponent}`),
     ...facts.map((text) => html("p", {}, text)),
-    ends.length ? html("div", { class: "ends" }, ...ends.map(([title, entries]) => html("div", {}, html("b", {}, title), html("ol", {}, ...entries.map(([what, value]) => html("li", {}, html("span", {}, what.trim() || "␣"), html("span", {}, number(value)))))))) : html("p", {}, "Neither token nor position vectors reach it directly, nor does it write logits: see where it is active."),
+    ends.length ? html("div", { class: "ends" }, ...ends.map(([title, entries]) => html("div", {}, html("b", {}, title), html("ol", {}, ...entries.map(([what, value]) => html("li", {}, html("span", {}, what.trim() || "␣"), html("span", {}, number(value)))))))) : html("p", {}, "It reads no tokens or positions directly and writes no logits directly; see below where it is active."),
     ...byRole(part),
     ...strips(part),
     html("h3", {}, DATA.command ? "The same from a terminal, and from Python" : "The same from Python"),
@@ -68,7 +68,7 @@ function strips(part) {
   const rows = () => part.importance.flatMap((row, i) => row.map((g, j) => [i + 1, j, DATA.tokens[i][j], g, part.inner[i][j]]));
   const columns = ["sequence", "position", "token", "importance", "inner activation"];
   const button = html("button", { type: "button", "data-save": "CSV", onclick: () => save(`part-${part.subcomponent}.csv`, csv(columns, rows()), "text/csv") }, "CSV");
-  return [title, html("p", {}, "Shaded by importance in [0, 1]; below a token its inner activation x · u."), ...part.importance.map((row, i) => html("div", { class: "strip", role: "img", "aria-label": `sequence ${i + 1}: ${summary(row, i)}` }, ...row.map((g, j) => token(part, i, j, g)))), html("div", { class: "controls tools" }, button), tableLater(columns, rows)];
+  return [title, html("p", {}, "Tokens are shaded by importance, from 0 to 1; below each is its inner activation x · u."), ...part.importance.map((row, i) => html("div", { class: "strip", role: "img", "aria-label": `sequence ${i + 1}: ${summary(row, i)}` }, ...row.map((g, j) => token(part, i, j, g)))), html("div", { class: "controls tools" }, button), tableLater(columns, rows)];
 }
 
 function summary(row, i) {
