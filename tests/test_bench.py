@@ -10,7 +10,7 @@ from paramlens.cli.main import main
 from paramlens.errors import ConfigError
 from paramlens.method.decomposition import Decomposition
 from paramlens.method.generators import generator
-from paramlens.method.importance import Importance
+from paramlens.method.importance.network import Importance
 from paramlens.method.masks import mask_noise
 from paramlens.method.sites import at_rest, find_sites
 from paramlens.method.start import initialise

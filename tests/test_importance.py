@@ -5,10 +5,11 @@ import torch
 
 from paramlens.errors import BatchError, ConfigError
 from paramlens.kernels.flex import flex_by_offset
-from paramlens.method import importance as importance_module
 from paramlens.method.generators import generator
-from paramlens.method.importance import Importance, lower
-from paramlens.method.settings import Gamma
+from paramlens.method.importance import attention
+from paramlens.method.importance.network import Importance
+from paramlens.method.importance.settings import Gamma
+from paramlens.method.importance.sigmoids import lower
 from rounding import TOY_STEP, assert_near, near
 
 SHAPES = {"a": (4, 5), "b": (6, 5), "c": (4, 5)}
@@ -137,7 +138,7 @@ def test_long_sequences_go_one_by_one_and_give_the_same(monkeypatch: pytest.Monk
         return [*pre.values(), *torch.autograd.grad(total, importance.parameters())]
 
     whole = values_and_gradients()
-    monkeypatch.setattr(importance_module, "SCORES", 100)
+    monkeypatch.setattr(attention, "SCORES", 100)
     for mine, other in zip(values_and_gradients(), whole, strict=True):
         assert_near(mine, other, TOY_STEP)
 

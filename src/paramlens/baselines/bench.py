@@ -26,7 +26,7 @@ from paramlens.kernels.machine import machine
 from paramlens.method.batch import Batch
 from paramlens.method.decomposition import Decomposition
 from paramlens.method.generators import generator
-from paramlens.method.importance import Importance
+from paramlens.method.importance.network import Importance
 from paramlens.method.sites import find_sites
 from paramlens.method.start import initialise
 from paramlens.method.step import Steps
