@@ -98,6 +98,12 @@ def test_what_would_not_fit_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch
     assert measured.steps_per_s > 0
 
 
+def test_a_gamma_that_the_naive_step_has_not_is_measured_alone():
+    (measured,) = bench.bench([bench.Case(importance="shared", **SMALL)], repeats=3, busy=False, memory=False)
+    assert (measured.naive_left_out, measured.naive_steps_per_s) == ("has no shared γ", None)
+    assert measured.steps_per_s > 0
+
+
 def test_the_busy_process_is_busy_and_ends(monkeypatch: pytest.MonkeyPatch):
     started = []
 
