@@ -34,7 +34,7 @@ from paramlens.files.plain import read_json
 from paramlens.kernels.machine import machine, usable_cores
 from paramlens.method.decomposition import Decomposition
 from paramlens.method.generators import generator
-from paramlens.method.importance import Importance
+from paramlens.method.importance.network import Importance
 from paramlens.method.sites import at_rest, find_sites
 from paramlens.method.start import initialise
 from paramlens.method.step import Steps

@@ -22,7 +22,7 @@ from paramlens.baselines.bench import D_GATE, WIDTH
 from paramlens.kernels.machine import machine
 from paramlens.method import losses, step
 from paramlens.method.decomposition import Decomposition
-from paramlens.method.importance import Importance
+from paramlens.method.importance.network import Importance
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results" / "performance.json"

@@ -10,7 +10,7 @@ from paramlens.cli.main import main
 from paramlens.errors import ConfigError
 from paramlens.method.decomposition import Decomposition
 from paramlens.method.generators import generator
-from paramlens.method.importance import Importance
+from paramlens.method.importance.network import Importance
 from paramlens.method.masks import mask_noise
 from paramlens.method.sites import at_rest, find_sites
 from paramlens.method.start import initialise
@@ -95,6 +95,12 @@ def test_what_would_not_fit_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch
     (measured,) = bench.bench([bench.Case(**SMALL | {"C": 50})], repeats=3, busy=False, memory=False)
     assert measured.naive_left_out.startswith("needs about")
     assert (measured.naive_steps_per_s, measured.ratio, measured.busy_steps_per_s) == (None, None, None)
+    assert measured.steps_per_s > 0
+
+
+def test_a_gamma_that_the_naive_step_has_not_is_measured_alone():
+    (measured,) = bench.bench([bench.Case(importance="shared", **SMALL)], repeats=3, busy=False, memory=False)
+    assert (measured.naive_left_out, measured.naive_steps_per_s) == ("has no shared γ", None)
     assert measured.steps_per_s > 0
 
 

@@ -15,7 +15,7 @@ from paramlens.method.batch import Batch
 from paramlens.method.decomposition import Decomposition
 from paramlens.method.evaluate import evaluate, importances
 from paramlens.method.generators import generator
-from paramlens.method.importance import lower
+from paramlens.method.importance.sigmoids import lower
 from paramlens.method.losses import LossAt, elsewhere_loss, local_loss, minimality
 from paramlens.method.masks import Replacement, mask_noise
 from paramlens.method.sites import at_rest

@@ -5,10 +5,11 @@ import torch
 
 from paramlens.errors import BatchError, ConfigError
 from paramlens.kernels.flex import flex_by_offset
-from paramlens.method import importance as importance_module
 from paramlens.method.generators import generator
-from paramlens.method.importance import Importance, lower
-from paramlens.method.settings import Gamma
+from paramlens.method.importance import attention
+from paramlens.method.importance.network import Importance
+from paramlens.method.importance.settings import KINDS, Gamma
+from paramlens.method.importance.sigmoids import lower
 from rounding import TOY_STEP, assert_near, near
 
 SHAPES = {"a": (4, 5), "b": (6, 5), "c": (4, 5)}
@@ -112,6 +113,34 @@ def test_starts():
     assert wide.groups[0].w_out.std().item() == pytest.approx(50**-0.5, rel=0.15)
 
 
+@pytest.mark.parametrize("relative", ["offset", "query"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_removing_subcomponents_is_slicing_every_parameter_along_its_axis(kind, relative):
+    """What is kept has the pre-activations that it had: each parameter says along which axis subcomponents lie, or that they share it."""
+    whole, kept = make(kind=kind, relative=relative), [0, 2, 3]
+    smaller = Importance({name: (d_in, len(kept)) for name, (d_in, _) in SHAPES.items()}, whole.gamma, max_length=8)
+    with torch.no_grad():
+        for before, after in zip(whole.groups, smaller.groups, strict=True):
+            for name, parameter in before.named_parameters():
+                axis = before.declared[name].C_axis
+                sliced = parameter if axis is None else parameter.index_select(1 + axis, torch.tensor(kept))
+                after.get_parameter(name).copy_(sliced)
+    ours = smaller(inputs(), {name: value[:, kept] for name, value in U.items()})
+    for name, pre in whole(inputs(), U).items():
+        assert_near(ours[name], pre[..., kept], TOY_STEP, size=16)  # sums of a dozen products of normal numbers
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameters_are_as_they_declare(kind):
+    importance = make(kind=kind)
+    group = importance.groups[0]
+    assert {name: tuple(value.shape) for name, value in group.named_parameters()} == {
+        name: (2, *declared.sizes(5)) for name, declared in group.declared.items()
+    }
+    assert sum(declared.count(5) for declared in group.declared.values()) * 2 == sum(value.numel() for value in group.parameters())
+    assert [name for name, declared in group.declared.items() if declared.lr_factor is not None] == ["relative"] * (kind == "attention")
+
+
 def test_site_parameters_are_views():
     importance = make(kind="vector")
     with torch.no_grad():
@@ -137,7 +166,7 @@ def test_long_sequences_go_one_by_one_and_give_the_same(monkeypatch: pytest.Monk
         return [*pre.values(), *torch.autograd.grad(total, importance.parameters())]
 
     whole = values_and_gradients()
-    monkeypatch.setattr(importance_module, "SCORES", 100)
+    monkeypatch.setattr(attention, "SCORES", 100)
     for mine, other in zip(values_and_gradients(), whole, strict=True):
         assert_near(mine, other, TOY_STEP)
 

@@ -10,7 +10,7 @@ from torch import nn
 from conftest import tiny_with
 from paramlens.method.decomposition import Decomposition
 from paramlens.method.generators import generator
-from paramlens.method.importance import lower, upper
+from paramlens.method.importance.sigmoids import lower, upper
 from paramlens.method.losses import RECONSTRUCTIONS, annealed_p, faithfulness, kl_divergence, minimality, reconstruction_plans
 from paramlens.method.masks import mask_noise, rounded_mask, site_subsets, stochastic_mask, subset_shape
 from paramlens.method.settings import Losses

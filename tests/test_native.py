@@ -15,7 +15,7 @@ from conftest import tiny_with
 from paramlens.kernels import native
 from paramlens.kernels.mlps import Mlps, ScalarMlps
 from paramlens.method.generators import generator
-from paramlens.method.importance import lower, upper
+from paramlens.method.importance.sigmoids import lower, upper
 from paramlens.method.losses import kl_divergence, minimality
 from paramlens.method.masks import Replacement, mask_noise, masked_linear
 from paramlens.runs.decompose import decompose_config

@@ -13,8 +13,9 @@ from paramlens.errors import BatchError
 from paramlens.method.batch import Batch
 from paramlens.method.decomposition import Decomposition
 from paramlens.method.generators import generator
-from paramlens.method.importance import Importance
-from paramlens.method.settings import Gamma, Losses
+from paramlens.method.importance.network import Importance
+from paramlens.method.importance.settings import Gamma
+from paramlens.method.settings import Losses
 from paramlens.method.sites import at_rest, find_sites
 from paramlens.method.start import initialise
 from paramlens.method.step import training_step

@@ -8,7 +8,8 @@ from conftest import tiny_with
 from paramlens.kernels import mlps, native
 from paramlens.method.decomposition import Decomposition, call
 from paramlens.method.generators import generator
-from paramlens.method.importance import Importance, lower, upper
+from paramlens.method.importance.network import Importance
+from paramlens.method.importance.sigmoids import lower, upper
 from paramlens.method.losses import RECONSTRUCTIONS, faithfulness, minimality
 from paramlens.method.masks import Replacement, mask_noise
 from paramlens.method.settings import RECONSTRUCTION_NAMES, Init

@@ -17,7 +17,7 @@ from paramlens.method import step as step_module
 from paramlens.method.batch import Batch
 from paramlens.method.decomposition import Decomposition
 from paramlens.method.generators import generator
-from paramlens.method.importance import Importance
+from paramlens.method.importance.network import Importance
 from paramlens.method.losses import annealed_p, faithfulness
 from paramlens.method.sites import find_sites
 from paramlens.method.start import initialise

@@ -13,7 +13,7 @@ from paramlens.display.shown import Shown
 from paramlens.display.tables import Cell, Table, columns, shaded
 from paramlens.kernels.machine import machine
 from paramlens.method.evaluate import ACTIVE
-from paramlens.method.importance import lower
+from paramlens.method.importance.sigmoids import lower
 from paramlens.method.masks import Replacement, rounded_mask
 from paramlens.method.sites import at_rest
 from paramlens.runs.rundir import Run

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from paramlens.baselines.naive import NaiveStep
+from paramlens.baselines.naive import HIDDEN, NaiveStep
 from paramlens.config.file import make_config
 from paramlens.config.model import Config
 from paramlens.display.tables import Column, Table, figure, row
@@ -26,7 +26,8 @@ from paramlens.kernels.machine import machine
 from paramlens.method.batch import Batch
 from paramlens.method.decomposition import Decomposition
 from paramlens.method.generators import generator
-from paramlens.method.importance import Importance
+from paramlens.method.importance.kind import kind_class
+from paramlens.method.importance.network import Importance
 from paramlens.method.sites import find_sites
 from paramlens.method.start import initialise
 from paramlens.method.step import Steps
@@ -55,7 +56,7 @@ NAIVE_SHARE = 0.7
 class Case:
     """One size: the induction target at Table 3's width, KL at all positions, Table 4's losses, fp32."""
 
-    importance: Literal["scalar", "vector", "attention"] = "vector"
+    importance: str = "vector"
     length: int = 64
     batch: int = 64
     C: int = 100
@@ -125,7 +126,7 @@ def bench(
     for case in chosen:
         require_device(case.config().device)
     for case in chosen:
-        left_out = _too_large(case) if naive else "not asked for"
+        left_out = _left_out(case) if naive else "not asked for"
         timed = _alternate(case, naive=left_out is None, busy=busy, repeats=repeats, seconds=seconds)
         ours = peak(case.config(), "ours") if memory else None
         theirs = peak(case.config(), "naive") if memory and left_out is None else None
@@ -258,11 +259,13 @@ def training(config: Config, side: Literal["ours", "naive"]) -> Callable[[int], 
     return obvious
 
 
-def _too_large(case: Case) -> str | None:
-    """Why the naive step is left out: what it keeps for autograd would not fit."""
+def _left_out(case: Case) -> str | None:
+    """Why the naive step is left out: it has not this kind of γ, or what it keeps for autograd would not fit."""
+    if case.importance not in HIDDEN:
+        return f"has no {case.importance} γ"
     rows, plans = case.batch * case.length, 2 + (case.sites if case.layerwise_sites == "all" else case.layerwise_sites)
     hidden = 4 * rows * case.sites * case.C * D_GATE
-    scores = 4 * case.sites * case.batch * case.length**2 if case.importance == "attention" else 0
+    scores = 4 * case.sites * case.batch * case.length**2 if kind_class(case.importance).has_table else 0
     runs = plans * rows * (4 * VOCABULARY + 8 * case.sites * WIDTH) + 3 * rows * case.C * 3 * case.sites
     needed = 4 * (hidden + scores + runs)
     free = free_memory(case.device)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from paramlens.config.model import Config
 from paramlens.method.decomposition import Decomposition
-from paramlens.method.importance import Importance
+from paramlens.method.importance.network import Importance
 from paramlens.method.losses import annealed_p
 from paramlens.method.sites import swapped_in
 
@@ -97,18 +97,27 @@ class NaiveStep(nn.Module):
             return self._target[0](tokens)
 
     def _pre(self, i: int, x: Tensor) -> Tensor:
-        kind, p = self.config.gamma.kind, cast("nn.ParameterDict", self.gamma[i])
-        if kind == "scalar":
-            hidden = F.gelu((x @ self.U[i])[..., None] * p["w_in"][:, 0] + p["b_in"])
-        else:
-            read = self._attend(x, p) if kind == "attention" else x
-            hidden = F.gelu(torch.einsum("bnd,cdh->bnch", read, p["w_in"]) + p["b_in"])
+        p = cast("nn.ParameterDict", self.gamma[i])
+        hidden = F.gelu(HIDDEN[self.config.gamma.kind](x, self.U[i], p, self.max_length) + p["b_in"])
         return torch.einsum("bnch,ch->bnc", hidden, p["w_out"]) + p["b_out"]
 
-    def _attend(self, x: Tensor, p: Any) -> Tensor:
-        n, d = x.shape[1:]
-        x_pos = x + p["absolute"][:n]
-        q, k, v = x @ p["query"], x @ p["key"], x_pos @ p["value"]
-        place = torch.arange(n, device=x.device)
-        r = p["relative"][place[None] - place[:, None] + self.max_length]
-        return torch.cat([((q @ k.mT + r) / d**0.5).softmax(-1) @ v, x_pos], dim=-1)
+
+def _scalar(x: Tensor, U: Tensor, p: Any, _: int) -> Tensor:
+    return (x @ U)[..., None] * p["w_in"][:, 0]
+
+
+def _vector(x: Tensor, _U: Tensor, p: Any, _: int) -> Tensor:
+    return torch.einsum("bnd,cdh->bnch", x, p["w_in"])
+
+
+def _attention(x: Tensor, U: Tensor, p: Any, max_length: int) -> Tensor:
+    n, d = x.shape[1:]
+    x_pos = x + p["absolute"][:n]
+    q, k, v = x @ p["query"], x @ p["key"], x_pos @ p["value"]
+    place = torch.arange(n, device=x.device)
+    r = p["relative"][place[None] - place[:, None] + max_length]
+    return _vector(torch.cat([((q @ k.mT + r) / d**0.5).softmax(-1) @ v, x_pos], dim=-1), U, p, max_length)
+
+
+HIDDEN: dict[str, Callable[[Tensor, Tensor, Any, int], Tensor]] = {"scalar": _scalar, "vector": _vector, "attention": _attention}
+"""`gamma.kind` → what the hidden units of a site's MLPs are given, before bias and GELU, from the site's x, U and parameters."""

@@ -41,10 +41,14 @@ class Config(MethodSettings):
     @model_validator(mode="after")
     def _table_holds_the_task(self) -> "Config":
         table = self.gamma.max_length
-        if self.gamma.kind == "attention" and table is not None and isinstance(self.task, InductionTask) and table < self.task.length:
+        if table is None or not isinstance(self.task, InductionTask) or table >= self.task.length:
+            return self
+        from paramlens.method.importance.kind import kind_class  # needs torch, which a configuration that is right does not wait for
+
+        if kind_class(self.gamma.kind).has_table:
             raise ValueError(
                 f"gamma.max_length {table} is below task.length {self.task.length}; "
-                f"the attention γ's table must hold the longest batch, so give at least {self.task.length}"
+                f"the {self.gamma.kind} γ's table must hold the longest batch, so give at least {self.task.length}"
             )
         return self
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from paramlens.method.batch import Batch
 from paramlens.method.decomposition import Decomposition, Plan, TargetRun
 from paramlens.method.generators import generator
-from paramlens.method.importance import Importance, lower
+from paramlens.method.importance.network import Importance
+from paramlens.method.importance.sigmoids import lower
 from paramlens.method.losses import LossAt, faithfulness, reconstruction_plans
 from paramlens.method.masks import Replacement, rounded_mask
 from paramlens.method.task import Task

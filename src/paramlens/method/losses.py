@@ -16,7 +16,7 @@ from paramlens.kernels import native
 from paramlens.kernels.machine import fusible
 from paramlens.method.batch import Batch, Inputs, last_positions
 from paramlens.method.decomposition import Decomposition, Plan, TargetRun
-from paramlens.method.importance import LEAK, upper
+from paramlens.method.importance.sigmoids import LEAK, upper
 from paramlens.method.masks import Replacement, site_subsets, subset_shape
 from paramlens.method.settings import Losses
 

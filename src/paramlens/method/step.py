@@ -11,7 +11,8 @@ from paramlens.method.batch import Batch, tensors_of
 from paramlens.method.decomposition import Decomposition
 from paramlens.method.entry import told
 from paramlens.method.generators import generator, seed_of
-from paramlens.method.importance import Importance, lower
+from paramlens.method.importance.network import Importance
+from paramlens.method.importance.sigmoids import lower
 from paramlens.method.losses import LossAt, annealed_p, elsewhere_loss, faithfulness, local_loss, minimality, reconstruction_losses
 from paramlens.method.masks import noise_from
 from paramlens.method.settings import RECONSTRUCTION_NAMES, MethodSettings

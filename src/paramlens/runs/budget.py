@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +19,8 @@ from paramlens.errors import ConfigError, ParamLensError
 from paramlens.kernels import native
 from paramlens.method.batch import Inputs, map_tensors, row_count
 from paramlens.method.decomposition import Decomposition
-from paramlens.method.importance import Importance
+from paramlens.method.importance.kind import kind_class
+from paramlens.method.importance.settings import KINDS
 from paramlens.method.losses import stack_size
 from paramlens.method.masks import Replacement
 from paramlens.method.sites import Site, at_rest
@@ -31,6 +33,9 @@ CHECKED = 7
 
 SCATTERED = 1.25
 """Memory that a process takes for what it makes and frees in every step, to what that is: the gaps in between are not given back."""
+
+MOST_NUMBERS = 2**61
+"""Numbers whose bytes in fp32 no longer fit into 64 bits."""
 
 COMPILED = 64 * 2**20
 """Bytes that the CPU's compiled loops, and what compiles them, take once they run."""
@@ -147,27 +152,27 @@ def diagnose(config: Config, sites: Sequence[Site], size: Footprint, *, target: 
 
 
 def _gamma_parameters(config: Config, sites: Sequence[Site], length: int) -> tuple[int, int]:
-    """Parameters of γ, and those of the group of sites whose MLPs are rearranged for products, with their gradients, twice."""
-    shapes = {site.name: (site.d_in, config.C) for site in sites}
-    try:
-        with torch.device("meta"):
-            gamma = Importance(shapes, config.gamma, max_length=length)
-    except RuntimeError:  # more than 64 bits count
+    """Parameters of γ, and those of the largest that a group of sites rearranges, with its gradient."""
+    kind, table = kind_class(config.gamma.kind), config.gamma.max_length or length
+    total = rearranged = 0
+    for d_in, count in Counter(site.d_in for site in sites).items():
+        for parameter in kind.parameters_of_site(config.gamma, d_in=d_in, max_length=table).values():
+            numbers = count * parameter.count(config.C)
+            total += numbers
+            rearranged = max(rearranged, 2 * numbers * parameter.rearranged)
+    if total >= MOST_NUMBERS:
         raise ConfigError(
             f"C {config.C}, gamma.d_gate {config.gamma.d_gate}, gamma.max_length {config.gamma.max_length}: "
             "no machine has memory for that many parameters; lower them"
-        ) from None
-    per_subcomponent = config.gamma.kind in ("vector", "attention")
-    largest = max(group.w_in.numel() for group in gamma.typed_groups) if per_subcomponent else 0
-    return sum(value.numel() for value in gamma.parameters()), 2 * largest
+        )
+    return total, rearranged
 
 
 def _gamma_activations(config: Config, sites: Sequence[Site], size: Footprint) -> int:
     """Numbers: the sites' inputs, what γ makes of them and keeps, and pre-activations, importances and their gradients."""
-    kind, positions, C = config.gamma.kind, size.rows * size.length, config.C
-    read = sum({"scalar": C, "vector": site.d_in, "attention": 9 * site.d_in, "shared": site.d_in}[kind] + site.d_in for site in sites)
-    hidden = {"scalar": C, "vector": 0, "attention": 4 * size.length, "shared": 4 * config.gamma.d_gate}[kind]
-    return (read + len(sites) * (hidden + 5 * C)) * positions
+    kind, C = kind_class(config.gamma.kind), config.C
+    kept = [kind.activations(config.gamma, d_in=site.d_in, C=C, length=size.length) for site in sites]
+    return (sum(kept) + sum(site.d_in + 5 * C for site in sites)) * size.rows * size.length
 
 
 def _compiled(config: Config) -> bool:
@@ -211,7 +216,7 @@ def require_memory(config: Config, sites: Sequence[Site], size: Footprint, *, ta
     total = needed()
     if free is None or total <= free:
         return
-    kinds = [(kind, needed("gamma.kind", kind)) for kind in ("shared", "scalar")]
+    kinds = [(kind, needed("gamma.kind", kind)) for kind in reversed(KINDS) if kind_class(kind).saves_memory]
     remedies = [f"gamma.kind {kind} ({size_text(amount)})" for kind, amount in kinds if amount < 0.8 * total]
     rows = {"facts": "sentences in task.sentences", "custom": "sequences in a batch"}.get(config.task.kind, "batch")
     for field, value in (("batch", size.rows), ("gamma.d_gate", config.gamma.d_gate), ("C", config.C)):

@@ -22,7 +22,7 @@ from paramlens.method.batch import Batches, Inputs
 from paramlens.method.decomposition import Decomposition
 from paramlens.method.entry import require_plain, require_sound
 from paramlens.method.generators import generator
-from paramlens.method.importance import Importance
+from paramlens.method.importance.network import Importance
 from paramlens.method.losses import faithfulness
 from paramlens.method.modes import buffers_kept, default_modes
 from paramlens.method.padding import require_padding_unseen

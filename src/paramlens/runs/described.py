@@ -13,8 +13,8 @@ from paramlens.errors import RunDirError
 from paramlens.fields import Count
 from paramlens.files.plain import read_json
 from paramlens.method.decomposition import Decomposition
-from paramlens.method.importance import Importance
-from paramlens.method.settings import Gamma
+from paramlens.method.importance.network import Importance
+from paramlens.method.importance.settings import Gamma, Kind
 from paramlens.runs.layout import FORMAT
 
 _REBUILT = ("seed", "batch", "last_token_only", "device", "dtype", "task")
@@ -36,7 +36,7 @@ class SiteShape(_Checked):
 
 
 class GammaShape(_Checked):
-    kind: Literal["scalar", "vector", "attention", "shared"]
+    kind: Kind
     d_gate: Size
     relative: Literal["offset", "query"]
     max_length: Size | None
@@ -82,13 +82,12 @@ class Described(_Checked):
 def describe(config: Config, decomposition: Decomposition, importance: Importance, target: dict[str, Any]) -> dict[str, Any]:
     """What `model.json` is to say. target: id, revision and sha256."""
     gamma = importance.gamma
-    lengths = {group.max_length for group in importance.typed_groups}
     return {
         "format": FORMAT,
         "C": decomposition.C,
         "dtype": str(decomposition.U[decomposition.names[0]].dtype).removeprefix("torch."),
         "sites": [{"name": site.name, "d_in": site.d_in, "d_out": site.d_out} for site in decomposition.sites],
-        "gamma": {"kind": gamma.kind, "d_gate": gamma.d_gate, "relative": gamma.relative, "max_length": lengths.pop()},
+        "gamma": {"kind": gamma.kind, "d_gate": gamma.d_gate, "relative": gamma.relative, "max_length": importance.max_length},
         "target": target,
         "config": config.model_dump(mode="json", include=set(_REBUILT)),
     }

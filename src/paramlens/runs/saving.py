@@ -11,7 +11,7 @@ from typing import Any
 from paramlens.config.model import Checkpoint
 from paramlens.errors import RunDirError, SaveError
 from paramlens.method.decomposition import Decomposition
-from paramlens.method.importance import Importance
+from paramlens.method.importance.network import Importance
 from paramlens.runs.budget import size_text
 from paramlens.runs.checkpoint import FILES
 from paramlens.runs.layout import checkpoint_path, checkpoint_step, checkpoints

@@ -15,7 +15,7 @@ from paramlens.method.batch import Batch
 from paramlens.method.decomposition import Decomposition
 from paramlens.method.evaluate import active_counts, evaluate, importances, mean_over_batches
 from paramlens.method.generators import seed_of
-from paramlens.method.importance import Importance
+from paramlens.method.importance.network import Importance
 from paramlens.method.losses import LossAt
 from paramlens.method.settings import Optim
 from paramlens.method.step import Step, Steps
@@ -30,18 +30,13 @@ from paramlens.tracking.tracker import LoggedStep, Tracker
 
 
 def make_optimizer(config: Config, decomposition: Decomposition, importance: Importance) -> torch.optim.Optimizer:
-    """Adam or AdamW over U and V, γ, and γ's relative encodings; each group holds its full rate, which the schedule scales."""
+    """Adam or AdamW over U and V, and γ by rate; each group holds its full rate, which the schedule scales."""
     optim = config.optim
     gamma_lr = optim.gamma_lr or optim.lr
-    relative = [value for name, value in importance.named_parameters() if name.endswith("relative")]
-    others = [value for name, value in importance.named_parameters() if not name.endswith("relative")]
-    groups = [
-        {"params": list(decomposition.parameters()), "full_lr": optim.lr},
-        {"params": others, "full_lr": gamma_lr},
-        {"params": relative, "full_lr": gamma_lr * config.gamma.relative_lr},
-    ]
+    groups: list[dict[str, Any]] = [{"params": list(decomposition.parameters()), "full_lr": optim.lr}]
+    for factor, parameters in importance.by_lr_factor().items():
+        groups.append({"params": parameters, "full_lr": gamma_lr * (1 if factor is None else factor)})
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optim.name]
-    groups = [group for group in groups if group["params"]]
     lr = torch.tensor(optim.lr, device=config.device) if config.cuda_graph else optim.lr
     for group in groups:
         group["lr"] = lr.clone() if isinstance(lr, Tensor) else lr
@@ -122,16 +117,16 @@ def train(
 
 
 class _LongerBatches:
-    """Reports, once, a batch of more positions than the attention γ's tables hold."""
+    """Reports, once, a batch of more positions than γ's tables hold."""
 
     def __init__(self, importance: Importance, tracker: Tracker) -> None:
-        self.table, self.tracker = importance.table_length, tracker
+        self.table, self.kind, self.tracker = importance.table_length, importance.gamma.kind, tracker
 
     def __call__(self, batch: Batch, step: int) -> None:
         if self.table is None or (batch.columns or 0) <= self.table:
             return
         self.tracker.message(
-            f"step {step}: a batch of {batch.columns} positions; the attention γ's tables were sized for {self.table}, further positions "
+            f"step {step}: a batch of {batch.columns} positions; the {self.kind} γ's tables were sized for {self.table}, further positions "
             f"share their last entries. To give each its own, start with gamma.max_length {batch.columns}"
         )
         self.table = None

@@ -1,0 +1,106 @@
+"""What a γ kind is: its parameters as data, its memory, and the pre-activations of sites of one shape."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from paramlens.method.importance.settings import KINDS, Gamma
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of γ at one site.
+
+    shape: its sizes, with "C" for the axis that has one entry per subcomponent.
+    fan_in: it starts normal with variance 1 / fan_in. Defaults to None: every entry starts at `start`.
+    lr_factor: factor on γ's learning rate. Defaults to None: it shares one group of the optimizer with all others that have none.
+    rearranged: whether a step makes copies of it and of its gradient in another order.
+    """
+
+    shape: tuple[int | Literal["C"], ...]
+    fan_in: int | None = None
+    start: float = 0.0
+    lr_factor: float | None = None
+    rearranged: bool = False
+
+    @property
+    def C_axis(self) -> int | None:
+        """The axis along which subcomponents can be removed; None if all of them share the parameter."""
+        return self.shape.index("C") if "C" in self.shape else None
+
+    def sizes(self, C: int) -> tuple[int, ...]:
+        return tuple(C if size == "C" else size for size in self.shape)
+
+    def count(self, C: int) -> int:
+        """Its numbers at one site."""
+        return math.prod(self.sizes(C))
+
+
+def mlps(width: int, gamma: Gamma) -> dict[str, Parameter]:
+    """Parameters of C independent MLPs: `width` inputs, d_gate hidden units, one output."""
+    h = gamma.d_gate
+    return {
+        "w_in": Parameter(("C", width, h), fan_in=width, rearranged=width > 1),
+        "b_in": Parameter(("C", h)),
+        "w_out": Parameter(("C", h), fan_in=h),
+        "b_out": Parameter(("C",), start=gamma.output_bias),
+    }
+
+
+class GammaKind(nn.Module, ABC):
+    """γ of a group of sites of one shape (d_in, C); every parameter leads with the site axis. Each `gamma.kind` is one subclass."""
+
+    has_table: ClassVar[bool] = False
+    """Whether it needs inputs (batch, pos, d_in) and the length of the longest sequence, `max_length`, for tables of positions."""
+    saves_memory: ClassVar[bool] = False
+    """Whether it is what to take where another kind does not fit into memory."""
+
+    def __init__(self, names: Sequence[str], gamma: Gamma, *, d_in: int, C: int, max_length: int | None) -> None:
+        super().__init__()
+        self.names, self.gamma = tuple(names), gamma
+        self.declared = self.parameters_of_site(gamma, d_in=d_in, max_length=max_length)
+        for name, declared in self.declared.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(len(names), *declared.sizes(C))))
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Tensor: ...
+
+    @classmethod
+    @abstractmethod
+    def parameters_of_site(cls, gamma: Gamma, *, d_in: int, max_length: int | None) -> dict[str, Parameter]:
+        """Parameters by name, as `importance.safetensors` holds them, in the order in which their starts are drawn."""
+
+    @classmethod
+    @abstractmethod
+    def activations(cls, gamma: Gamma, *, d_in: int, C: int, length: int) -> int:
+        """Numbers that it keeps for the gradient, for each site and position, beside the sites' inputs; length: of a sequence."""
+
+    @abstractmethod
+    def forward(
+        self, x: Sequence[Float[Tensor, "*batch d_in"]], U: Sequence[Float[Tensor, "d_in C"]], present: Bool[Tensor, "batch pos"] | None
+    ) -> Float[Tensor, "site row C"]:
+        """Pre-activations, a row for each position. x, U: the target's input and U of each site; present: not padding (defaults to all)."""
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> None:
+        """Draw where `fan_in` is declared, fill in `start` elsewhere."""
+        for name, parameter in self.named_parameters():
+            declared = self.declared[name]
+            if declared.fan_in is None:
+                parameter.fill_(declared.start)
+            else:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * declared.fan_in**-0.5)
+
+
+def kind_class(kind: str) -> type[GammaKind]:
+    """The class of a `gamma.kind`."""
+    module, name = KINDS[kind].split(".")
+    return getattr(import_module(f"{__package__}.{module}"), name)

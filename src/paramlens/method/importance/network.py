@@ -1,0 +1,82 @@
+"""γ of every site. Sites of one shape form a group, computed together: one batched product serves all of them."""
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from paramlens.errors import BatchError, ConfigError
+from paramlens.method.importance.kind import GammaKind, kind_class
+from paramlens.method.importance.settings import Gamma
+
+
+class Importance(nn.Module):
+    """γ of every site. `shapes`: site name → (d_in, C), in model order."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, int]], gamma: Gamma, *, max_length: int | None = None) -> None:
+        super().__init__()
+        self.gamma, self.kind, self.max_length = gamma, kind_class(gamma.kind), gamma.max_length or max_length
+        if self.kind.has_table and self.max_length is None:
+            raise ConfigError(f"gamma.max_length: the {gamma.kind} γ needs the longest sequence it will see, in tokens; give a number")
+        groups: dict[tuple[int, int], list[str]] = {}
+        for name, shape in shapes.items():
+            groups.setdefault(shape, []).append(name)
+        self.groups = nn.ModuleList(
+            self.kind(names, gamma, d_in=d_in, C=C, max_length=self.max_length) for (d_in, C), names in groups.items()
+        )
+
+    @property
+    def typed_groups(self) -> list[GammaKind]:
+        return cast("list[GammaKind]", list(self.groups))
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """Fan-in normal weights, zero biases (the last: `gamma.output_bias`)."""
+        for group in self.typed_groups:
+            group.initialise(generator)
+
+    @property
+    def table_length(self) -> int | None:
+        """Positions that γ's tables hold; None for a kind without tables. Further positions share their last entries."""
+        return self.max_length if self.kind.has_table else None
+
+    def forward(
+        self, inputs: Mapping[str, Tensor], U: Mapping[str, Tensor], present: Bool[Tensor, "batch pos"] | None = None
+    ) -> dict[str, Float[Tensor, "*batch C"]]:
+        """Pre-activations per site from the target's site inputs [batch, pos, d_in].
+
+        U is used by the scalar γ alone, whose input is the inner activation. At positions that are not `present` (defaults to all)
+        pre-activations are 0: nothing is important there, and nothing costs; and no other position attends to them.
+        Raises `BatchError` for a sequence longer than `gamma.max_length`, where that was given, and for inputs that `present` does not fit.
+        """
+        pre: dict[str, Tensor] = {}
+        for group in self.typed_groups:
+            rows = group([inputs[name] for name in group.names], [U[name] for name in group.names], present)
+            for name, of_site in zip(group.names, rows, strict=True):
+                pre[name] = of_site.unflatten(0, inputs[name].shape[:-1])
+        if present is None:
+            return {name: pre[name] for name in inputs}
+        for name, value in pre.items():
+            if value.shape[:-1] != present.shape:
+                raise BatchError(
+                    f"site {name}: inputs lead with {tuple(value.shape[:-1])}, the mask of present positions with {tuple(present.shape)}; "
+                    "leave the site out, or give batches without padding"
+                )
+        return {name: pre[name].masked_fill(~present[..., None], 0) for name in inputs}
+
+    def site_parameters(self) -> dict[str, dict[str, Tensor]]:
+        """Site name → parameter name → that site's slice, as views: what `importance.safetensors` holds."""
+        return {
+            name: {key: parameter[i] for key, parameter in group.named_parameters()}
+            for group in self.typed_groups
+            for i, name in enumerate(group.names)
+        }
+
+    def by_lr_factor(self) -> dict[float | None, list[nn.Parameter]]:
+        """Parameters by the factor on γ's learning rate that they declare, None for γ's own rate."""
+        found: dict[float | None, list[nn.Parameter]] = {}
+        for group in self.typed_groups:
+            for name, parameter in group.named_parameters():
+                found.setdefault(group.declared[name].lr_factor, []).append(parameter)
+        return found
