@@ -14,7 +14,7 @@ from paramlens.analysis.held_out import held_out
 from paramlens.analysis.off_data import off_data
 from paramlens.errors import ConfigError
 from paramlens.method.decomposition import call
-from paramlens.method.losses import LossAt
+from paramlens.method.losses.divergence import LossAt
 from paramlens.method.masks import Replacement, rounded_mask
 from paramlens.runs.decompose import decompose
 from paramlens.runs.rundir import open_run

@@ -23,7 +23,7 @@ from paramlens.config.file import load_config
 from paramlens.errors import ParamLensError
 from paramlens.method.decomposition import Decomposition, call
 from paramlens.method.generators import generator
-from paramlens.method.losses import LossAt
+from paramlens.method.losses.divergence import LossAt
 from paramlens.method.masks import Replacement
 from paramlens.method.settings import Init
 from paramlens.method.sites import at_rest, find_sites

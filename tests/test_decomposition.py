@@ -7,7 +7,7 @@ from torch import nn
 from paramlens.errors import BatchError, SiteError
 from paramlens.method.decomposition import Decomposition, call
 from paramlens.method.generators import generator
-from paramlens.method.losses import faithfulness
+from paramlens.method.losses.faithfulness import faithfulness
 from paramlens.method.masks import Replacement
 from paramlens.method.settings import Init
 from paramlens.method.sites import find_sites

@@ -16,7 +16,10 @@ from paramlens.method.decomposition import Decomposition
 from paramlens.method.evaluate import evaluate, importances
 from paramlens.method.generators import generator
 from paramlens.method.importance import lower
-from paramlens.method.losses import LossAt, elsewhere_loss, local_loss, minimality
+from paramlens.method.losses.divergence import LossAt
+from paramlens.method.losses.elsewhere import elsewhere_loss
+from paramlens.method.losses.local import local_loss
+from paramlens.method.losses.minimality import minimality
 from paramlens.method.masks import Replacement, mask_noise
 from paramlens.method.sites import at_rest
 from paramlens.method.start import initialise

@@ -10,7 +10,7 @@ from paramlens.analysis.held_out import held_out
 from paramlens.analysis.interventions import interventions
 from paramlens.analysis.maps import aligned_importance
 from paramlens.method.generators import generator
-from paramlens.method.losses import LossAt, kl_divergence
+from paramlens.method.losses.divergence import LossAt, kl_divergence
 from paramlens.method.masks import Replacement
 from paramlens.method.task import Link
 from paramlens.runs.rundir import open_run

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from paramlens.method.batch import Inputs
 from paramlens.method.decomposition import Decomposition, TargetRun
-from paramlens.method.losses import LossAt
+from paramlens.method.losses.divergence import LossAt
 from paramlens.method.masks import Replacement, stochastic_mask
 
 STEPS = 20

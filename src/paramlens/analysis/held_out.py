@@ -14,7 +14,8 @@ from paramlens.errors import ConfigError
 from paramlens.method.batch import Batch, Inputs
 from paramlens.method.decomposition import Decomposition, Plan, TargetRun
 from paramlens.method.evaluate import importances
-from paramlens.method.losses import LossAt, stack_size
+from paramlens.method.losses.divergence import LossAt
+from paramlens.method.losses.reconstruction import stack_size
 from paramlens.method.masks import Replacement
 from paramlens.method.task import Task
 from paramlens.runs.rundir import Run

@@ -11,7 +11,7 @@ from paramlens.analysis.attention import attention_along, captured
 from paramlens.analysis.held_out import HeldOut
 from paramlens.method.decomposition import Decomposition, Plan
 from paramlens.method.evaluate import accuracy, mean_over_batches
-from paramlens.method.losses import LossAt
+from paramlens.method.losses.divergence import LossAt
 from paramlens.method.masks import Replacement, rounded_mask
 from paramlens.method.task import Task
 

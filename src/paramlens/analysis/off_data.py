@@ -17,7 +17,7 @@ from paramlens.method.batch import Batch
 from paramlens.method.decomposition import call
 from paramlens.method.evaluate import importances
 from paramlens.method.generators import generator
-from paramlens.method.losses import LossAt
+from paramlens.method.losses.divergence import LossAt
 from paramlens.method.masks import Replacement
 from paramlens.runs.rundir import Run
 from paramlens.tasks.facts import other_facts

@@ -10,7 +10,9 @@ from paramlens.method.batch import Batch
 from paramlens.method.decomposition import Decomposition, Plan, TargetRun
 from paramlens.method.generators import generator
 from paramlens.method.importance import Importance, lower
-from paramlens.method.losses import LossAt, faithfulness, reconstruction_plans
+from paramlens.method.losses.divergence import LossAt
+from paramlens.method.losses.faithfulness import faithfulness
+from paramlens.method.losses.reconstruction import RECONSTRUCTIONS
 from paramlens.method.masks import Replacement, rounded_mask
 from paramlens.method.task import Task
 
@@ -50,7 +52,7 @@ def evaluate(
 
     metrics = {"faithfulness": faithfulness(decomposition).item()}
     for name in ("recon", "recon_layerwise", "stochastic_recon"):
-        plans = reconstruction_plans(name, g, generator=lambda: generator(seed, "evaluate"))
+        plans = RECONSTRUCTIONS[name].plans(g, generator=generator(seed, "evaluate"))
         values = [divergence(plan) for plan in plans]
         metrics[name] = sum(values) / len(values)
     rounded = {site: Replacement(rounded_mask(value, threshold=threshold)) for site, value in g.items()}
