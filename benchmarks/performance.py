@@ -128,7 +128,7 @@ def parts() -> None:
     timed = {
         "the target's run": (Decomposition, "target_run"),
         "γ forward": (Importance, "forward"),
-        "masked runs, forward": (Decomposition, "masked_run"),
+        "masked runs, forward": (Decomposition, "forward"),
         "divergences": (divergence, "kl_divergence"),
         "gradients of the masked runs, to U, V and g": (torch.Tensor, "backward"),
         "minimality": (minimality, "minimality"),

@@ -57,7 +57,7 @@ def test_removed_is_the_divergence_without_the_part(tiny_run):
         (part.removed_masked, {**held.masked, site: Replacement(held.g[site] * masks)}),
         (found.masked, held.masked),
     ):
-        logits = decomposition.masked_run(held.batch.inputs, [plan])
+        logits = decomposition(held.batch.inputs, [plan])
         assert expected == near_divergence(at.divergence(log_probs, logits).item(), log_probs)
 
 

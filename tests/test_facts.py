@@ -158,7 +158,7 @@ def test_the_loss_on_other_text_takes_out_what_is_one_sentences_own(facts_run):
             plan[site] = Replacement(like + (1 - like) * mask_noise(key, like))
         at = LossAt(present=other.present)
         log_probs = at.log_probs(run.task.model(**other.inputs).logits)
-        by_hand = at.divergence(log_probs, decomposition.masked_run(other.inputs, [plan]))[0]
+        by_hand = at.divergence(log_probs, decomposition(other.inputs, [plan]))[0]
         alike = {name: each[:1].expand(3, -1, -1) for name, each in g.items()}
         nothing = elsewhere_loss(decomposition, other, alike, generator=generator("keys"))
     assert value.item() == near_divergence(by_hand.item(), log_probs, GPT)

@@ -149,14 +149,14 @@ def test_the_adversary_finds_what_random_masks_miss(tiny_run):
     for _ in range(20):
         masked = {site: Replacement(g + (1 - g) * torch.rand(g.shape[-1], generator=rng)) for site, g in held.g.items()}
         with torch.no_grad():
-            random.append(kl_divergence(log_probs, decomposition.masked_run(inputs, [masked])).item())
+            random.append(kl_divergence(log_probs, decomposition(inputs, [masked])).item())
     assert found(20) > max(random)
     ones = {site: torch.ones_like(g) for site, g in held.g.items()}
     whole = adversarial_recon(
         decomposition, inputs, held.target, ones, at=LossAt(last_token_only=True), generator=generator("test"), steps=5
     )
     with torch.no_grad():
-        everything = decomposition.masked_run(inputs, [{site: Replacement(g) for site, g in ones.items()}])
+        everything = decomposition(inputs, [{site: Replacement(g) for site, g in ones.items()}])
     assert whole == near_divergence(kl_divergence(log_probs, everything).item(), everything)
 
 

@@ -223,6 +223,6 @@ def test_masked_site_by_hand():
         decomposition.V["0"].copy_(V)
         linear.bias.copy_(torch.tensor([100.0, 200.0]))
     mask = torch.tensor([[[0.5, 1.0]]])
-    out = decomposition.masked_run(torch.tensor([[[1.0, 2.0]]]), [{"0": Replacement(mask)}])
+    out = decomposition(torch.tensor([[[1.0, 2.0]]]), [{"0": Replacement(mask)}])
     assert out.tolist() == [[[[115.0, 199.0]]]]
     assert reference.masked_site(torch.tensor([[[1.0, 2.0]]]), U, V, mask, linear.bias).tolist() == [[[115.0, 199.0]]]

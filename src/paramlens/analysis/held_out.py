@@ -82,7 +82,7 @@ def divergences(
     """KL(target ‖ plan) in nats of every plan on one batch, as many stacked as `stack_size` allows; log_probs: the target's at the loss."""
     size, values = stack_size(log_probs.numel(), device=log_probs.device.type), list[float]()
     for start in range(0, len(plans), size):
-        values += at.divergence(log_probs, decomposition.masked_run(inputs, plans[start : start + size])).tolist()
+        values += at.divergence(log_probs, decomposition(inputs, plans[start : start + size])).tolist()
     return values
 
 

@@ -71,7 +71,7 @@ def _measured(
     seen: dict[str, list[Tensor]] = {link.name: [] for link in task.links}
     for held, plan, change in zip(data, plans, changes or [nullcontext()] * len(data), strict=True):
         with captured(decomposition.model, task.attention_patterns) as patterns, change:
-            logits = decomposition.masked_run(held.batch.inputs, [plan])
+            logits = decomposition(held.batch.inputs, [plan])
         at = LossAt(last_token_only, held.batch.present)
         positions.append(at.count(held.target.logits))
         divergences += at.divergence(at.log_probs(held.target.logits), logits).tolist()

@@ -48,7 +48,7 @@ def evaluate(
     target_log_probs = at.log_probs(target.logits)
 
     def divergence(plan: Plan) -> float:
-        return at.divergence(target_log_probs, decomposition.masked_run(inputs, [plan])).item()
+        return at.divergence(target_log_probs, decomposition(inputs, [plan])).item()
 
     metrics = {"faithfulness": faithfulness(decomposition).item()}
     for name in ("recon", "recon_layerwise", "stochastic_recon"):
@@ -58,7 +58,7 @@ def evaluate(
     rounded = {site: Replacement(rounded_mask(value, threshold=threshold)) for site, value in g.items()}
     metrics["recon_rounded"] = divergence(rounded)
     if batch.answers is not None:
-        masked = decomposition.masked_run(inputs, [{site: Replacement(value) for site, value in g.items()}])[0]
+        masked = decomposition(inputs, [{site: Replacement(value) for site, value in g.items()}])[0]
         metrics["accuracy_target"] = accuracy(target.logits, batch)
         metrics["accuracy_masked"] = accuracy(masked, batch)
     return metrics

@@ -101,7 +101,7 @@ def footprint(model: nn.Module, sites: Sequence[Site], inputs: Inputs, *, last: 
             target = probe.target_run(first)
             plan = {name: Replacement(x.new_zeros(*x.shape[:-1], 1)) for name, x in target.inputs.items()}
             with torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor):
-                probe.masked_run(first, [plan])
+                probe(first, [plan])
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, ParamLensError):
         return None
     standing = {id(tensor.untyped_storage()) for tensor in [*model.parameters(), *model.buffers(), *probe.parameters()]}

@@ -29,7 +29,7 @@ def elsewhere_loss(
         own = most[0] - most[1] if len(most) > 1 else most[0]
         plan[site] = Replacement((1 - own).expand(*target.inputs[site].shape[:-1], -1), key)
     at = LossAt(present=other.present)
-    return at.divergence(at.log_probs(target.logits), decomposition.masked_run(other.inputs, [plan]))[0]
+    return at.divergence(at.log_probs(target.logits), decomposition(other.inputs, [plan]))[0]
 
 
 def _of_step(known: LossInputs) -> Float[Tensor, ""]:

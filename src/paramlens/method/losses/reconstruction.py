@@ -142,7 +142,7 @@ def _plans(known: LossInputs, losses: Sequence[Reconstruction], leaves: Mapping[
 def _stack_backward(known: LossInputs, plans: Sequence[Plan], weights: Sequence[float], target_log_probs: Tensor) -> Float[Tensor, "plan"]:
     """The plans' divergences, in nats, from one pass; the gradient of their weighted sum is added to `.grad` of U, V and every g."""
     inputs = known.task.loss_inputs(known.batch, last_token_only=known.config.last_token_only)
-    divergences = known.at.divergence(target_log_probs, known.decomposition.masked_run(inputs, plans, known.target))
+    divergences = known.at.divergence(target_log_probs, known.decomposition(inputs, plans, known.target))
     if divergences.requires_grad:
         torch.stack([weight * value for weight, value in zip(weights, divergences, strict=True)]).sum().backward()
     return divergences.detach()
