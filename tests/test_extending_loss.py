@@ -30,7 +30,7 @@ COMMANDS = """
 import sys
 from paramlens.cli.main import main
 
-for words in (["--out", sys.argv[2]], ["--losses.neither", "1"], ["--losses.toy", "0"], ["--help"]):
+for words in (["--out", sys.argv[2]], ["--losses.xyz", "1"], ["--losses.toy", "0"], ["--help"]):
     sys.stderr.flush()
     print("-----", flush=True)
     main(["decompose", sys.argv[1], *words])
