@@ -16,8 +16,8 @@ import torch
 from paramlens.baselines import bench
 from paramlens.kernels import mlps, native
 from paramlens.kernels.machine import machine
-from paramlens.method import losses
 from paramlens.method.decomposition import Decomposition
+from paramlens.method.losses import reconstruction
 from paramlens.tasks.induction import InductionTransformer
 
 REPEATS = 9
@@ -53,8 +53,8 @@ VARIANTS: dict[str, Callable[[], Any]] = {
     "as shipped": nullcontext,
     "no compiled loops: the same in plain PyTorch, γ in chunks": plain,
     "every plan through every block": lambda: patch.object(Decomposition, "find_blocks", lambda *_: None),
-    "all plans in one pass": lambda: patch.object(losses, "CPU_STACK", 2**40),
-    "one plan per pass": lambda: patch.object(losses, "CPU_STACK", 1),
+    "all plans in one pass": lambda: patch.object(reconstruction, "CPU_STACK", 2**40),
+    "one plan per pass": lambda: patch.object(reconstruction, "CPU_STACK", 1),
     "chunks of a quarter of the cache": lambda: cached(1 / 4),
     "chunks of four caches": lambda: cached(4),
     "γ's hidden units in one chunk": lambda: patch.object(mlps, "MIN_CHUNK", 2**30),

@@ -119,7 +119,7 @@ def largest_difference(model: nn.Module, sites: list[Site], inputs: dict[str, An
     with at_rest(model), torch.no_grad():
         target = decomposition.target_run(inputs)
         ones = {name: Replacement(torch.ones(*given.shape[:-1], C)) for name, given in target.inputs.items()}
-        logits = decomposition.masked_run(inputs, [ones])[0]
+        logits = decomposition(inputs, [ones])[0]
     return float((logits - target.logits).abs().max() / target.logits.abs().max())
 
 

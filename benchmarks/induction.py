@@ -25,7 +25,7 @@ from paramlens import Run, agreement, circuit, load_config, open_run, svd_baseli
 from paramlens.config.model import Config
 from paramlens.errors import ParamLensError
 from paramlens.files.plain import read_json
-from paramlens.method.losses import kl_divergence
+from paramlens.method.losses.divergence import kl_divergence
 from paramlens.runs.seeds import decompose_seeds
 from paramlens.tasks.induction import ROLES, induction_batch
 from paramlens.tasks.settings import InductionTask

@@ -14,7 +14,7 @@ from paramlens.analysis.held_out import held_out
 from paramlens.analysis.off_data import off_data
 from paramlens.errors import ConfigError
 from paramlens.method.decomposition import call
-from paramlens.method.losses import LossAt
+from paramlens.method.losses.divergence import LossAt
 from paramlens.method.masks import Replacement, rounded_mask
 from paramlens.runs.decompose import decompose
 from paramlens.runs.rundir import open_run
@@ -57,7 +57,7 @@ def test_removed_is_the_divergence_without_the_part(tiny_run):
         (part.removed_masked, {**held.masked, site: Replacement(held.g[site] * masks)}),
         (found.masked, held.masked),
     ):
-        logits = decomposition.masked_run(held.batch.inputs, [plan])
+        logits = decomposition(held.batch.inputs, [plan])
         assert expected == near_divergence(at.divergence(log_probs, logits).item(), log_probs)
 
 

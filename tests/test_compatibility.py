@@ -23,7 +23,7 @@ from paramlens.config.file import load_config
 from paramlens.errors import ParamLensError
 from paramlens.method.decomposition import Decomposition, call
 from paramlens.method.generators import generator
-from paramlens.method.losses import LossAt
+from paramlens.method.losses.divergence import LossAt
 from paramlens.method.masks import Replacement
 from paramlens.method.settings import Init
 from paramlens.method.sites import at_rest, find_sites
@@ -87,7 +87,7 @@ def largest_difference(model: nn.Module, inputs: Any, *, sites: str = "*") -> fl
     with at_rest(model), torch.no_grad():
         target = decomposition.target_run(inputs)
         ones = {name: Replacement(torch.ones(*given.shape[:-1], 16)) for name, given in target.inputs.items()}
-        logits = decomposition.masked_run(inputs, [ones])[0]
+        logits = decomposition(inputs, [ones])[0]
     return float((logits - target.logits).abs().max() / target.logits.abs().max())
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from paramlens.errors import BatchError, SiteError
 from paramlens.method.decomposition import Decomposition, call
 from paramlens.method.generators import generator
-from paramlens.method.losses import faithfulness
+from paramlens.method.losses.faithfulness import faithfulness
 from paramlens.method.masks import Replacement
 from paramlens.method.settings import Init
 from paramlens.method.sites import find_sites
@@ -33,7 +33,7 @@ def test_nothing_replaced_is_bit_equal(target):
     decomposition = decomposed(target, "random")
     x = tokens()
     assert torch.equal(decomposition.target_run(x).logits, target(x))
-    assert torch.equal(decomposition.masked_run(x, [{}])[0], target(x))
+    assert torch.equal(decomposition(x, [{}])[0], target(x))
 
 
 def test_target_run_gives_each_sites_input(target):
@@ -48,7 +48,7 @@ def test_svd_starts_hold_w_and_all_ones_masks_give_the_target(target, kind: str,
     for site in decomposition.sites:
         assert_near(decomposition.U[site.name] @ decomposition.V[site.name], site.W, 4 * C)
     ones = {name: Replacement(torch.ones(3, 8, C)) for name in decomposition.names}
-    assert_near(decomposition.masked_run(tokens(), [ones])[0], target(tokens()), TOY + 8 * C)
+    assert_near(decomposition(tokens(), [ones])[0], target(tokens()), TOY + 8 * C)
 
 
 @pytest.mark.parametrize("kind", ["svd", "svd_rotated"])
@@ -92,19 +92,19 @@ def test_stacked_plans_equal_single_runs(chosen, seed: int, scoped: bool):
         }
         for plan in chosen
     ]
-    stacked = decomposition.masked_run(x, plans)
+    stacked = decomposition(x, plans)
     for plan, logits in zip(plans, stacked, strict=True):
-        assert_near(logits, decomposition.masked_run(x, [plan])[0], TOY)
-    assert_near(decomposition.masked_run(x, [{}, *plans])[0], model(x), TOY)
+        assert_near(logits, decomposition(x, [plan])[0], TOY)
+    assert_near(decomposition(x, [{}, *plans])[0], model(x), TOY)
 
 
 def test_scoped_replacement_mixes_by_position(target):
     """`where` everywhere is the full replacement, nowhere is the target."""
     decomposition = decomposed(target, "random")
     name, mask = "blocks.0.attn.v", torch.rand(3, 8, 6)
-    full = decomposition.masked_run(tokens(), [{name: Replacement(mask)}])
-    everywhere = decomposition.masked_run(tokens(), [{name: Replacement(mask, where=torch.ones(3, 8, dtype=torch.bool))}])
-    nowhere = decomposition.masked_run(tokens(), [{name: Replacement(mask, where=torch.zeros(3, 1, dtype=torch.bool))}])
+    full = decomposition(tokens(), [{name: Replacement(mask)}])
+    everywhere = decomposition(tokens(), [{name: Replacement(mask, where=torch.ones(3, 8, dtype=torch.bool))}])
+    nowhere = decomposition(tokens(), [{name: Replacement(mask, where=torch.zeros(3, 1, dtype=torch.bool))}])
     assert_near(everywhere, full, TOY)
     assert_near(nowhere[0], target(tokens()), TOY)
     assert (full[0] - target(tokens())).abs().max() > bound(100 * TOY, 1)
@@ -113,8 +113,8 @@ def test_scoped_replacement_mixes_by_position(target):
 def test_last_logits_alone_take_the_masks_last_positions(target):
     decomposition = decomposed(target, "random")
     plans = [{name: Replacement(torch.rand(3, 8, 6)) for name in decomposition.names}, {}]
-    full = decomposition.masked_run(tokens(), plans)
-    last = decomposition.masked_run({"tokens": tokens(), "last_token_only": True}, plans)
+    full = decomposition(tokens(), plans)
+    last = decomposition({"tokens": tokens(), "last_token_only": True}, plans)
     assert last.shape[-2] == 1
     assert_near(last[..., -1, :], full[..., -1, :], TOY)
 
@@ -123,14 +123,14 @@ def test_model_is_left_alone_after_an_error(target):
     decomposition = decomposed(target, "random")
     before = {name: value.clone() for name, value in target.state_dict().items()}
     with pytest.raises(BatchError, match=r"mask has leading axes \(2, 8\), the site's input \(3, 8\)"):
-        decomposition.masked_run(tokens(), [{"blocks.0.attn.q": Replacement(torch.ones(2, 8, 6))}])
+        decomposition(tokens(), [{"blocks.0.attn.q": Replacement(torch.ones(2, 8, 6))}])
     assert not any("forward" in module.__dict__ for module in target.modules())
     assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
 
 
 def test_plan_with_an_unknown_site(target):
     with pytest.raises(SiteError, match=r"plan names nope, which is no site"):
-        decomposed(target, "random").masked_run(tokens(), [{"nope": Replacement(torch.ones(3, 8, 6))}])
+        decomposed(target, "random")(tokens(), [{"nope": Replacement(torch.ones(3, 8, 6))}])
 
 
 def test_site_called_twice_is_refused():
@@ -160,7 +160,7 @@ def test_batches_of_every_form():
     decomposition = decomposed(model, "random", patterns=["layer"])
     run = decomposition.target_run({"x": x, "shift": shift})
     assert torch.equal(run.logits, model(x, shift=shift).logits)
-    stacked = decomposition.masked_run({"x": x, "shift": shift}, [{}, {"layer": Replacement(torch.ones(2, 4, 6))}])
+    stacked = decomposition({"x": x, "shift": shift}, [{}, {"layer": Replacement(torch.ones(2, 4, 6))}])
     assert_near(stacked[0], run.logits, 3 + 1)
     assert torch.equal(call(nn.Identity(), (x,)), x)
 
@@ -237,7 +237,7 @@ def test_what_is_kept_of_a_run_is_as_it_was_when_the_model_writes_in_place():
     with torch.no_grad():
         target = decomposition.target_run(x)
         plan = {"layers.2.mix": Replacement(torch.zeros(2, 5, decomposition.C))}
-        torch.testing.assert_close(decomposition.masked_run(x, [plan, {}], target), decomposition.masked_run(x, [plan, {}]))
+        torch.testing.assert_close(decomposition(x, [plan, {}], target), decomposition(x, [plan, {}]))
 
 
 class _Layer(nn.Module):
@@ -279,16 +279,16 @@ def test_a_plan_enters_at_its_first_block():
     target = decomposition.target_run(x)
     for layer in model.layers:
         layer.rows.clear()
-    short = decomposition.masked_run(x, plans, target)
+    short = decomposition(x, plans, target)
     assert [layer.rows for layer in model.layers] == [[4], [6], [8]]
-    whole = decomposition.masked_run(x, plans)
+    whole = decomposition(x, plans)
     assert_near(short, whole, TOY)
     parameters = [*decomposition.parameters(), *g.values()]
     slope = torch.randn(short.shape, generator=generator("slope"))
     gradients = [torch.autograd.grad((slope * logits).sum(), parameters) for logits in (short, whole)]
     for mine, other in zip(*gradients, strict=True):
         assert_near(mine, other, TOY_STEP)
-    late = decomposition.masked_run(x, plans[:1], target)
+    late = decomposition(x, plans[:1], target)
     assert_near(late[0], whole[0], TOY)
     assert model.layers[0].rows[-1] == 8, "skipped: the last rows were those of the whole run"
 
@@ -297,7 +297,7 @@ def test_blocks_that_talk_behind_the_chain_are_run_whole():
     decomposition, x = entered(Residual(shares=True))
     assert decomposition.entry({"layers.2.mix": Replacement(torch.ones(2, 5, 6))}) == 0
     plans = [{"layers.2.mix": Replacement(torch.rand(2, 5, 6))}, {}]
-    assert_near(decomposition.masked_run(x, plans, decomposition.target_run(x))[1], decomposition.model(x), TOY)
+    assert_near(decomposition(x, plans, decomposition.target_run(x))[1], decomposition.model(x), TOY)
 
 
 def test_a_table_as_long_as_the_stack_is_not_cut(target):
@@ -307,8 +307,8 @@ def test_a_table_as_long_as_the_stack_is_not_cut(target):
     decomposition.find_blocks(x)
     late, early = {"blocks.1.attn.v": Replacement(torch.rand(4, 8, 6))}, {"blocks.0.attn.v": Replacement(torch.rand(4, 8, 6))}
     assert decomposition.entry(late) == 1, "the chain holds, whatever the batch"
-    whole = decomposition.masked_run(x, [late, early])
-    assert_near(decomposition.masked_run(x, [late, early], decomposition.target_run(x)), whole, TOY)
+    whole = decomposition(x, [late, early])
+    assert_near(decomposition(x, [late, early], decomposition.target_run(x)), whole, TOY)
 
 
 def test_a_model_without_blocks_has_one_entry(target):

@@ -135,7 +135,7 @@ def test_a_run_that_enters_late_is_right_where_a_block_writes_into_what_came_bef
         decomposition.find_blocks(BATCHES[0])
         target = decomposition.target_run(BATCHES[0])
         plans = [{name: Replacement(torch.zeros(4, 6, 2))} for name in decomposition.names]
-        torch.testing.assert_close(decomposition.masked_run(BATCHES[0], plans, target), decomposition.masked_run(BATCHES[0], plans))
+        torch.testing.assert_close(decomposition(BATCHES[0], plans, target), decomposition(BATCHES[0], plans))
 
 
 @pytest.mark.parametrize("forward", [counted, late_buffer])
@@ -457,7 +457,7 @@ def test_flattened_positions_are_the_positions_that_they_are():
             target = require_sound(decomposition, BATCHES[0])
             g = {name: torch.rand(4, 6, 3, generator=generator(name), requires_grad=True) for name in decomposition.names}
             plans = [{name: Replacement(value, key=3) for name, value in g.items()}, {"up": Replacement(g["up"])}, {}]
-            logits = decomposition.masked_run(BATCHES[0], plans, target)
+            logits = decomposition(BATCHES[0], plans, target)
             gradients = torch.autograd.grad(logits.square().sum(), [*g.values(), *decomposition.parameters()])
             given = decomposition.masked_inputs(BATCHES[0], plans[0])
         results.append([*target.inputs.values(), *given.values(), logits.detach(), *gradients])

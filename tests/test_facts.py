@@ -16,7 +16,10 @@ from paramlens.method.decomposition import Decomposition
 from paramlens.method.evaluate import evaluate, importances
 from paramlens.method.generators import generator
 from paramlens.method.importance.sigmoids import lower
-from paramlens.method.losses import LossAt, elsewhere_loss, local_loss, minimality
+from paramlens.method.losses.divergence import LossAt
+from paramlens.method.losses.elsewhere import elsewhere_loss
+from paramlens.method.losses.local import local_loss
+from paramlens.method.losses.minimality import minimality
 from paramlens.method.masks import Replacement, mask_noise
 from paramlens.method.sites import at_rest
 from paramlens.method.start import initialise
@@ -155,7 +158,7 @@ def test_the_loss_on_other_text_takes_out_what_is_one_sentences_own(facts_run):
             plan[site] = Replacement(like + (1 - like) * mask_noise(key, like))
         at = LossAt(present=other.present)
         log_probs = at.log_probs(run.task.model(**other.inputs).logits)
-        by_hand = at.divergence(log_probs, decomposition.masked_run(other.inputs, [plan]))[0]
+        by_hand = at.divergence(log_probs, decomposition(other.inputs, [plan]))[0]
         alike = {name: each[:1].expand(3, -1, -1) for name, each in g.items()}
         nothing = elsewhere_loss(decomposition, other, alike, generator=generator("keys"))
     assert value.item() == near_divergence(by_hand.item(), log_probs, GPT)

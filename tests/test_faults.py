@@ -34,6 +34,7 @@ from paramlens.files import plain
 from paramlens.files.manifest import file_sha256, write_manifest
 from paramlens.files.plain import read_json
 from paramlens.method import step as step_module
+from paramlens.method.losses import faithfulness, local, minimality
 from paramlens.runs import checkpoint, metrics, rundir, saving, train
 from paramlens.runs.decompose import decompose, decompose_config
 from paramlens.runs.layout import checkpoint_path, checkpoint_step, checkpoints, is_begun
@@ -492,8 +493,8 @@ def poisoned(value: float) -> Callable[..., Any]:
 
 def one_loss(name: str, value: float) -> Callable[..., Any]:
     def strike(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        total, values = original(*args, **kwargs)
-        return total * value, values | {name: values[name] * value}
+        values, gradients = original(*args, **kwargs)
+        return values | {name: values[name] * value}, gradients
 
     return strike
 
@@ -548,10 +549,10 @@ NON_FINITE: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "γ, inf": (train.Steps, "run", first_parameter("γ", INF)),
     "gradient, nan": (train.Steps, "run", gradient(NAN)),
     "gradient, inf": (train.Steps, "run", gradient(INF)),
-    "faithfulness": (step_module, "faithfulness", poisoned(NAN)),
-    "minimality": (step_module, "minimality", poisoned(INF)),
+    "faithfulness": (faithfulness, "faithfulness", poisoned(NAN)),
+    "minimality": (minimality, "minimality", poisoned(INF)),
     **{
-        name: (step_module, "reconstruction_losses", one_loss(name, NAN))
+        name: (step_module, "reconstruction_backward", one_loss(name, NAN))
         for name in ("stochastic_recon", "stochastic_recon_layerwise", "recon")
     },
 }
@@ -595,8 +596,8 @@ def test_an_update_that_leaves_what_is_not_finite(world, tmp_path, cell):
 @pytest.mark.parametrize("name", ["local", "recon_partial", "stochastic_recon_partial", "recon_layerwise"])
 def test_losses_of_other_configurations(tmp_path, monkeypatch, cell, name: str):
     config = tiny_with(losses={"faithfulness": 10.0, name: 1.0})
-    where, how = ("local_loss", poisoned(NAN)) if name == "local" else ("reconstruction_losses", one_loss(name, NAN))
-    nth(monkeypatch, step_module, where, 6, how)
+    how = (local, "local_loss", 6, poisoned(NAN)) if name == "local" else (step_module, "reconstruction_backward", 6, one_loss(name, NAN))
+    nth(monkeypatch, *how)
     with cell("not finite", "nan or inf", name):
         with pytest.raises(DivergedError, match=f"step 5: loss {name} is not finite"):
             decompose_config(config, out=tmp_path / "run")

@@ -10,7 +10,7 @@ from paramlens.analysis.held_out import held_out
 from paramlens.analysis.interventions import interventions
 from paramlens.analysis.maps import aligned_importance
 from paramlens.method.generators import generator
-from paramlens.method.losses import LossAt, kl_divergence
+from paramlens.method.losses.divergence import LossAt, kl_divergence
 from paramlens.method.masks import Replacement
 from paramlens.method.task import Link
 from paramlens.runs.rundir import open_run
@@ -149,14 +149,14 @@ def test_the_adversary_finds_what_random_masks_miss(tiny_run):
     for _ in range(20):
         masked = {site: Replacement(g + (1 - g) * torch.rand(g.shape[-1], generator=rng)) for site, g in held.g.items()}
         with torch.no_grad():
-            random.append(kl_divergence(log_probs, decomposition.masked_run(inputs, [masked])).item())
+            random.append(kl_divergence(log_probs, decomposition(inputs, [masked])).item())
     assert found(20) > max(random)
     ones = {site: torch.ones_like(g) for site, g in held.g.items()}
     whole = adversarial_recon(
         decomposition, inputs, held.target, ones, at=LossAt(last_token_only=True), generator=generator("test"), steps=5
     )
     with torch.no_grad():
-        everything = decomposition.masked_run(inputs, [{site: Replacement(g) for site, g in ones.items()}])
+        everything = decomposition(inputs, [{site: Replacement(g) for site, g in ones.items()}])
     assert whole == near_divergence(kl_divergence(log_probs, everything).item(), everything)
 
 

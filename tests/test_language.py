@@ -83,8 +83,8 @@ def test_all_masks_at_one_are_the_target_and_none_replaced_is_it_bit_for_bit(nam
         ones = {site.name: Replacement(torch.ones(3, 6, 24)) for site in sites}
         off = {site.name: Replacement(torch.zeros(3, 6, 24)) for site in sites}
         single = {sites[-1].name: ones[sites[-1].name]}
-        logits = decomposition.masked_run(inputs, [{}, ones, single, off], target)
-        assert torch.equal(decomposition.masked_run(inputs, [{}])[0], target.logits)
+        logits = decomposition(inputs, [{}, ones, single, off], target)
+        assert torch.equal(decomposition(inputs, [{}])[0], target.logits)
     largest = max(1.0, target.logits.abs().max().item())
     for same in logits[:3]:
         assert_near(same, target.logits, GPT + 8 * 24, size=largest)
@@ -101,7 +101,7 @@ def test_a_slice_of_a_fused_projection_is_what_the_model_uses_for_it(name: str):
     output = model.transformer.h[0].attn.c_proj if name == "gpt2" else model.gpt_neox.layers[0].attention.dense
     hook = output.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
     with at_rest(model), torch.no_grad():
-        decomposition.masked_run(inputs, [{site.name: Replacement(torch.zeros(3, 6, 4))}])
+        decomposition(inputs, [{site.name: Replacement(torch.zeros(3, 6, 4))}])
     hook.remove()
     assert_near(seen[0], site.bias.expand_as(seen[0]), 16)
 
@@ -152,7 +152,7 @@ def test_keywords_and_tuples(tmp_path: Path):
     model = run.task.model
     ones = {name: Replacement(torch.ones(4, 3, 5)) for name in run.decomposition.names}
     with torch.no_grad():
-        torch.testing.assert_close(run.decomposition.masked_run(batches[0], [ones])[0], model(batches[0])[0], rtol=0.05, atol=0.05)
+        torch.testing.assert_close(run.decomposition(batches[0], [ones])[0], model(batches[0])[0], rtol=0.05, atol=0.05)
 
 
 def test_padded_sentences_mark_their_own_tokens(facts_run):

@@ -11,7 +11,10 @@ from conftest import tiny_with
 from paramlens.method.decomposition import Decomposition
 from paramlens.method.generators import generator
 from paramlens.method.importance.sigmoids import lower, upper
-from paramlens.method.losses import RECONSTRUCTIONS, annealed_p, faithfulness, kl_divergence, minimality, reconstruction_plans
+from paramlens.method.losses.divergence import kl_divergence
+from paramlens.method.losses.faithfulness import faithfulness
+from paramlens.method.losses.minimality import annealed_p, minimality
+from paramlens.method.losses.reconstruction import RECONSTRUCTIONS
 from paramlens.method.masks import mask_noise, rounded_mask, site_subsets, stochastic_mask, subset_shape
 from paramlens.method.settings import Losses
 from paramlens.method.sites import find_sites
@@ -119,7 +122,7 @@ def test_subset_shapes():
 @pytest.mark.parametrize("scope", ["sequence", "position"])
 def test_partial_plans_by_scope(scope):
     g = {name: torch.rand(6, 5, 3) for name in "abc"}
-    (plan,) = reconstruction_plans("recon_partial", g, partial_scope=scope, generator=lambda: generator(0))
+    (plan,) = RECONSTRUCTIONS["recon_partial"].plans(g, partial_scope=scope, generator=generator(0))
     inside = torch.stack([plan[name].where.expand(6, 5) for name in "abc"])
     assert inside.any(0).all(), "every draw replaces one site at least"
     constant = (inside == inside[:, :, :1]).all()
@@ -128,7 +131,7 @@ def test_partial_plans_by_scope(scope):
 
 def test_plans_per_loss():
     g = {name: torch.rand(2, 4, 3) for name in "abc"}
-    counts = {name: len(list(reconstruction_plans(name, g, samples=2, generator=lambda: generator(0)))) for name in RECONSTRUCTIONS}
+    counts = {name: len(list(loss.plans(g, samples=2, generator=generator(0)))) for name, loss in RECONSTRUCTIONS.items()}
     assert counts == {
         "stochastic_recon": 2,
         "stochastic_recon_layerwise": 6,
@@ -144,14 +147,14 @@ def test_layerwise_sites_are_drawn_evenly():
     g = {name: torch.rand(2, 4, 3) for name in "abcde"}
     counts = Counter[str]()
     for step in range(2000):
-        plans = list(reconstruction_plans("recon_layerwise", g, layerwise_sites=2, generator=lambda step=step: generator(step)))
+        plans = list(RECONSTRUCTIONS["recon_layerwise"].plans(g, layerwise_sites=2, generator=generator(step)))
         assert len(plans) == 2
         assert all(len(plan) == 1 for plan in plans)
         names = [next(iter(plan)) for plan in plans]
         assert len(set(names)) == 2
         counts.update(names)
     assert all(abs(count - 800) < 100 for count in counts.values())
-    assert len(list(reconstruction_plans("recon_layerwise", g, layerwise_sites=9, generator=lambda: generator(0)))) == 5
+    assert len(list(RECONSTRUCTIONS["recon_layerwise"].plans(g, layerwise_sites=9, generator=generator(0)))) == 5
 
 
 def test_divergence_by_hand():

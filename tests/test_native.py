@@ -16,7 +16,8 @@ from paramlens.kernels import native
 from paramlens.kernels.mlps import Mlps, ScalarMlps
 from paramlens.method.generators import generator
 from paramlens.method.importance.sigmoids import lower, upper
-from paramlens.method.losses import kl_divergence, minimality
+from paramlens.method.losses.divergence import kl_divergence
+from paramlens.method.losses.minimality import minimality
 from paramlens.method.masks import Replacement, mask_noise, masked_linear
 from paramlens.runs.decompose import decompose_config
 from rounding import TOY, assert_near, bound, near
@@ -193,7 +194,7 @@ def test_a_kernel_converts_numbers_or_refuses_them(name: str):
 
 OUTSIDE = """
 import numpy as np, torch
-from paramlens.method.losses import minimality
+from paramlens.method.losses.minimality import minimality
 
 for p in (1.0, 1, np.float32(1), np.int64(1), torch.tensor(1), torch.tensor(1.0)):
     for eps in (0.0, 0, np.float64(0), torch.tensor(0)):

@@ -18,7 +18,8 @@ from paramlens.method.batch import Batch
 from paramlens.method.decomposition import Decomposition
 from paramlens.method.generators import generator
 from paramlens.method.importance.network import Importance
-from paramlens.method.losses import annealed_p, faithfulness
+from paramlens.method.losses.faithfulness import faithfulness
+from paramlens.method.losses.minimality import annealed_p
 from paramlens.method.sites import find_sites
 from paramlens.method.start import initialise
 from paramlens.method.step import Steps

@@ -7,7 +7,7 @@ import torch
 
 from paramlens.baselines.svd import Pruned, pruned_to, svd_baseline
 from paramlens.errors import ConfigError
-from paramlens.method.losses import kl_divergence
+from paramlens.method.losses.divergence import kl_divergence
 from rounding import near, near_divergence
 
 

@@ -265,9 +265,8 @@ def test_non_finite_loss_stops_before_the_update(tmp_path, monkeypatch: pytest.M
 
 def test_non_finite_gradient_stops_too(tmp_path, monkeypatch: pytest.MonkeyPatch):
     def spoiled(*args, **kwargs):
-        step = original(*args, **kwargs)
         args[2].U["blocks.0.attn.v"].register_hook(lambda gradient: gradient * float("inf"))
-        return step
+        return original(*args, **kwargs)
 
     original = step_module.training_step
     monkeypatch.setattr(step_module, "training_step", spoiled)

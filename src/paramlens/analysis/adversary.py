@@ -8,7 +8,7 @@ from torch import Tensor
 
 from paramlens.method.batch import Inputs
 from paramlens.method.decomposition import Decomposition, TargetRun
-from paramlens.method.losses import LossAt
+from paramlens.method.losses.divergence import LossAt
 from paramlens.method.masks import Replacement, stochastic_mask
 
 STEPS = 20
@@ -42,7 +42,7 @@ def adversarial_recon(
     for step in range(steps + 1):
         with torch.enable_grad():
             masked = {site: Replacement(stochastic_mask(value, us[site].expand_as(value))) for site, value in g.items()}
-            divergence = at.divergence(log_probs, decomposition.masked_run(inputs, [masked]))[0]
+            divergence = at.divergence(log_probs, decomposition(inputs, [masked]))[0]
         worst = max(worst, divergence.item())
         if step == steps:
             break

@@ -50,7 +50,7 @@ def attention_patterns(
 ) -> dict[str, Float[Tensor, "batch head query key"]]:
     """The attention patterns of a masked run, by module name; an empty plan is the target itself."""
     with captured(decomposition.model, names) as seen:
-        decomposition.masked_run(batch.inputs, plans)
+        decomposition(batch.inputs, plans)
     return seen
 
 

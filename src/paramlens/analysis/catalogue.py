@@ -14,7 +14,7 @@ from paramlens.display.tables import Table, columns, row
 from paramlens.kernels.machine import machine
 from paramlens.method.decomposition import Plan
 from paramlens.method.evaluate import ACTIVE
-from paramlens.method.losses import LossAt
+from paramlens.method.losses.divergence import LossAt
 from paramlens.method.masks import Replacement
 from paramlens.method.sites import at_rest
 from paramlens.runs.rundir import Run

@@ -21,7 +21,8 @@ from paramlens.kernels.machine import machine
 from paramlens.method.decomposition import Decomposition
 from paramlens.method.evaluate import ACTIVE, evaluate, mean_over_batches
 from paramlens.method.generators import generator, seed_of
-from paramlens.method.losses import LossAt, mean_square
+from paramlens.method.losses.divergence import LossAt
+from paramlens.method.losses.faithfulness import mean_square
 from paramlens.method.sites import at_rest
 from paramlens.method.task import EvaluatedOn, Task
 from paramlens.runs.rundir import Run

@@ -14,7 +14,8 @@ from paramlens.errors import ConfigError
 from paramlens.method.batch import Batch, Inputs
 from paramlens.method.decomposition import Decomposition, Plan, TargetRun
 from paramlens.method.evaluate import importances
-from paramlens.method.losses import LossAt, stack_size
+from paramlens.method.losses.divergence import LossAt
+from paramlens.method.losses.reconstruction import stack_size
 from paramlens.method.masks import Replacement
 from paramlens.method.task import Task
 from paramlens.runs.rundir import Run
@@ -81,7 +82,7 @@ def divergences(
     """KL(target ‖ plan) in nats of every plan on one batch, as many stacked as `stack_size` allows; log_probs: the target's at the loss."""
     size, values = stack_size(log_probs.numel(), device=log_probs.device.type), list[float]()
     for start in range(0, len(plans), size):
-        values += at.divergence(log_probs, decomposition.masked_run(inputs, plans[start : start + size])).tolist()
+        values += at.divergence(log_probs, decomposition(inputs, plans[start : start + size])).tolist()
     return values
 
 

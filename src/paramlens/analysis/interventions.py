@@ -11,7 +11,7 @@ from paramlens.analysis.attention import attention_along, captured
 from paramlens.analysis.held_out import HeldOut
 from paramlens.method.decomposition import Decomposition, Plan
 from paramlens.method.evaluate import accuracy, mean_over_batches
-from paramlens.method.losses import LossAt
+from paramlens.method.losses.divergence import LossAt
 from paramlens.method.masks import Replacement, rounded_mask
 from paramlens.method.task import Task
 
@@ -71,7 +71,7 @@ def _measured(
     seen: dict[str, list[Tensor]] = {link.name: [] for link in task.links}
     for held, plan, change in zip(data, plans, changes or [nullcontext()] * len(data), strict=True):
         with captured(decomposition.model, task.attention_patterns) as patterns, change:
-            logits = decomposition.masked_run(held.batch.inputs, [plan])
+            logits = decomposition(held.batch.inputs, [plan])
         at = LossAt(last_token_only, held.batch.present)
         positions.append(at.count(held.target.logits))
         divergences += at.divergence(at.log_probs(held.target.logits), logits).tolist()

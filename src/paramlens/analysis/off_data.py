@@ -17,7 +17,7 @@ from paramlens.method.batch import Batch
 from paramlens.method.decomposition import call
 from paramlens.method.evaluate import importances
 from paramlens.method.generators import generator
-from paramlens.method.losses import LossAt
+from paramlens.method.losses.divergence import LossAt
 from paramlens.method.masks import Replacement
 from paramlens.runs.rundir import Run
 from paramlens.tasks.facts import other_facts
@@ -70,7 +70,7 @@ def off_data(run: Run, data: Sequence[HeldOut], *, threshold: float) -> OffData 
         with changed(run.decomposition.model, weights):
             return divergence(call(run.decomposition.model, batch.inputs))
 
-    masked = run.decomposition.masked_run(batch.inputs, [{site: Replacement(value) for site, value in g.items()}])[0]
+    masked = run.decomposition(batch.inputs, [{site: Replacement(value) for site, value in g.items()}])[0]
     own, controls, parts = _weights(run, data, threshold)
     return OffData(
         what=what,

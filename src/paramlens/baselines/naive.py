@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from paramlens.config.model import Config
 from paramlens.method.decomposition import Decomposition
 from paramlens.method.importance.network import Importance
-from paramlens.method.losses import annealed_p
+from paramlens.method.losses.minimality import annealed_p
 from paramlens.method.sites import swapped_in
 
 LOSSES = ("stochastic_recon", "stochastic_recon_layerwise", "recon", "faithfulness", "minimality")

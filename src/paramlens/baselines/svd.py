@@ -14,7 +14,7 @@ from paramlens.kernels.machine import machine
 from paramlens.method.decomposition import Decomposition, Plan
 from paramlens.method.evaluate import ACTIVE, mean_over_batches
 from paramlens.method.generators import generator
-from paramlens.method.losses import LossAt
+from paramlens.method.losses.divergence import LossAt
 from paramlens.method.masks import Replacement, rounded_mask
 from paramlens.method.settings import Init
 from paramlens.method.sites import at_rest

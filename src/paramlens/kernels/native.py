@@ -15,13 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from paramlens.kernels.openmp import library
 
 
 def serves(*tensors: Tensor) -> bool:
-    """Whether the compiled kernels take these tensors: float32, on the CPU, where Numba is installed."""
-    return all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors) and compiled_loops() is not None
+    """Whether the compiled kernels take these tensors: plain ones, not of a subclass such as DTensor, float32, on the CPU, with Numba."""
+    plain = all(type(each) in (Tensor, Parameter) and each.device.type == "cpu" and each.dtype == torch.float32 for each in tensors)
+    return plain and compiled_loops() is not None
 
 
 def cached_numbers() -> int:

@@ -167,7 +167,7 @@ class Decomposition(Shown, nn.Module):
         ends = {starts[0], starts[-1]}
         plans: list[Plan] = [{}, *({name: off[name] for name, home in self._home.items() if home == start} for start in ends)]
         try:
-            runs = self.masked_run(inputs, plans, target), self.masked_run(inputs, plans)
+            runs = self(inputs, plans, target), self(inputs, plans)
             return all(torch.allclose(entered, whole, rtol=1e-3, atol=1e-4) for entered, whole in zip(*runs, strict=True))
         except (RuntimeError, TypeError, ValueError, IndexError, StopIteration):  # blocks that cannot be entered so
             return False
@@ -180,8 +180,8 @@ class Decomposition(Shown, nn.Module):
         """Index of the first block that a plan changes, where it can enter a run; 0 if it must run through the whole model."""
         return min((self._home.get(name, 0) for name in plan), default=0)
 
-    def masked_run(self, inputs: Inputs, plans: Sequence[Plan], target: TargetRun | None = None) -> Float[Tensor, "plan batch *pos token"]:
-        """Logits of every plan from one forward pass, plans stacked along the batch axis.
+    def forward(self, inputs: Inputs, plans: Sequence[Plan], target: TargetRun | None = None) -> Float[Tensor, "plan batch *pos token"]:
+        """The masked run: logits of every plan from one forward pass of the target, plans stacked along the batch axis.
 
         target: the target's run on the same sequences; with it, a plan is not run through the blocks before its first site.
         """
@@ -223,7 +223,7 @@ class Decomposition(Shown, nn.Module):
     def masked_inputs(self, inputs: Inputs, plan: Plan) -> dict[str, Float[Tensor, "batch *pos d_in"]]:
         """What every site is given in the masked run of `plan`."""
         kept = Kept(self._copied)
-        logits, seen = self._inputs_of(kept, lambda: self.masked_run(inputs, [plan])[0])
+        logits, seen = self._inputs_of(kept, lambda: self(inputs, [plan])[0])
         if kept.written():
             self._copied |= kept.written()
             return self.masked_inputs(inputs, plan)

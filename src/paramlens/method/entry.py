@@ -261,11 +261,11 @@ def _require_stackable(decomposition: Decomposition, inputs: Inputs, target: Tar
     advice = "every tensor of a batch must lead with the batch axis, and so must what each site is given"
     with torch.no_grad():
         try:
-            stacked = decomposition.masked_run(inputs, plans)
+            stacked = decomposition(inputs, plans)
         except (*FAILURES, BatchError) as error:
             raise BatchError(f"the model fails on plans stacked along the batch ({_line(error)}); {advice}") from None
         for plan, logits in zip(plans, stacked, strict=True):
-            alone = decomposition.masked_run(inputs, [plan])[0]
+            alone = decomposition(inputs, [plan])[0]
             if logits.shape != alone.shape or not _close(logits, alone):
                 raise BatchError(f"plans stacked along the batch differ from single ones; {advice}")
 

@@ -11,7 +11,9 @@ from paramlens.method.decomposition import Decomposition, Plan, TargetRun
 from paramlens.method.generators import generator
 from paramlens.method.importance.network import Importance
 from paramlens.method.importance.sigmoids import lower
-from paramlens.method.losses import LossAt, faithfulness, reconstruction_plans
+from paramlens.method.losses.divergence import LossAt
+from paramlens.method.losses.faithfulness import faithfulness
+from paramlens.method.losses.reconstruction import RECONSTRUCTIONS
 from paramlens.method.masks import Replacement, rounded_mask
 from paramlens.method.task import Task
 
@@ -47,17 +49,17 @@ def evaluate(
     target_log_probs = at.log_probs(target.logits)
 
     def divergence(plan: Plan) -> float:
-        return at.divergence(target_log_probs, decomposition.masked_run(inputs, [plan])).item()
+        return at.divergence(target_log_probs, decomposition(inputs, [plan])).item()
 
     metrics = {"faithfulness": faithfulness(decomposition).item()}
     for name in ("recon", "recon_layerwise", "stochastic_recon"):
-        plans = reconstruction_plans(name, g, generator=lambda: generator(seed, "evaluate"))
+        plans = RECONSTRUCTIONS[name].plans(g, generator=generator(seed, "evaluate"))
         values = [divergence(plan) for plan in plans]
         metrics[name] = sum(values) / len(values)
     rounded = {site: Replacement(rounded_mask(value, threshold=threshold)) for site, value in g.items()}
     metrics["recon_rounded"] = divergence(rounded)
     if batch.answers is not None:
-        masked = decomposition.masked_run(inputs, [{site: Replacement(value) for site, value in g.items()}])[0]
+        masked = decomposition(inputs, [{site: Replacement(value) for site, value in g.items()}])[0]
         metrics["accuracy_target"] = accuracy(target.logits, batch)
         metrics["accuracy_masked"] = accuracy(masked, batch)
     return metrics

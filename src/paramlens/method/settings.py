@@ -22,30 +22,35 @@ class Init(Section):
     """Learning rate of those steps (Adam)."""
 
 
+COEFFICIENT = "coefficient"
+Coefficient = Annotated[NonNegative, COEFFICIENT]
+"""Weight of the loss of the field's name."""
+
+
 class Losses(Section):
     """Coefficients β of Algorithm 3; a loss with coefficient 0 is not computed."""
 
-    stochastic_recon: NonNegative = 0.0
+    stochastic_recon: Coefficient = 0.0
     """eq. 2. Table 4: 1. Figure 6: 0.1."""
-    stochastic_recon_layerwise: NonNegative = 0.0
+    stochastic_recon_layerwise: Coefficient = 0.0
     """eq. 3. Table 4: 1. Figure 6: 0.1."""
-    recon: NonNegative = 0.0
+    recon: Coefficient = 0.0
     """Masks equal to the importances (§4). Table 4: 0.5. Figure 6: 0.1."""
-    recon_layerwise: NonNegative = 0.0
+    recon_layerwise: Coefficient = 0.0
     """As `recon`, each site alone (Table 1c)."""
-    recon_partial: NonNegative = 0.0
+    recon_partial: Coefficient = 0.0
     """eq. 5, 7. Figure 6: 10."""
-    stochastic_recon_partial: NonNegative = 0.0
+    stochastic_recon_partial: Coefficient = 0.0
     """eq. 6, 8. Figure 6: 10."""
-    local: NonNegative = 0.0
+    local: Coefficient = 0.0
     """Each site's own output at each token by its important subcomponents alone, squared error relative to its square: what is not
     important writes nothing there. Ours; the paper has none."""
-    elsewhere: NonNegative = 0.0
+    elsewhere: Coefficient = 0.0
     """On other text, from `task.elsewhere`, all sites replaced and every subcomponent on but those of one sentence alone, which are on in
     part at random: taking them out must not matter there. Ours; the paper has none."""
-    faithfulness: NonNegative = 0.0
+    faithfulness: Coefficient = 0.0
     """eq. 1. Table 4: 1000. Figure 6: 1e6."""
-    minimality: NonNegative = 0.0
+    minimality: Coefficient = 0.0
     """eq. 1. Table 4: 0.02. Figure 6: 0.05."""
     p_start: Positive = 0.9
     """Minimality's power p at the first step. Tables: 0.9."""
@@ -69,17 +74,8 @@ class Losses(Section):
         return self
 
 
-RECONSTRUCTION_NAMES = (
-    "stochastic_recon",
-    "stochastic_recon_layerwise",
-    "recon",
-    "recon_layerwise",
-    "recon_partial",
-    "stochastic_recon_partial",
-)
-
-
-LOSS_NAMES = (*RECONSTRUCTION_NAMES, "local", "elsewhere", "faithfulness", "minimality")
+LOSS_NAMES = tuple(name for name, field in Losses.model_fields.items() if COEFFICIENT in field.metadata)
+"""The fields of `Losses` that are coefficients; `method/losses` has a loss for each."""
 
 
 class Optim(Section):

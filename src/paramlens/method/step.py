@@ -10,19 +10,21 @@ from paramlens.errors import BatchError, DivergedError
 from paramlens.method.batch import Batch, tensors_of
 from paramlens.method.decomposition import Decomposition
 from paramlens.method.entry import told
-from paramlens.method.generators import generator, seed_of
+from paramlens.method.generators import seed_of
 from paramlens.method.importance.network import Importance
 from paramlens.method.importance.sigmoids import lower
-from paramlens.method.losses import LossAt, annealed_p, elsewhere_loss, faithfulness, local_loss, minimality, reconstruction_losses
+from paramlens.method.losses.loss import DirectLoss, LossInputs, enabled
+from paramlens.method.losses.minimality import annealed_p
+from paramlens.method.losses.reconstruction import Reconstruction, reconstruction_backward
 from paramlens.method.masks import noise_from
-from paramlens.method.settings import RECONSTRUCTION_NAMES, MethodSettings
+from paramlens.method.settings import MethodSettings
 from paramlens.method.start import project, project_gradients
 from paramlens.method.task import Task
 
 
 @dataclass(frozen=True)
 class Step:
-    """One training step before the update: losses by name, their weighted sum, and what they were computed from."""
+    """One training step before the update: losses by name, their weighted sum, and what they were computed from; without gradient."""
 
     losses: dict[str, Tensor]
     total: Tensor
@@ -43,41 +45,29 @@ def training_step(
     *,
     p: float | Tensor | None = None,
 ) -> Step:
-    """Lines 2 to 9 of Algorithm 3 on one minibatch. p: minimality's power; none: the one annealed to at `step`."""
-    losses = config.losses
+    """Lines 2 to 9 of Algorithm 3 on one minibatch: its losses, whose gradients are added to `.grad` of U, V and γ.
+
+    Masked runs go first, each pass followed by its own backward pass, which stops at g; one backward pass takes what they gave to g, and
+    all other losses, through γ. p: minimality's power. Defaults to the one it is annealed to at `step`. Under `torch.no_grad` there are
+    only losses.
+    """
     with told(f"step {step}: the model fails on the batch"):
         target = decomposition.target_run(batch.inputs)  # 2: run the original model
     pre = importance(target.inputs, decomposition.U, batch.present)  # 3: causal importances on this batch
     g = {name: lower(value) for name, value in pre.items()}
-    total, values = reconstruction_losses(  # 4, 5, 8: masks, masked runs, divergences
-        decomposition,
-        task.loss_inputs(batch, last_token_only=config.last_token_only),
-        target,
-        g,
-        {name: getattr(losses, name) for name in RECONSTRUCTION_NAMES if getattr(losses, name)},
-        at=LossAt(config.last_token_only, batch.present),
-        samples=losses.samples,
-        layerwise_sites=losses.layerwise_sites,
-        partial_scope=losses.partial_scope,
-        generator=lambda name: generator(config.seed, "masks", name, step),
-    )
-    p = annealed_p(losses, step, config.steps) if p is None else p
-    others: dict[str, Tensor] = {}
-    if losses.local:
-        others["local"] = local_loss(decomposition, target, g, present=batch.present)
-    if losses.elsewhere:
-        assert task.elsewhere is not None
-        rng = generator(config.seed, "masks", "elsewhere", step)
-        others["elsewhere"] = elsewhere_loss(decomposition, task.elsewhere(step).to(decomposition.device), g, generator=rng)
-    if losses.faithfulness:
-        others["faithfulness"] = faithfulness(decomposition)
-    if losses.minimality:
-        present = 1.0 if batch.present is None else batch.present.to(total.dtype).mean()
-        others["minimality"] = minimality(pre, p=p, eps=losses.minimality_eps, present=present)
-    for name, value in others.items():
-        total = total + getattr(losses, name) * value
-        values[name] = value.detach()
-    return Step(values, total, p, pre, g, target.logits, batch)
+    p = annealed_p(config.losses, step, config.steps) if p is None else p
+    known = LossInputs(config, task, decomposition, batch, target, pre, g, step, p)
+    losses = enabled(config.losses)
+    # 4, 5, 8: masks, masked runs, divergences
+    values, to_g = reconstruction_backward(known, [loss for loss in losses if isinstance(loss, Reconstruction)])
+    values |= {loss.name: loss.value(known) for loss in losses if isinstance(loss, DirectLoss)}  # and the other losses
+    total = torch.stack([getattr(config.losses, name) * value for name, value in values.items()]).sum()  # 9
+    roots: list[tuple[Tensor, Tensor | None]] = [(total, None)] if total.requires_grad else []
+    roots += [(g[site], gradient) for site, gradient in to_g.items() if g[site].requires_grad]
+    if roots:
+        torch.autograd.backward([root for root, _ in roots], [gradient for _, gradient in roots])
+    values, pre, g = ({name: value.detach() for name, value in each.items()} for each in (values, pre, g))
+    return Step(values, total.detach(), p, pre, g, target.logits, batch)
 
 
 class Steps:
@@ -103,9 +93,8 @@ class Steps:
         return self.run(batch, step) if self.replay is None else self.replay(batch, step)
 
     def run(self, batch: Batch, step: int, p: Tensor | None = None) -> Step:
-        result = training_step(self.config, self.task, self.decomposition, self.importance, batch, step, p=p)
         self.optimizer.zero_grad()
-        result.total.backward()
+        result = training_step(self.config, self.task, self.decomposition, self.importance, batch, step, p=p)
         start = self.config.optim.project_from
         projecting = start is not None and step >= start * self.config.steps
         if projecting:
@@ -159,9 +148,9 @@ def _finite(result: Step, norm: Tensor) -> Tensor:
 
     The last two need not show in the first: a saturated importance has the loss of one, attention may drop what it is given.
     """
-    sums = [value.detach().sum() for value in result.pre.values()]
+    sums = [value.sum() for value in result.pre.values()]
     broken = [value.isnan().any() for value in _floats(result.batch)]  # a mask may well hold -inf
-    finite = torch.stack([result.total.detach(), norm, *sums]).isfinite().all()
+    finite = torch.stack([result.total, norm, *sums]).isfinite().all()
     return finite & ~torch.stack(broken).any() if broken else finite
 
 

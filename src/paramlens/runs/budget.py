@@ -21,7 +21,8 @@ from paramlens.method.batch import Inputs, map_tensors, row_count
 from paramlens.method.decomposition import Decomposition
 from paramlens.method.importance.kind import kind_class
 from paramlens.method.importance.settings import KINDS
-from paramlens.method.losses import stack_size
+from paramlens.method.losses.loss import enabled
+from paramlens.method.losses.reconstruction import Reconstruction, stack_size
 from paramlens.method.masks import Replacement
 from paramlens.method.sites import Site, at_rest
 
@@ -105,7 +106,7 @@ def footprint(model: nn.Module, sites: Sequence[Site], inputs: Inputs, *, last: 
             target = probe.target_run(first)
             plan = {name: Replacement(x.new_zeros(*x.shape[:-1], 1)) for name, x in target.inputs.items()}
             with torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor):
-                probe.masked_run(first, [plan])
+                probe(first, [plan])
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, ParamLensError):
         return None
     standing = {id(tensor.untyped_storage()) for tensor in [*model.parameters(), *model.buffers(), *probe.parameters()]}
@@ -182,11 +183,10 @@ def _compiled(config: Config) -> bool:
 
 def _masked_runs(config: Config, sites: Sequence[Site], size: Footprint, word: int) -> dict[str, int]:
     """Bytes that one pass of plans keeps, and the logits of target and plans with what the divergence makes of them."""
-    losses, samples, positions = config.losses, config.losses.samples, size.rows * size.length
-    whole = samples * bool(losses.stochastic_recon) + bool(losses.recon)
-    whole += samples * bool(losses.stochastic_recon_partial) + bool(losses.recon_partial)
-    alone = len(sites) if losses.layerwise_sites == "all" else min(len(sites), losses.layerwise_sites)
-    each = alone * (samples * bool(losses.stochastic_recon_layerwise) + bool(losses.recon_layerwise))
+    positions = size.rows * size.length
+    masked = [loss for loss in enabled(config.losses) if isinstance(loss, Reconstruction)]
+    each = sum(loss.count(config.losses, len(sites)) for loss in masked if loss.sites == "each")
+    whole = sum(loss.count(config.losses, len(sites)) for loss in masked if loss.sites != "each")
     seen = size.rows if config.last_token_only else positions
     computed = seen if size.last else positions
     plans = min(whole + each, stack_size(seen * size.vocabulary, device=torch.device(config.device).type))

@@ -23,7 +23,7 @@ from paramlens.method.decomposition import Decomposition
 from paramlens.method.entry import require_plain, require_sound
 from paramlens.method.generators import generator
 from paramlens.method.importance.network import Importance
-from paramlens.method.losses import faithfulness
+from paramlens.method.losses.faithfulness import faithfulness
 from paramlens.method.modes import buffers_kept, default_modes
 from paramlens.method.padding import require_padding_unseen
 from paramlens.method.sites import at_rest, find_sites

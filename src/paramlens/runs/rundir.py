@@ -34,7 +34,7 @@ from paramlens.files.tensorfile import copy_into, require_fit
 from paramlens.method.batch import Batches
 from paramlens.method.decomposition import Decomposition
 from paramlens.method.importance.network import Importance
-from paramlens.method.losses import faithfulness, mean_square
+from paramlens.method.losses.faithfulness import faithfulness, mean_square
 from paramlens.method.modes import default_modes
 from paramlens.method.sites import named_sites
 from paramlens.method.task import EvaluatedOn, TargetHistory, Task

@@ -16,7 +16,7 @@ from paramlens.method.decomposition import Decomposition
 from paramlens.method.evaluate import active_counts, evaluate, importances, mean_over_batches
 from paramlens.method.generators import seed_of
 from paramlens.method.importance.network import Importance
-from paramlens.method.losses import LossAt
+from paramlens.method.losses.divergence import LossAt
 from paramlens.method.settings import Optim
 from paramlens.method.step import Step, Steps
 from paramlens.method.task import Task

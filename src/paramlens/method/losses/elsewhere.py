@@ -1,0 +1,41 @@
+"""Other text, on which what belongs to one sequence alone must not matter. Ours; the paper has no such loss."""
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from paramlens.method.batch import Batch
+from paramlens.method.decomposition import Decomposition
+from paramlens.method.losses.divergence import LossAt
+from paramlens.method.losses.loss import DirectLoss, LossInputs, register
+from paramlens.method.masks import Replacement
+
+
+def elsewhere_loss(
+    decomposition: Decomposition, other: Batch, g: Mapping[str, Float[Tensor, "sequence pos C"]], *, generator: torch.Generator
+) -> Float[Tensor, ""]:
+    """KL(target ‖ masked) on the batch `other`, in nats, all sites replaced, masks r = 1 - s u with u ~ U(0, 1).
+
+    s: how far a subcomponent belongs to one sequence of the decomposed batch, its largest g in that sequence less its largest g in any
+    other. No gradient reaches g: the sequences that are decomposed decide what is important.
+    """
+    target = decomposition.target_run(other.inputs)
+    plan: dict[str, Replacement] = {}
+    keys = torch.randint(2**31, (len(g),), generator=generator, device=generator.device).tolist()
+    for (site, value), key in zip(g.items(), keys, strict=True):
+        most = value.detach().amax(1).sort(0, descending=True).values
+        own = most[0] - most[1] if len(most) > 1 else most[0]
+        plan[site] = Replacement((1 - own).expand(*target.inputs[site].shape[:-1], -1), key)
+    at = LossAt(present=other.present)
+    return at.divergence(at.log_probs(target.logits), decomposition(other.inputs, [plan]))[0]
+
+
+def _of_step(known: LossInputs) -> Float[Tensor, ""]:
+    assert known.task.elsewhere is not None
+    other = known.task.elsewhere(known.step).to(known.decomposition.device)
+    return elsewhere_loss(known.decomposition, other, known.g, generator=known.generator("elsewhere"))
+
+
+register(DirectLoss("elsewhere", _of_step))

@@ -1,0 +1,76 @@
+"""What a loss is: a name, which is its coefficient's, and how it is computed from what a step knows."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from paramlens.method.batch import Batch
+from paramlens.method.decomposition import Decomposition, TargetRun
+from paramlens.method.generators import generator
+from paramlens.method.losses.divergence import LossAt
+from paramlens.method.settings import LOSS_NAMES, Losses, MethodSettings
+from paramlens.method.task import Task
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """What a step knows when its losses are computed; each loss reads what it needs.
+
+    target: the target's run on `batch`. pre, g: γ's pre-activations and the importances [batch, pos, C] in [0, 1], by site, with gradient
+    to γ. step: its number, from 0. p: minimality's power at this step; on the device where the step is captured.
+    """
+
+    config: MethodSettings
+    task: Task
+    decomposition: Decomposition
+    batch: Batch
+    target: TargetRun
+    pre: Mapping[str, Float[Tensor, "*batch C"]]
+    g: Mapping[str, Float[Tensor, "*batch C"]]
+    step: int
+    p: float | Tensor
+
+    @property
+    def at(self) -> LossAt:
+        """The positions of the batch at which divergences are taken."""
+        return LossAt(self.config.last_token_only, self.batch.present)
+
+    def generator(self, name: str) -> torch.Generator:
+        """Random numbers of the loss `name` at this step."""
+        return generator(self.config.seed, "masks", name, self.step)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss; name: that of its coefficient in `settings.Losses`, of its line in metrics.jsonl, and of its random numbers."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class DirectLoss(Loss):
+    """A loss that is computed by itself: `value` is a scalar, with gradient to U, V and γ."""
+
+    value: Callable[[LossInputs], Float[Tensor, ""]]
+
+
+LOSSES: dict[str, Loss] = {}
+"""Every loss by name."""
+
+AnyLoss = TypeVar("AnyLoss", bound=Loss)
+
+
+def register(loss: AnyLoss) -> AnyLoss:
+    """Enter a loss into `LOSSES`."""
+    assert loss.name not in LOSSES, f"two losses are named {loss.name}"
+    LOSSES[loss.name] = loss
+    return loss
+
+
+def enabled(settings: Losses) -> list[Loss]:
+    """The losses with a coefficient above 0, in the order of the fields."""
+    return [LOSSES[name] for name in LOSS_NAMES if getattr(settings, name)]
