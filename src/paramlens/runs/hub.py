@@ -11,6 +11,7 @@ from pathlib import Path
 
 import paramlens
 from paramlens.errors import ConfigError, RunDirError
+from paramlens.fields import expand_home
 from paramlens.files.hub_errors import hub_errors
 from paramlens.files.manifest import MANIFEST, problems
 from paramlens.files.plain import PART
@@ -28,7 +29,7 @@ def located(run: str | Path, *, revision: str | None = None) -> Path:
         return fetch(run, revision=revision)
     if revision is not None:
         raise ConfigError(f"revision {revision}: {run} is a path here, and only a run on the Hub has revisions; leave it out")
-    return Path(run)
+    return Path(expand_home(str(run)))
 
 
 def fetch(repo: str, *, revision: str | None = None) -> Path:

@@ -70,6 +70,10 @@ class TargetCheck:
         return f"loss {self.loss:.2e} nats  accuracy {self.accuracy:.4f}"
 
 
+OnCheck = Callable[[TargetCheck], object]
+OnGivenUp = Callable[[int, TargetCheck], object]
+
+
 @dataclass(frozen=True)
 class TrainingPlan:
     """How a target is going to be trained, for messages, progress and the check of memory."""
@@ -147,9 +151,7 @@ class BaseTask(Section):
         """How `train` is going to train the target."""
         raise NotImplementedError
 
-    def train(
-        self, *, seed: int, device: str, on_check: Callable[[TargetCheck], object], on_given_up: Callable[[int, TargetCheck], object]
-    ) -> Target:
+    def train(self, *, seed: int, device: str, on_check: OnCheck, on_given_up: OnGivenUp) -> Target:
         """Train the target and return it with its history. A target that has not converged is returned as well.
 
         on_check: is given every measurement. on_given_up: is given the number and the last measurement of an attempt that failed, if
@@ -230,13 +232,6 @@ def on_meta(make: "Callable[[], nn.Module]") -> "nn.Module":
             return make()
     except RuntimeError as error:
         raise ConfigError(f"task: the target is larger than any machine's memory ({first_line(error)})") from None
-
-
-def tokens_on_meta(length: int) -> "Inputs":
-    """One sequence of tokens on the meta device, (1, length)."""
-    import torch
-
-    return torch.empty(1, length, dtype=torch.long, device="meta")
 
 
 def _absolute(path: str) -> str:

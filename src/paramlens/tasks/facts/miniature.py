@@ -1,7 +1,7 @@
 """A small GPT-2 with a tokenizer of its own, trained in under a minute on the shipped facts: the facts experiment without any download."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from paramlens.errors import DivergedError
 from paramlens.method.generators import generator, seed_of
 from paramlens.method.task import TargetHistory
-from paramlens.tasks.base import Target
+from paramlens.tasks.base import OnCheck, Target
 from paramlens.tasks.facts.facts import Fact, answers_alike, recall, shipped_facts
 from paramlens.tasks.facts.task import POSITIONS, FactsCheck, Miniature
 from paramlens.tasks.language_models.encoding import encode, encode_sentence, model_inputs, padded
@@ -20,9 +20,7 @@ from paramlens.tasks.language_models.limits import require_tokens
 END = "<|endoftext|>"
 
 
-def train_miniature(
-    task: Miniature, sentences: Sequence[str], *, seed: int, device: str, on_check: Callable[[FactsCheck], object] = lambda _: None
-) -> Target:
+def train_miniature(task: Miniature, sentences: Sequence[str], *, seed: int, device: str, on_check: OnCheck = lambda _: None) -> Target:
     """Train a `GPT2LMHeadModel` from nothing on the shipped facts, all tokens of a sentence counting.
 
     sentences: their words become tokens before all others. Raises `DivergedError` if the loss is not finite, and `BatchError` for a
@@ -41,9 +39,7 @@ def train_miniature(
     return Target(model.eval(), tokenizer, history=TargetHistory(tuple(checks), converged=converged))
 
 
-def _trained(
-    model: Any, tokenizer: Any, task: Miniature, facts: Sequence[Fact], *, seed: int, on_check: Callable[[FactsCheck], object]
-) -> list[FactsCheck]:
+def _trained(model: Any, tokenizer: Any, task: Miniature, facts: Sequence[Fact], *, seed: int, on_check: OnCheck) -> list[FactsCheck]:
     optimizer = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad], lr=task.lr, weight_decay=task.weight_decay
     )

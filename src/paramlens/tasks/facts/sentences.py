@@ -4,7 +4,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from paramlens.errors import ConfigError
 from paramlens.method.batch import Batch
@@ -26,7 +25,8 @@ def facts_task(task: FactsTask, target: Target, *, seed: int) -> Task:
     tokenizer = target.tokenizer
     own = [encode_sentence(tokenizer, sentence) for sentence in task.sentences]
     require_tokens(target.model, own, [f"sentence {sentence!r}" for sentence in task.sentences])
-    others = other_facts(task, target.model, tokenizer)
+    others = [encode_sentence(tokenizer, fact.sentence) for fact in shipped_facts() if fact.sentence not in task.sentences]
+    others = that_fit(target.model, others)
     for name, count in (("others", task.others), ("elsewhere", task.elsewhere)):
         if count > len(others):
             raise ConfigError(f"task.{name} {count}: there are {len(others)} other facts; give at most as many")
@@ -64,12 +64,6 @@ def facts_task(task: FactsTask, target: Target, *, seed: int) -> Task:
         evaluated_on="training",
         tokenizer=tokenizer,
     )
-
-
-def other_facts(task: FactsTask, model: nn.Module, tokenizer: Any) -> list[list[int]]:
-    """Token ids of the shipped facts that are not the task's sentences and that the model can take."""
-    others = [fact.sentence for fact in shipped_facts() if fact.sentence not in task.sentences]
-    return that_fit(model, [encode_sentence(tokenizer, sentence) for sentence in others])
 
 
 def require_different(task: FactsTask, tokenizer: Any) -> None:

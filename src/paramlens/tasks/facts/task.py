@@ -1,6 +1,5 @@
 """The facts task (§5.2) as a configuration names it; without a model of the user's, a small GPT-2 is trained here."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -10,7 +9,7 @@ from pydantic import Field, model_validator
 from paramlens.errors import RunDirError
 from paramlens.fields import Count, Natural, NonNegative, Positive, Section, Share
 from paramlens.files.plain import sync
-from paramlens.tasks.base import FOLDER, Skeleton, Target, TargetCheck, TrainingPlan, on_meta
+from paramlens.tasks.base import FOLDER, OnCheck, OnGivenUp, Skeleton, Target, TargetCheck, TrainingPlan, on_meta
 from paramlens.tasks.language_models.pretrained import PretrainedTask
 
 if TYPE_CHECKING:
@@ -128,9 +127,7 @@ class FactsTask(PretrainedTask):
             bytes=4 * small.batch * POSITIONS * numbers,
         )
 
-    def train(
-        self, *, seed: int, device: str, on_check: Callable[[TargetCheck], object], on_given_up: Callable[[int, TargetCheck], object]
-    ) -> Target:
+    def train(self, *, seed: int, device: str, on_check: OnCheck, on_given_up: OnGivenUp) -> Target:
         """There is one attempt."""
         from paramlens.tasks.facts.miniature import train_miniature
 

@@ -1,13 +1,12 @@
 """The induction-head task (§5.1, Figure 1, Table 3) as a configuration names it; its target is trained here."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from paramlens.fields import Count, Natural, NonNegative, Positive, Section, Share
-from paramlens.tasks.base import BaseTask, Skeleton, Target, TargetCheck, TrainingPlan, on_meta, tokens_on_meta
+from paramlens.tasks.base import BaseTask, OnCheck, OnGivenUp, Skeleton, Target, TargetCheck, TrainingPlan, on_meta
 
 if TYPE_CHECKING:
     from paramlens.method.task import Task
@@ -131,7 +130,10 @@ class InductionTask(BaseTask):
         return self.added == "after"
 
     def skeleton(self, *, batch: int) -> Skeleton:
-        return Skeleton(on_meta(self.network), tokens_on_meta(self.length), batch, self.length, self.vocabulary + 1, last_token=True)
+        import torch
+
+        ids = torch.empty(1, self.length, dtype=torch.long, device="meta")
+        return Skeleton(on_meta(self.network), ids, batch, self.length, self.vocabulary + 1, last_token=True)
 
     def network(self) -> "InductionTransformer":
         from paramlens.tasks.induction.model import InductionTransformer
@@ -149,9 +151,7 @@ class InductionTask(BaseTask):
             bytes=4 * self.training.batch * self.length * numbers,
         )
 
-    def train(
-        self, *, seed: int, device: str, on_check: Callable[[TargetCheck], object], on_given_up: Callable[[int, TargetCheck], object]
-    ) -> Target:
+    def train(self, *, seed: int, device: str, on_check: OnCheck, on_given_up: OnGivenUp) -> Target:
         from paramlens.tasks.induction.training import train_target
 
         model, history = train_target(self, seed=seed, device=device, on_check=on_check, on_given_up=on_given_up)

@@ -2,7 +2,7 @@
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from paramlens.errors import ConfigError, DivergedError
 from paramlens.method.generators import generator
 from paramlens.method.task import TargetHistory
+from paramlens.tasks.base import OnCheck, OnGivenUp
 from paramlens.tasks.induction.model import InductionTransformer
 from paramlens.tasks.induction.sequences import S1, M, induction_batch
 from paramlens.tasks.induction.task import InductionCheck, InductionTask, TargetTraining
@@ -55,8 +56,8 @@ def train_target(
     *,
     seed: int,
     device: str = "cpu",
-    on_check: Callable[[InductionCheck], object] = lambda _: None,
-    on_given_up: Callable[[int, InductionCheck], object] = lambda _attempt, _last: None,
+    on_check: OnCheck = lambda _: None,
+    on_given_up: OnGivenUp = lambda _attempt, _last: None,
 ) -> tuple[InductionTransformer, TargetHistory]:
     """Train the target on the answer alone (§5.1, Table 3).
 
@@ -75,7 +76,7 @@ def train_target(
 
 
 def _attempt(
-    task: InductionTask, *, seed: int, attempt: int, device: str, on_check: Callable[[InductionCheck], object]
+    task: InductionTask, *, seed: int, attempt: int, device: str, on_check: OnCheck
 ) -> tuple[InductionTransformer, list[InductionCheck]]:
     training = task.training
     with torch.random.fork_rng(devices=[]):
