@@ -20,7 +20,7 @@ from paramlens.tasks.base import BaseTask, Skeleton, Target, TargetCheck, Traini
 
 
 class CopyTask(BaseTask):
-    """One-hot inputs, and the same as the answer."""
+    """One-hot inputs (batch, 1, inputs), and the same as the answer."""
 
     kind: Literal["copy"] = "copy"
     inputs: Count = 6
@@ -40,7 +40,7 @@ class CopyTask(BaseTask):
     def skeleton(self, *, batch):
         import torch
 
-        return Skeleton(on_meta(self.network), torch.empty(1, self.inputs, device="meta"), batch, 1, self.inputs)
+        return Skeleton(on_meta(self.network), torch.empty(1, 1, self.inputs, device="meta"), batch, 1, self.inputs)
 
     def training_plan(self):
         return TrainingPlan("two linear maps", self.rounds, "task.rounds", self.inputs, "task.inputs", 8 * self.inputs**2)
@@ -71,7 +71,7 @@ class CopyTask(BaseTask):
 
         def one_hot(step, stream):
             drawn = torch.randint(self.inputs, (batch,), generator=generator(seed, stream, step))
-            return Batch(torch.eye(self.inputs)[drawn], answers=drawn)
+            return Batch(torch.eye(self.inputs)[drawn, None], answers=drawn)
 
         return Task(target.model, one_hot)
 '''
@@ -103,33 +103,29 @@ def extended(tmp_path_factory) -> Path:
     return folder
 
 
-def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    where = os.environ | {"PYTHONPATH": str(folder)}
-    return subprocess.run([sys.executable, "-m", "paramlens", *words], cwd=folder, env=where, capture_output=True, text=True)
+def run(folder: Path, *commands: str) -> subprocess.CompletedProcess[str]:
+    """The commands in one process, which prints the exit code after each."""
+    code = "import sys; from paramlens.cli.main import main\nfor each in sys.argv[1:]: print(main(each.split()))"
+    where = os.environ | {"PYTHONPATH": str(folder), "COLUMNS": "200"}
+    return subprocess.run([sys.executable, "-c", code, *commands], cwd=folder, env=where, capture_output=True, text=True)
 
 
-def test_a_new_task_is_decomposed_and_looked_at(extended):
-    done = run(extended, "decompose", "toy.yaml", "--json")
-    assert done.returncode == 0, done.stderr
+def test_a_new_task_is_estimated_decomposed_and_looked_at(extended):
+    done = run(extended, "doctor toy.yaml --task.inputs 4", "decompose toy.yaml", "circuit runs/toy-s0 --adversary 0")
+    assert [line for line in done.stdout.splitlines() if line in ("0", "1", "2")] == ["0", "0", "0"], done.stderr
+    assert f"{2 * (4 + 4) * 7}" in done.stdout  # parameters of U and V
     assert "training the target: two linear maps" in done.stderr
     assert "target converged at step 60: loss" in done.stderr
-    document = json.loads(done.stdout)
-    assert (document["run"], document["steps"]) == ("runs/toy-s0", 3)
-    assert json.loads((extended / "runs/toy-s0/run.json").read_text(encoding="utf-8"))["target"]["id"] == "toy toy target"
-    done = run(extended, "circuit", "runs/toy-s0", "--adversary", "0", "--json")
-    assert done.returncode == 0, done.stderr
-    circuit = json.loads(done.stdout)
+    told = json.loads((extended / "runs/toy-s0/run.json").read_text(encoding="utf-8"))
+    assert (told["status"], told["steps"], told["target"]["id"]) == ("finished", 3, "toy toy target")
+    circuit = json.loads((extended / "runs/toy-s0/analysis/circuit.json").read_text(encoding="utf-8"))
     assert set(circuit["sites"]) == {"0", "1"}
     assert circuit["metrics"]["accuracy_target"] == 1
 
 
-def test_a_new_task_is_estimated_and_explained(extended):
-    done = run(extended, "doctor", "toy.yaml", "--task.inputs", "4", "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["parameters"]["target weights" if "target weights" in done.stdout else "trained"]
-    help_text = run(extended, "decompose", "toy.yaml", "--help").stdout
-    assert "--task.inputs" in help_text
-    assert "Inputs that are told apart." in help_text
-    wrong = run(extended, "decompose", "toy.yaml", "--task.rounds", "0")
-    assert wrong.returncode == 2
-    assert "toy.yaml: task.rounds: 0: give 1 or more" in wrong.stderr
+def test_a_new_task_explains_its_fields(extended):
+    done = run(extended, "decompose toy.yaml --task.rounds 0", "decompose toy.yaml --help")
+    assert "toy.yaml: task.rounds: 0: give 1 or more" in done.stderr
+    assert done.stdout.startswith("2\n")
+    assert "--task.inputs" in done.stdout
+    assert "Inputs that are told apart." in done.stdout

@@ -148,8 +148,6 @@ def decompose_config(
     if named is not config:
         config, target = named, None
     config = _placed(config)
-    if config.task.given_in_python:
-        raise ConfigError("task: give one of a kind; a model of your own is decomposed in Python, paramlens.decompose(model, batches, ...)")
     if resume and target is not None:
         raise ConfigError(f"target {target}: a resumed run has its target; leave one of target and resume out")
     require_device(config.device)

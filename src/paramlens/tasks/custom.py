@@ -17,4 +17,9 @@ class CustomTask(BaseTask):
 
     def skeleton(self, *, batch: int) -> Skeleton:
         """Raises `ConfigError`: only a call from Python has the model."""
-        raise ConfigError("task: a model of your own is decomposed in Python, paramlens.decompose(model, batches, ...); its task has none")
+        from paramlens.tasks.registry import TASKS
+
+        kinds = ", ".join(task.model_fields["kind"].default for task in TASKS if not task.given_in_python)
+        raise ConfigError(
+            f"task: set task.kind to one of {kinds}; a model of your own is decomposed in Python, paramlens.decompose(model, batches, ...)"
+        )
