@@ -147,7 +147,7 @@ def decompose_config(
     follower, named = as_tracker(tracker), with_target(config, target)
     if named is not config:
         config, target = named, None
-    config = _placed(config)
+    config = targets.placed(config)
     if resume and target is not None:
         raise ConfigError(f"target {target}: a resumed run has its target; leave one of target and resume out")
     require_device(config.device)
@@ -186,11 +186,6 @@ def with_target(config: Config, target: str | Path | None) -> Config:
     return config if task is config.task else config.model_copy(update={"task": task})
 
 
-def _placed(config: Config, like: Config | None = None) -> Config:
-    """`config` with the absolute paths of its task, as `BaseTask.placed` finds them."""
-    return config.model_copy(update={"task": config.task.placed(like and like.task)})
-
-
 def trained_target(config: Config, *, tracker: Tracker) -> Target:
     """Train the toy target of a configuration, telling its progress and whether it converged."""
     require_device(config.device)
@@ -226,7 +221,7 @@ def _resumable(config: Config, path: Path, *, extend_steps: int | None, overwrit
         )
     require_whole_run(path)
     saved = load_config(path / "config.yaml")
-    config = _placed(config, like=saved)
+    config = targets.placed(config, like=saved)
     if extend_steps is not None:
         _require_extendable(saved, extend_steps)
         config, saved = (each.model_copy(update={"steps": extend_steps}) for each in (config, saved))

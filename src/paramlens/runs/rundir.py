@@ -180,9 +180,7 @@ class Run(Shown):
     @cached_property
     def target_history(self) -> TargetHistory | None:
         """How a toy target was trained; none for any other."""
-        if not (self.path / "target.json").exists():
-            return None
-        return targets.history(read_description(self.path).rebuilt().task, self.path)
+        return targets.history(read_description(self.path).rebuilt().task, self.path) if (self.path / "target.json").exists() else None
 
     @cached_property
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Targets that are trained here: trained with messages, kept in a directory, and read again."""
+"""The target of a configuration: placed, trained with messages, kept in a directory, and read again."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,6 +9,11 @@ from paramlens.files.plain import read_json, write_json
 from paramlens.method.task import TargetHistory
 from paramlens.runs.layout import FORMAT
 from paramlens.tasks.base import BaseTask, Target, TargetCheck
+
+
+def placed(config: Config, like: Config | None = None) -> Config:
+    """A configuration with the absolute paths of its task, as `BaseTask.placed` finds them."""
+    return config.model_copy(update={"task": config.task.placed(like and like.task)})
 
 
 def train(config: Config, *, on_message: Callable[[str], object], on_check: Callable[[int, str], object]) -> Target:
