@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from paramlens.errors import ConfigError, RunDirError, first_line
 from paramlens.fields import Section
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from paramlens.method.batch import Inputs
-    from paramlens.method.task import EvaluatedOn, TargetHistory, Task
+    from paramlens.method.task import TargetHistory, Task
 
 FILE = "target.safetensors"
 """Where a run directory keeps the weights of a target that was trained here."""
@@ -114,7 +114,7 @@ class BaseTask(Section):
 
     given_in_python: ClassVar[bool] = False
     """Whether model and batches are the caller's own objects, which no file holds."""
-    evaluated_on: ClassVar["EvaluatedOn"] = "held-out"
+    evaluated_on: ClassVar[Literal["held-out", "training"]] = "held-out"
     """What evaluations and analyses look at, of runs that have not recorded it."""
     batch_field: ClassVar[str] = "batch"
     """What sets the number of sequences in a batch, as messages call it."""
