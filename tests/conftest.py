@@ -25,6 +25,7 @@ SHAPED = (
     "analysis",
     "baselines.svd",
 )
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the commands that tests start, too
 install_import_hook([f"paramlens.{name}" for name in SHAPED], "beartype.beartype")
 
 import pytest  # noqa: E402
@@ -36,7 +37,7 @@ from paramlens.runs.decompose import decompose_config  # noqa: E402
 from paramlens.runs.rundir import Run  # noqa: E402
 from paramlens.tasks.induction.model import InductionTransformer  # noqa: E402
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background, and then inherited
 
 

@@ -32,6 +32,14 @@ VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 def cores(patch: pytest.MonkeyPatch, allowed: int, *quotas: float) -> None:
     patch.setattr("os.sched_getaffinity", lambda _: set(range(allowed)), raising=False)
     patch.setattr(machine_module, "_quotas", lambda: iter(quotas))
+    patch.delenv("OMP_NUM_THREADS", raising=False)
+
+
+@pytest.mark.parametrize(("wanted", "threads"), [("2", 2), (" 3,1", 3), ("0", 1), ("64", 4), ("", 4), ("many", 4)])
+def test_a_wish_for_fewer_threads_is_kept(monkeypatch: pytest.MonkeyPatch, wanted: str, threads: int):
+    cores(monkeypatch, 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", wanted)
+    assert default_threads() == threads
 
 
 @pytest.mark.parametrize(
@@ -83,7 +91,7 @@ def in_a_process(code: str, **variables: str) -> str:
     return subprocess.run([sys.executable, "-c", code], env=environment | variables, capture_output=True, text=True, check=True).stdout
 
 
-TELL = "import os; print(paramlens.kernels.openmp.waiting(), 'torch' in sys.modules, *(os.environ.get(name) for name in openmp._PASSIVE))"
+TELL = "import os; print(openmp.waiting(), 'torch' in sys.modules, *(os.environ.get(name) for name in openmp._PASSIVE))"
 
 
 @pytest.mark.parametrize(
@@ -97,7 +105,7 @@ TELL = "import os; print(paramlens.kernels.openmp.waiting(), 'torch' in sys.modu
     ],
 )
 def test_idle_threads_sleep_unless_the_user_says_otherwise(first: str, variables: dict[str, str], expected: str):
-    code = f"import sys; {first} import paramlens; from paramlens import openmp; {TELL}"
+    code = f"import sys; {first} import paramlens; from paramlens.kernels import openmp; {TELL}"
     assert in_a_process(code, **variables).split() == expected.split()
 
 

@@ -151,7 +151,8 @@ def _unknown(place: list[str], value: Any, *, kind: str | None) -> str:
     close = [".".join([*above, name]) for name in difflib.get_close_matches(place[-1], siblings, n=1, cutoff=0.6)]
     close = close or difflib.get_close_matches(path, known, n=1, cutoff=0.6)
     if not close:
-        by_leaf = {name.rsplit(".", 1)[-1]: name for name in sorted(known, key=lambda name: -name.count("."))}  # the outermost counts
+        shallow_last = sorted(known, key=lambda name: -name.count("."))
+        by_leaf = {name.rsplit(".", 1)[-1]: name for name in shallow_last}
         close = [by_leaf[leaf] for leaf in difflib.get_close_matches(place[-1], list(by_leaf), n=1, cutoff=0.6)]
     if close:
         return f"{path}: unknown field; did you mean {close[0]}?"

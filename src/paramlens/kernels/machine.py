@@ -40,7 +40,7 @@ def machine(config: MachineSettings) -> Iterator[None]:
 
 @contextmanager
 def torch_threads(threads: int | None) -> Iterator[None]:
-    """While active, torch computes with `threads` CPU threads; none: `default_threads`."""
+    """While active, torch computes with `threads` CPU threads. Defaults to `default_threads()`."""
     before = torch.get_num_threads()
     count = threads or default_threads()
     if count > 1 and waiting() == "spinning":
@@ -53,11 +53,12 @@ def torch_threads(threads: int | None) -> Iterator[None]:
 
 
 def default_threads() -> int:
-    """CPU threads of a run that does not name their number: the usable cores, four at most.
+    """CPU threads of a run that does not name their number: the usable cores, at most four and at most OMP_NUM_THREADS where that is set.
 
-    A function of the machine alone. What other programs do changes how fast a run is, not how its sums are rounded.
+    A function of the machine and its settings. What other programs do changes how fast a run is, not how its sums are rounded.
     """
-    return min(usable_cores(), MOST_THREADS)
+    wanted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return min(usable_cores(), MOST_THREADS, max(1, int(wanted)) if wanted.isdecimal() else MOST_THREADS)
 
 
 def usable_cores() -> int:

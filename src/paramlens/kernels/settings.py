@@ -21,4 +21,5 @@ class MachineSettings(Section):
     cuda_graph: bool = False
     """Capture the whole step as one CUDA graph, which takes away the launches that bind small models; CUDA only, fixed plans only."""
     threads: Annotated[Count, Field(le=256)] | None = None
-    """CPU threads, at most 256; none: one per core the process may use, within its control group's share, four at most."""
+    """CPU threads, at most 256. Defaults to one per core that the process may use, within its control group's share, but at most four and
+    at most OMP_NUM_THREADS where that is set."""
