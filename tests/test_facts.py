@@ -66,8 +66,8 @@ def test_facts_from_a_file(tmp_path: Path):
     file = tmp_path / "facts.yaml"
     file.write_text("- {prompt: The sky is, answer: blue}\n- {prompt: Who, answer: me, reverse: true}\n", encoding="utf-8")
     assert read_facts(file) == (Fact("The sky is", "blue"), Fact("Who", "me", reverse=True))
-    file.write_text("- {prompt: Do pigs fly?, answer: no}\n- prompt: 1969\n  answer: 007\n  reverse: no\n", encoding="utf-8")
-    assert read_facts(file) == (Fact("Do pigs fly?", "no"), Fact("1969", "007"))
+    file.write_text("- {prompt: Pigs fly, answer: no}\n- prompt: 1969\n  answer: 007\n  reverse: no\n", encoding="utf-8")
+    assert read_facts(file) == (Fact("Pigs fly", "no"), Fact("1969", "007"))
     for text, message in {
         "[]": "give a list of",
         "{": "cannot be read",
