@@ -18,7 +18,7 @@ from paramlens.kernels import mlps, native
 from paramlens.kernels.machine import machine
 from paramlens.method.decomposition import Decomposition
 from paramlens.method.losses import reconstruction
-from paramlens.tasks.induction import InductionTransformer
+from paramlens.tasks.induction.model import InductionTransformer
 
 REPEATS = 9
 

@@ -33,7 +33,7 @@ from paramlens.method.masks import Replacement
 from paramlens.method.settings import Init
 from paramlens.method.sites import Site, at_rest, find_sites
 from paramlens.method.start import initialise
-from paramlens.tasks.language import model_inputs
+from paramlens.tasks.language_models.encoding import model_inputs
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))

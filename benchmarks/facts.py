@@ -38,14 +38,13 @@ from paramlens.method.importance.network import Importance
 from paramlens.method.sites import at_rest, find_sites
 from paramlens.method.start import initialise
 from paramlens.method.step import Steps
-from paramlens.runs import targets
 from paramlens.runs.forecast import foretell
 from paramlens.runs.seeds import decompose_seeds
 from paramlens.runs.train import make_optimizer
-from paramlens.tasks.facts import Fact, fact_of, shipped_facts
-from paramlens.tasks.language import save_language
-from paramlens.tasks.miniature import facts_tokenizer
-from paramlens.tasks.settings import FactsTask, Miniature
+from paramlens.tasks.facts.facts import Fact, fact_of, shipped_facts
+from paramlens.tasks.facts.miniature import facts_tokenizer
+from paramlens.tasks.facts.task import FactsTask, Miniature
+from paramlens.tasks.language_models.loading import save_language
 from paramlens.tracking.tracker import Terminal
 
 CONFIG = "facts-small"
@@ -302,8 +301,8 @@ GPT2_STEPS = 3
 
 def _gpt2_steps(fields: Mapping[str, object], folder: str) -> dict[str, Any]:
     config = load_config("gpt2-facts", overrides={**fields, "task.model": folder, "device": DEVICE})
-    target = targets.pretrained(config).to(config)
-    task = targets.make_task(config, target)
+    target = config.task.pretrained(config.dtype).to(config.device, config.dtype)
+    task = config.task.make(target, seed=config.seed, batch=config.batch)
     times: list[float] = []
     with machine(config), at_rest(task.model):
         sites = find_sites(task.model, config.sites)

@@ -27,8 +27,8 @@ from paramlens.errors import ParamLensError
 from paramlens.files.plain import read_json
 from paramlens.method.losses.divergence import kl_divergence
 from paramlens.runs.seeds import decompose_seeds
-from paramlens.tasks.induction import ROLES, induction_batch
-from paramlens.tasks.settings import InductionTask
+from paramlens.tasks.induction.sequences import ROLES, induction_batch
+from paramlens.tasks.induction.task import InductionTask
 
 CONFIG = "induction-cpu"
 QUICK = "induction-quick"

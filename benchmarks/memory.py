@@ -17,8 +17,8 @@ from torch import nn
 from paramlens import decompose, load_config
 from paramlens.method.sites import find_sites
 from paramlens.runs.budget import COMPILED, diagnose, footprint
-from paramlens.tasks.induction import InductionTransformer
-from paramlens.tasks.miniature import miniature_model
+from paramlens.tasks.facts.miniature import miniature_model
+from paramlens.tasks.induction.model import InductionTransformer
 
 GPT2 = ["transformer.h.*.attn.c_attn", "transformer.h.*.mlp.*"]
 LOSSES = {"stochastic_recon": 1.0, "stochastic_recon_layerwise": 1.0, "layerwise_sites": 2, "recon": 1.0, "faithfulness": 1.0}

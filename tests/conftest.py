@@ -17,14 +17,9 @@ SHAPED = (
     "files.tensorfile",
     "method",
     *(
-        "tasks.induction",
-        "tasks.facts",
-        "tasks.language",
-        "tasks.limits",
-        "tasks.loading",
-        "tasks.miniature",
-        "tasks.reading",
-        "tasks.text",
+        *("tasks.induction.model", "tasks.induction.sequences", "tasks.induction.training"),
+        *("tasks.facts.facts", "tasks.facts.sentences", "tasks.facts.miniature", "tasks.text.pieces"),
+        *("tasks.language_models.encoding", "tasks.language_models.limits", "tasks.language_models.loading", "tasks.reading"),
     ),
     *("runs.rundir", "runs.described", "runs.checkpoint", "runs.randomness", "runs.train", "runs.budget"),
     "analysis",
@@ -40,7 +35,7 @@ from paramlens.config.file import load_config, make_config  # noqa: E402
 from paramlens.config.model import Config  # noqa: E402
 from paramlens.runs.decompose import decompose_config  # noqa: E402
 from paramlens.runs.rundir import Run  # noqa: E402
-from paramlens.tasks.induction import InductionTransformer  # noqa: E402
+from paramlens.tasks.induction.model import InductionTransformer  # noqa: E402
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background, and then inherited

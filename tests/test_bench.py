@@ -15,7 +15,8 @@ from paramlens.method.masks import mask_noise
 from paramlens.method.sites import at_rest, find_sites
 from paramlens.method.start import initialise
 from paramlens.method.step import training_step
-from paramlens.tasks.induction import InductionTransformer, induction_task
+from paramlens.tasks.induction.model import InductionTransformer
+from paramlens.tasks.induction.sequences import induction_task
 from rounding import TOY_STEP, assert_near, near
 
 SMALL = {"length": 6, "batch": 3, "C": 5, "threads": 1}

@@ -17,7 +17,7 @@ from paramlens.runs import budget
 from paramlens.runs.budget import Footprint, diagnose, footprint, free_memory, require_memory
 from paramlens.runs.decompose import decompose, decompose_config
 from paramlens.runs.forecast import forecast, foretell, require_training_room
-from paramlens.tasks.induction import InductionTransformer
+from paramlens.tasks.induction.model import InductionTransformer
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_the_shape_alone_foretells_what_weights_would(name):
     config = load_config(name, overrides={} if name == "induction-quick" else {"task.miniature.width": 32, "task.miniature.blocks": 2})
     sites, size, target = forecast(config)
     with torch.device("cpu"):
-        from paramlens.tasks.miniature import miniature_model
+        from paramlens.tasks.facts.miniature import miniature_model
 
         task = config.task
         model = InductionTransformer(task) if name == "induction-quick" else miniature_model(task.miniature, task.miniature.vocabulary)
@@ -134,7 +134,7 @@ from pathlib import Path
 kind, fields, out = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
 torch.manual_seed(0)
 if kind == "toy":
-    from paramlens.tasks.induction import InductionTransformer
+    from paramlens.tasks.induction.model import InductionTransformer
     model, vocabulary = InductionTransformer(load_config("induction-quick").task), 128
 else:
     from transformers import GPT2Config, GPT2LMHeadModel

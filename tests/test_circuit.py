@@ -14,7 +14,7 @@ from paramlens.method.masks import Replacement
 from paramlens.runs import train
 from paramlens.runs.decompose import decompose
 from paramlens.runs.rundir import open_run
-from paramlens.tasks.induction import S1
+from paramlens.tasks.induction.sequences import S1
 from rounding import TOY, bound, near, near_divergence
 
 

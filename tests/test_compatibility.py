@@ -29,7 +29,7 @@ from paramlens.method.settings import Init
 from paramlens.method.sites import at_rest, find_sites
 from paramlens.method.start import initialise
 from paramlens.runs.rundir import Run, open_run
-from paramlens.tasks.language import load_language
+from paramlens.tasks.language_models.loading import load_language
 
 VOCABULARY = 11
 BATCHES = [torch.randint(1, VOCABULARY, (4, 6), generator=torch.Generator().manual_seed(i)) for i in range(3)]

@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 import language_models
 from paramlens.analysis.trace import trace
-from paramlens.tasks.facts import Fact
-from paramlens.tasks.language import encode_fact, model_inputs
+from paramlens.tasks.facts.facts import Fact
+from paramlens.tasks.language_models.encoding import encode_fact, model_inputs
 from test_tokens import byte_fallback, byte_level, lower_case
 
 CORPUS = ["Kobe Bryant plays the sport of basketball", "The answer is 42. 2 + 2 = 4", "Q: sport?\nA: golf"]

@@ -1,9 +1,17 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from conftest import TINY
+from paramlens.cli.arguments import parse
+from paramlens.cli.options import Decompose
 from paramlens.config.file import dump_config, field_paths, list_fields, load_config, make_config, parse_value, shipped_configs, switches
 from paramlens.config.model import Config
 from paramlens.errors import ConfigError
+from paramlens.runs.decompose import decompose_config
+from paramlens.tasks.facts.facts import read_facts
 
 
 @pytest.mark.parametrize("name", ["induction", "induction-cpu", "induction-quick"])
@@ -167,3 +175,29 @@ def test_every_field_is_documented():
     walk(Config)
     assert undocumented == []
     assert {"seed", "steps", "C", "sites", "optim.lr", "checkpoint.every", "device"} <= set(field_paths())
+
+
+def test_the_home_directory_is_expanded_in_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    task = make_config({"task": {"kind": "text", "model": "~/model", "source": "~/text.jsonl"}}).task
+    assert (task.model, task.source) == (str(tmp_path / "model"), str(tmp_path / "text.jsonl"))
+    assert make_config({"task": {"kind": "facts", "model": "user/model"}}).task.model == "user/model"
+    options, _ = parse("decompose", Decompose, ["induction", "--out=~/run", "--target=~/target"])
+    assert (options.out, str(options.target)) == (tmp_path / "run", str(tmp_path / "target"))
+    (tmp_path / "facts.yaml").write_text("- {prompt: The sky is, answer: blue}", encoding="utf-8")
+    assert read_facts(Path("~/facts.yaml"))[0].answer == "blue"
+    run = decompose_config(make_config(TINY), out="~/run")
+    assert run.path == tmp_path / "run"
+
+
+def test_tasks_are_read_without_torch():
+    code = "import sys; from paramlens.tasks.registry import TASKS; print(*(each.__name__ for each in TASKS), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["InductionTask", "FactsTask", "TextTask", "CustomTask", "False"]
+
+
+def test_the_attention_table_holds_pieces_of_text_too():
+    task = {"kind": "text", "source": "a.txt", "length": 64}
+    with pytest.raises(ConfigError, match=r"gamma.max_length 32 is below task.length 64; .*give at least 64"):
+        make_config({"task": task, "gamma": {"kind": "attention", "max_length": 32}})

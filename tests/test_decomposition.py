@@ -13,7 +13,7 @@ from paramlens.method.settings import Init
 from paramlens.method.sites import find_sites
 from paramlens.method.start import initialise, project, project_gradients
 from paramlens.runs.decompose import decompose
-from paramlens.tasks.induction import InductionTransformer
+from paramlens.tasks.induction.model import InductionTransformer
 from rounding import TOY, TOY_STEP, assert_near, bound
 
 PATTERN = ["blocks.*.attn.[qkv]"]

@@ -23,8 +23,8 @@ from paramlens.method.settings import Init
 from paramlens.method.sites import at_rest
 from paramlens.method.start import initialise
 from paramlens.page import report
-from paramlens.tasks.facts import Fact, fact_of, recall, shipped_facts
-from paramlens.tasks.language import encode, model_inputs
+from paramlens.tasks.facts.facts import Fact, fact_of, recall, shipped_facts
+from paramlens.tasks.language_models.encoding import encode, model_inputs
 from rounding import GPT, assert_near, bound, near
 
 KOBE, TIGER = "Kobe Bryant plays the sport of basketball", "Tiger Woods plays the sport of golf"

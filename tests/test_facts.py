@@ -26,12 +26,15 @@ from paramlens.method.start import initialise
 from paramlens.method.step import training_step
 from paramlens.runs.decompose import decompose_config
 from paramlens.runs.rundir import open_run
-from paramlens.runs.targets import skeleton
-from paramlens.tasks.facts import Fact, fact_of, facts_task, kinds, read_facts, recall, shipped_facts
-from paramlens.tasks.language import Language, encode, encode_fact, load_language, model_inputs, padded
-from paramlens.tasks.miniature import train_miniature
-from paramlens.tasks.settings import Miniature, TextTask
-from paramlens.tasks.text import packed, text_task
+from paramlens.tasks.base import Target
+from paramlens.tasks.facts.facts import Fact, fact_of, kinds, read_facts, recall, shipped_facts
+from paramlens.tasks.facts.miniature import train_miniature
+from paramlens.tasks.facts.sentences import facts_task
+from paramlens.tasks.facts.task import Miniature
+from paramlens.tasks.language_models.encoding import encode, encode_fact, model_inputs, padded
+from paramlens.tasks.language_models.loading import load_language
+from paramlens.tasks.text.pieces import packed, text_task
+from paramlens.tasks.text.task import TextTask
 from rounding import GPT, near, near_divergence
 
 KOBE, TIGER = "Kobe Bryant plays the sport of basketball", "Tiger Woods plays the sport of golf"
@@ -66,10 +69,14 @@ def test_facts_from_a_file(tmp_path: Path):
     file = tmp_path / "facts.yaml"
     file.write_text("- {prompt: The sky is, answer: blue}\n- {prompt: Who, answer: me, reverse: true}\n", encoding="utf-8")
     assert read_facts(file) == (Fact("The sky is", "blue"), Fact("Who", "me", reverse=True))
+    file.write_text("- {prompt: Pigs fly, answer: no}\n- prompt: 1969\n  answer: 007\n  reverse: no\n", encoding="utf-8")
+    assert read_facts(file) == (Fact("Pigs fly", "no"), Fact("1969", "007"))
     for text, message in {
         "[]": "give a list of",
         "{": "cannot be read",
         "[3]": "entry 1: a mapping with prompt and answer is needed, not 3",
+        "- prompt: a\n  answer:": "entry 1: answer: None; known are prompt, answer",
+        '[{"prompt": "a", "answer": false}]': "entry 1: answer: False; known are prompt, answer",
         "[{prompt: a, answer: b, kind: c}]": "entry 1: kind: 'c'; known are prompt, answer",
     }.items():
         file.write_text(text, encoding="utf-8")
@@ -118,7 +125,7 @@ def test_what_fills_a_sentence_up_is_never_important(facts_run):
 
 def test_batches_hold_the_sentences_and_others_drawn_by_step(facts_run):
     settings = facts_run.config.task.model_copy(update={"others": 3, "elsewhere": 2})
-    language = Language(facts_run.task.model, facts_run.task.tokenizer, "test")
+    language = Target(facts_run.task.model, facts_run.task.tokenizer, "test")
     task = facts_task(settings, language, seed=1)
     first, second = task.batch(0, "train"), task.batch(1, "train")
     assert len(first.texts) == 5
@@ -199,16 +206,16 @@ def test_the_probability_of_an_answer_is_the_product_over_its_tokens(facts_run):
 def test_the_small_gpt2_is_a_pure_function_of_its_seed_and_learns():
     settings = Miniature(blocks=2, width=32, heads=2, steps=60, batch=32, lr=3e-3, dropout=0.05, check_every=30)
     models = [train_miniature(settings, (KOBE,), seed=seed, device="cpu") for seed in (3, 3, 4)]
-    states = [language.model.state_dict() for language, _ in models]
+    states = [target.model.state_dict() for target in models]
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
     assert any(not torch.equal(value, states[2][key]) for key, value in states[0].items())
-    checks = models[0][1].checks
+    checks = models[0].history.checks
     assert [check.step for check in checks] == [30, 60]
     assert checks[1].loss < checks[0].loss
     assert checks[1].probability > checks[0].probability
-    tokenizer = models[0][0].tokenizer
+    tokenizer = models[0].tokenizer
     assert tokenizer.tokenize("Kobe Bryant") == ["Kobe", "ĠBryant"]
-    assert max(parameter.abs().max() for parameter in models[0][0].model.transformer.wte.parameters()) < 0.6
+    assert max(parameter.abs().max() for parameter in models[0].model.transformer.wte.parameters()) < 0.6
 
 
 def test_a_facts_run_holds_a_plain_model_and_opens_alone(facts_run):
@@ -241,7 +248,7 @@ def test_running_text_is_packed_and_drawn_once_an_epoch(facts_run, tmp_path: Pat
     file.write_text(" ".join(fact.sentence for fact in shipped_facts()[:120]), encoding="utf-8")
     tokenizer = facts_run.task.tokenizer
     settings = TextTask(model="x", source=str(file), length=8, held_out=0.2)
-    task = text_task(settings, Language(facts_run.task.model, tokenizer, "test"), seed=0, batch=5)
+    task = text_task(settings, Target(facts_run.task.model, tokenizer, "test"), seed=0, batch=5)
     pieces = packed(tokenizer, [file.read_text(encoding="utf-8")], 8)
     train = len(pieces) - round(len(pieces) * 0.2)
     steps = [task.batch(step, "train").inputs["input_ids"] for step in range(train)]
@@ -257,7 +264,7 @@ def test_running_text_is_packed_and_drawn_once_an_epoch(facts_run, tmp_path: Pat
 
 
 def test_text_files_that_cannot_be_read(facts_run, tmp_path: Path):
-    language = Language(facts_run.task.model, facts_run.task.tokenizer, "test")
+    language = Target(facts_run.task.model, facts_run.task.tokenizer, "test")
     lines = tmp_path / "x.jsonl"
     lines.write_text('{"text": "Snow is white"}\n{"txt": 3}\n', encoding="utf-8")
     for source, message in ((tmp_path / "none.txt", "cannot be read"), (lines, r"x.jsonl line 2: a JSON object with a field text")):
@@ -277,8 +284,8 @@ def test_a_text_run_end_to_end(facts_run, tmp_path: Path):
 
 def test_gpt2_facts_is_figure_6():
     config = load_config("gpt2-facts")
-    model, length, vocabulary = skeleton(config)
-    assert (length, vocabulary) == (8, 50257)
+    target = config.task.skeleton(batch=config.batch)
+    assert (target.rows, target.length, target.vocabulary) == (2, 8, 50257)
     assert (config.batch, config.steps, config.C, config.gamma.kind, config.gamma.d_gate) == (2, 20000, 768, "vector", 64)
     assert config.losses.model_dump(exclude_defaults=True) == {
         "stochastic_recon": 0.1,
@@ -296,7 +303,7 @@ def test_gpt2_facts_is_figure_6():
         "constant",
         0.01,
     )
-    assert model.config.n_layer == 12
+    assert target.model.config.n_layer == 12
 
 
 def test_a_language_model_can_be_loaded_from_the_run(facts_run):

@@ -40,8 +40,8 @@ from paramlens.runs.decompose import decompose, decompose_config
 from paramlens.runs.layout import checkpoint_path, checkpoint_step, checkpoints, is_begun
 from paramlens.runs.rundir import open_run
 from paramlens.runs.verification import verify
-from paramlens.tasks.facts import read_facts
-from paramlens.tasks.language import load_language
+from paramlens.tasks.facts.facts import read_facts
+from paramlens.tasks.language_models.loading import load_language
 
 CONFIG = TINY | {"steps": 16}
 """Checkpoints at steps 4, 8, 12 and 16; the first to be pruned goes at 12."""

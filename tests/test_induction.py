@@ -8,21 +8,10 @@ from hypothesis import strategies as st
 from conftest import TINY
 from paramlens.config.file import make_config
 from paramlens.errors import ConfigError
-from paramlens.tasks.induction import (
-    RANDOM,
-    ROLES,
-    S1,
-    S2,
-    InductionTransformer,
-    M,
-    _decayed,
-    check_target,
-    induction_batch,
-    induction_task,
-    sinusoidal,
-    train_target,
-)
-from paramlens.tasks.settings import InductionTask, TargetTraining
+from paramlens.tasks.induction.model import InductionTransformer, sinusoidal
+from paramlens.tasks.induction.sequences import RANDOM, ROLES, S1, S2, M, induction_batch, induction_task
+from paramlens.tasks.induction.task import InductionTask, TargetTraining
+from paramlens.tasks.induction.training import _decayed, check_target, train_target
 from rounding import TOY, assert_near, near
 
 TASK = make_config(TINY).task

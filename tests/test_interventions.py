@@ -14,8 +14,10 @@ from paramlens.method.losses.divergence import LossAt, kl_divergence
 from paramlens.method.masks import Replacement
 from paramlens.method.task import Link
 from paramlens.runs.rundir import open_run
-from paramlens.tasks.induction import S1, InductionTransformer, M, check_target, induction_batch, induction_task
-from paramlens.tasks.settings import InductionTask
+from paramlens.tasks.induction.model import InductionTransformer
+from paramlens.tasks.induction.sequences import S1, M, induction_batch, induction_task
+from paramlens.tasks.induction.task import InductionTask
+from paramlens.tasks.induction.training import check_target
 from rounding import TOY, assert_near, near, near_divergence
 
 

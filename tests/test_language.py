@@ -27,16 +27,9 @@ from paramlens.method.sites import at_rest, find_sites
 from paramlens.method.start import initialise
 from paramlens.runs.decompose import decompose
 from paramlens.runs.rundir import open_run
-from paramlens.tasks.language import (
-    encode,
-    encode_fact,
-    encode_sentence,
-    language_skeleton,
-    load_language,
-    model_inputs,
-    padded,
-    token_texts,
-)
+from paramlens.tasks.language_models.encoding import encode, encode_fact, encode_sentence, model_inputs, padded
+from paramlens.tasks.language_models.loading import language_skeleton, load_language
+from paramlens.tasks.language_models.tokens import token_texts
 from rounding import GPT, assert_near, bound
 
 STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260K"
@@ -200,9 +193,9 @@ def test_an_answer_outside_the_vocabulary_is_refused():
     [
         (
             "nobody/nothing",
-            r"model nobody/nothing: no such folder, and the Hugging Face Hub cannot be reached \(offline\?\).*as the model: ./nothing",
+            r"model nobody/nothing: no such folder, and http.* cannot be reached.*`hf download .*give ./nothing as the model",
         ),
-        ("not a//name", r"model not a//name: no such folder, and no id on the Hugging Face Hub either"),
+        ("not a//name", r"model not a//name: no such folder, and no id of a repository, which is user/name"),
     ],
 )
 def test_an_unknown_model_is_told_plainly(name: str, message: str, monkeypatch: pytest.MonkeyPatch):

@@ -18,13 +18,15 @@ from paramlens.config.file import make_config
 from paramlens.errors import BatchError, ConfigError
 from paramlens.runs.decompose import decompose_config
 from paramlens.runs.rundir import open_run
-from paramlens.runs.targets import skeleton
-from paramlens.tasks.facts import facts_task, read_facts, recall, require_different, shipped_facts
-from paramlens.tasks.language import encode, encode_sentence, padded
-from paramlens.tasks.limits import that_fit, token_limit
-from paramlens.tasks.loading import Language, load_language, save_language
-from paramlens.tasks.settings import FactsTask, TextTask
-from paramlens.tasks.text import packed, read_documents, text_task
+from paramlens.tasks.base import Target
+from paramlens.tasks.facts.facts import read_facts, recall, shipped_facts
+from paramlens.tasks.facts.sentences import facts_task, require_different
+from paramlens.tasks.facts.task import FactsTask
+from paramlens.tasks.language_models.encoding import encode, encode_sentence, padded
+from paramlens.tasks.language_models.limits import that_fit, token_limit
+from paramlens.tasks.language_models.loading import load_language, save_language
+from paramlens.tasks.text.pieces import packed, read_documents, text_task
+from paramlens.tasks.text.task import TextTask
 
 KOBE, TIGER = "Kobe Bryant plays the sport of basketball", "Tiger Woods plays the sport of golf"
 SIZES = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -353,7 +355,7 @@ def test_text_that_is_longer_than_the_model_is_refused_everywhere(short: Path, t
     with pytest.raises(BatchError, match=f"fact .*: {takes}"):
         recall(language.model, language.tokenizer, shipped_facts())
     with pytest.raises(ConfigError, match=r"task.sentences: 20 tokens, and the model takes at most 16"):
-        skeleton(facts_config(short, [" ".join(["golf"] * 19), TIGER]))
+        facts_config(short, [" ".join(["golf"] * 19), TIGER]).task.skeleton(batch=1)
     assert main(["trace", str(short), "--prompt", long, "--subject", "Kobe"]) == 2
     assert "takes at most 16" in capsys.readouterr().err
 
@@ -519,5 +521,5 @@ def test_only_models_of_transformers_are_saved(tmp_path: Path):
 
 
 def test_a_model_in_memory_is_used_as_it_is(words):
-    """What loading checks is not asked of a `Language` that is made in Python."""
-    assert facts_task(FactsTask(sentences=(KOBE, TIGER)), Language(random_model(gpt2()), words, "mine"), seed=0).tokenizer is words
+    """What loading checks is not asked of a `Target` that is made in Python."""
+    assert facts_task(FactsTask(sentences=(KOBE, TIGER)), Target(random_model(gpt2()), words, "mine"), seed=0).tokenizer is words

@@ -10,7 +10,7 @@ from paramlens.analysis.norms import factor, norm_of
 from paramlens.analysis.paths import find_paths
 from paramlens.errors import SiteError
 from paramlens.method.sites import at_rest, find_sites
-from paramlens.tasks.language import model_inputs
+from paramlens.tasks.language_models.encoding import model_inputs
 
 IDS = torch.tensor([[5, 17, 200, 41, 9, 123, 77]])
 WITH_TABLE = {"gpt2", "opt", "xglm", "gpt1"}

@@ -18,7 +18,8 @@ from paramlens.method.settings import Init
 from paramlens.method.sites import at_rest, find_sites, swapped_in
 from paramlens.method.start import initialise
 from paramlens.method.step import training_step
-from paramlens.tasks.induction import InductionTransformer, induction_task
+from paramlens.tasks.induction.model import InductionTransformer
+from paramlens.tasks.induction.sequences import induction_task
 from rounding import TOY, TOY_STEP, bound, near
 
 RELATIVE = {torch.float32: bound(TOY_STEP, 1), torch.float64: 1e5 * bound(TOY_STEP, 1, torch.float64)}

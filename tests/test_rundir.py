@@ -19,6 +19,7 @@ from paramlens.runs import rundir, targets, verification
 from paramlens.runs.decompose import decompose, decompose_config
 from paramlens.runs.layout import checkpoints
 from paramlens.runs.rundir import RunDirectory, model_sha256, open_run
+from paramlens.tasks.base import Target
 
 NAMES = ("components", "importance", "optimizer", "rng")
 
@@ -60,8 +61,9 @@ def test_the_sums_can_be_checked_without_the_library(tiny_run):
 
 def test_target_history_survives(tiny_run, tmp_path):
     history = TargetHistory(tiny_run.target_history.checks, converged=True, attempts=3)
-    targets.save(targets.Target(tiny_run.task.model, history), tmp_path)
-    assert targets.history(tmp_path) == history
+    task = tiny_run.config.task
+    targets.save(task, Target(tiny_run.task.model, history=history), tmp_path)
+    assert targets.history(task, tmp_path) == history
 
 
 def test_manifest_names_every_file(tiny_run):

@@ -24,7 +24,8 @@ from paramlens.method.sites import find_sites
 from paramlens.method.start import initialise
 from paramlens.method.step import Steps
 from paramlens.runs.train import make_optimizer, set_rates
-from paramlens.tasks.induction import InductionTransformer, induction_task
+from paramlens.tasks.induction.model import InductionTransformer
+from paramlens.tasks.induction.sequences import induction_task
 from rounding import TOY_STEP, bound, near
 
 

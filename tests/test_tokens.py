@@ -5,8 +5,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from paramlens.errors import ConfigError
-from paramlens.tasks.language import encode_fact
-from paramlens.tasks.tokens import open_ended, positions_of, token_texts
+from paramlens.tasks.language_models.encoding import encode_fact
+from paramlens.tasks.language_models.tokens import open_ended, positions_of, token_texts
 
 CORPUS = ["Kobe Bryant plays the sport of basketball", "Tiger Woods plays the sport of golf"]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

@@ -19,7 +19,7 @@ from paramlens.analysis.trace import NOISE, trace
 from paramlens.errors import BatchError, ConfigError
 from paramlens.method.generators import generator
 from paramlens.method.sites import at_rest
-from paramlens.tasks.language import encode, encode_fact
+from paramlens.tasks.language_models.encoding import encode, encode_fact
 from rounding import GPT, near
 
 PROMPT, SUBJECT, ANSWER = "Tiger Woods plays the sport of", "Tiger Woods", "golf indeed"

@@ -3,6 +3,12 @@
 import signal
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, and of one that ends in a colon the next as well. Defaults to the name of its type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
 class ParamLensError(Exception):
     """Base of the family. `exit_code` is what the command line returns: 2 the user's input is wrong, 1 anything else."""
 

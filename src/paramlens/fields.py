@@ -1,9 +1,10 @@
 """What every section of a configuration is made of: a frozen model whose fields state their unit, and checked numbers."""
 
 import numbers
+import os
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def plain_number(value: Any) -> Any:
@@ -13,6 +14,11 @@ def plain_number(value: Any) -> Any:
     if isinstance(value, numbers.Integral):
         return int(value)
     return float(value) if isinstance(value, numbers.Real) else value
+
+
+def expand_home(path: str) -> str:
+    """A path with the home directory in place of a leading ~. One of a user who does not exist stays as it is."""
+    return os.path.expanduser(path)  # noqa: PTH111  # pathlib raises for such a user
 
 
 Integer = Annotated[int, BeforeValidator(plain_number), Field(strict=True)]
@@ -34,6 +40,10 @@ NonNegative = Annotated[Number, Field(ge=0)]
 
 
 Share = Annotated[Number, Field(ge=0, lt=1)]
+
+
+PathText = Annotated[str, Field(min_length=1), AfterValidator(expand_home)]
+"""A path, or an id on the Hugging Face Hub."""
 
 
 class Section(BaseModel):

@@ -26,7 +26,6 @@ from paramlens.method.losses.faithfulness import mean_square
 from paramlens.method.sites import at_rest
 from paramlens.method.task import EvaluatedOn, Task
 from paramlens.runs.rundir import Run
-from paramlens.tasks.settings import InductionTask
 
 EXAMPLE_LENGTH = 128
 """Longest example whose attention patterns are kept, tokens."""
@@ -266,8 +265,7 @@ def _site(g: Float[Tensor, "*batch C"], role_index: Tensor, roles: Sequence[str]
 
 def _if_silent(run: Run, name: str, threshold: float) -> str:
     site = next(site for site in run.decomposition.sites if site.name == name)
-    task = run.config.task
-    added_after = isinstance(task, InductionTask) and task.added == "after"
+    added_after = run.config.task.adds_positions_after_projection
     return silence(name, has_bias=site.bias is not None, threshold=threshold, added_after=added_after)
 
 

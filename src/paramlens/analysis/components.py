@@ -18,9 +18,8 @@ from paramlens.method.batch import Batch
 from paramlens.method.evaluate import ACTIVE, importances
 from paramlens.method.sites import at_rest
 from paramlens.runs.rundir import Run
-from paramlens.tasks.language import encode_sentence, padded
-from paramlens.tasks.limits import require_tokens
-from paramlens.tasks.settings import FactsTask
+from paramlens.tasks.language_models.encoding import encode_sentence, padded
+from paramlens.tasks.language_models.limits import require_tokens
 
 SEQUENCES = 6
 """Held-out sequences shown of a run that has no sentences of its own."""
@@ -163,12 +162,6 @@ def tokenizer_of(run: Run) -> Any:
     return tokenizer
 
 
-def own_sentences(run: Run) -> tuple[str, ...]:
-    """What a facts run decomposed; none for any other."""
-    task = run.config.task
-    return task.sentences if isinstance(task, FactsTask) else ()
-
-
 @torch.no_grad()
 def run_sentences(run: Run, sentences: Sequence[str]) -> Sentences:
     """The target and γ on `sentences`. Raises `BatchError` for one of a single token, or of more than the model takes."""
@@ -188,8 +181,8 @@ def shown_sequences(run: Run, texts: Sequence[str] = ()) -> Sentences:
     Tokens without a text carry their number. Inputs without positions are shown as one sequence of them. Raises `ConfigError` for texts
     where there is no tokenizer.
     """
-    if texts or own_sentences(run):
-        return run_sentences(run, list(texts) or list(own_sentences(run)))
+    if texts or run.config.task.own_sentences:
+        return run_sentences(run, list(texts) or list(run.config.task.own_sentences))
     task = data_of(run)
     batch = _first(task.batch(0, "circuit"), INPUTS).to(run.decomposition.device)
     target, g = importances(run.decomposition, run.importance, batch)
@@ -246,7 +239,7 @@ def inspect_prompt(run: Run, prompt: str | None = None, *, threshold: float = AC
     Those of its own are active in no other sentence of the run. Raises `ConfigError` for a run on no language model.
     """
     require_threshold(threshold)
-    own = own_sentences(run)
+    own = run.config.task.own_sentences
     if prompt is None:
         if not own:
             raise ConfigError("inspect: give a prompt; the run decomposed running text and has no sentences of its own")

@@ -11,7 +11,7 @@ from paramlens.analysis.components import run_sentences
 from paramlens.analysis.edit import Edit, Method, Selected, taken_out, without_largest, without_random
 from paramlens.method.generators import generator
 from paramlens.runs.rundir import Run
-from paramlens.tasks.facts import Fact
+from paramlens.tasks.facts.facts import Fact
 
 DRAWS = 5
 """Draws of a control that is random; its figures are their means."""

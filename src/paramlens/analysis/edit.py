@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from paramlens.analysis.components import active_in, own_sentences, require_subcomponent, require_threshold, run_sentences, tokenizer_of
+from paramlens.analysis.components import active_in, require_subcomponent, require_threshold, run_sentences, tokenizer_of
 from paramlens.analysis.held_out import data_of
 from paramlens.display.shown import Shown
 from paramlens.display.tables import Cell, Column, Table, figure, row, site_cell, token_text
@@ -25,10 +25,10 @@ from paramlens.kernels.machine import machine
 from paramlens.method.evaluate import ACTIVE
 from paramlens.method.sites import at_rest, find_sites, named_sites
 from paramlens.runs.rundir import Run
-from paramlens.tasks.facts import Fact, fact_of, shipped_facts
-from paramlens.tasks.language import encode_fact
-from paramlens.tasks.loading import save_language
-from paramlens.tasks.tokens import positions_of, token_texts
+from paramlens.tasks.facts.facts import Fact, fact_of, shipped_facts
+from paramlens.tasks.language_models.encoding import encode_fact
+from paramlens.tasks.language_models.loading import save_language
+from paramlens.tasks.language_models.tokens import positions_of, token_texts
 
 Method = Literal["projection", "subtraction"]
 
@@ -191,7 +191,7 @@ def suppress(
     if unique_to is not None:
         ranked = unique(run, unique_to, tokens=tokens, sites=sites, threshold=threshold, facts=facts)
         if not ranked:
-            own = own_sentences(run)
+            own = run.config.task.own_sentences
             foreign = not any(sentence.startswith(unique_to.strip()) for sentence in own)
             about = (
                 f". It is not a sentence of this run, and is compared with those that are ({'; '.join(own[:3])})" if foreign and own else ""
@@ -254,7 +254,7 @@ def unique(
     """
     require_threshold(threshold)
     fact = find_fact(run, sentence, facts)
-    others = [other for other in own_sentences(run) if other != fact.sentence]
+    others = [other for other in run.config.task.own_sentences if other != fact.sentence]
     task, tokenizer = data_of(run), tokenizer_of(run)
     with at_rest(task.model), machine(run.config):
         prompt_ids, _ = encode_fact(tokenizer, fact.prompt, fact.answer)
@@ -286,7 +286,7 @@ def unique(
 
 def find_fact(run: Run, sentence: str, facts: Sequence[Fact] | None) -> Fact:
     """The fact a sentence or a prompt states: of the given facts, the shipped ones or the run's sentences."""
-    known = [*(facts or ()), *shipped_facts(), *(fact_of(each, shipped_facts()) for each in own_sentences(run))]
+    known = [*(facts or ()), *shipped_facts(), *(fact_of(each, shipped_facts()) for each in run.config.task.own_sentences)]
     prompt = sentence.strip()
     found = next((fact for fact in known if prompt in (fact.prompt, fact.sentence)), None)
     found = found or fact_of(prompt, ())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from paramlens.analysis.components import own_sentences, tokenizer_of
+from paramlens.analysis.components import tokenizer_of
 from paramlens.analysis.controls import CONTROLS, edit_slices
 from paramlens.analysis.controls import controls as controls_of
 from paramlens.analysis.edit import Edit, Selected, changed, find_fact, selected_table
@@ -20,9 +20,9 @@ from paramlens.errors import ConfigError
 from paramlens.kernels.machine import machine
 from paramlens.method.sites import at_rest
 from paramlens.runs.rundir import Run
-from paramlens.tasks.facts import Fact, kinds, recall, shipped_facts
-from paramlens.tasks.language import encode, padded
-from paramlens.tasks.limits import require_tokens
+from paramlens.tasks.facts.facts import Fact, kinds, recall, shipped_facts
+from paramlens.tasks.language_models.encoding import encode, padded
+from paramlens.tasks.language_models.limits import require_tokens
 
 KINDS = ("target", "paraphrase", "other-target", "same-sport", "other-sport", "general", "reverse")
 
@@ -141,7 +141,7 @@ def evaluate_edit(
     """
     facts = list(facts if facts is not None else shipped_facts())
     fact = find_fact(run, target, facts)
-    named = list(kinds(facts if any(each.prompt == fact.prompt for each in facts) else [fact, *facts], fact, own_sentences(run)))
+    named = list(kinds(facts if any(each.prompt == fact.prompt for each in facts) else [fact, *facts], fact, run.config.task.own_sentences))
     texts = [each.sentence for each, kind in named if kind == "general"] if texts is None else list(texts)
     model, tokenizer = data_of(run).model, tokenizer_of(run)
 

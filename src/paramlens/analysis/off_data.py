@@ -20,9 +20,6 @@ from paramlens.method.generators import generator
 from paramlens.method.losses.divergence import LossAt
 from paramlens.method.masks import Replacement
 from paramlens.runs.rundir import Run
-from paramlens.tasks.facts import other_facts
-from paramlens.tasks.language import padded
-from paramlens.tasks.settings import CustomTask, FactsTask
 
 FACTS = 64
 """Other facts looked at."""
@@ -57,7 +54,7 @@ def off_data(run: Run, data: Sequence[HeldOut], *, threshold: float) -> OffData 
     try:
         target, g = importances(run.decomposition, run.importance, batch)
     except (IndexError, RuntimeError, ValueError):
-        if not isinstance(run.config.task, CustomTask):
+        if not run.config.task.given_in_python:
             raise
         return None  # a model of one's own may have a vocabulary for each place, or refuse an order
     at = LossAt(run.config.last_token_only, batch.present)
@@ -83,18 +80,16 @@ def off_data(run: Run, data: Sequence[HeldOut], *, threshold: float) -> OffData 
 
 
 def _elsewhere(run: Run, batch: Batch) -> tuple[str, Batch] | None:
-    task = run.config.task
-    if isinstance(task, FactsTask):
-        tokenizer = data_of(run).tokenizer
-        others = other_facts(task, run.decomposition.model, tokenizer)[:FACTS]
-        return (f"{len(others)} other facts", padded(tokenizer, others)) if others else None
+    task = data_of(run)
+    if task.other_inputs is not None:
+        return task.other_inputs(FACTS)
     if (ids := batch.token_ids) is None:
         return None
     noise = torch.rand(ids.shape, generator=generator("off data")).to(ids.device)
     absent = torch.zeros_like(ids, dtype=torch.bool) if batch.present is None else ~batch.present
     places, order = absent.sort(dim=1, stable=True).indices, noise.masked_fill(absent, 2).argsort(1)  # present ones first in both
     shuffled = ids.scatter(1, places, ids.gather(1, order))
-    return f"{data_of(run).evaluated_on} sequences with their tokens shuffled", batch.with_token_ids(shuffled)
+    return f"{task.evaluated_on} sequences with their tokens shuffled", batch.with_token_ids(shuffled)
 
 
 def _weights(run: Run, data: Sequence[HeldOut], threshold: float) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], int]:

@@ -16,8 +16,7 @@ from paramlens.analysis.held_out import data_of
 from paramlens.analysis.paths import find_paths
 from paramlens.method.batch import Batch
 from paramlens.runs.rundir import Run
-from paramlens.tasks.induction import InductionTransformer
-from paramlens.tasks.tokens import token_texts
+from paramlens.tasks.language_models.tokens import token_texts
 
 TOP = 8
 """Tokens and positions listed of what a subcomponent reads and writes."""
@@ -87,10 +86,12 @@ def _named(model: Any, getter: str) -> nn.Module | None:
 
 
 def _positions(model: Any, site: str) -> Tensor | None:
-    """Position encodings that reach the site, [pos, d]; none for a model without a table of them."""
-    if isinstance(model, InductionTransformer):
-        seen = model.blocks[0].get_submodule("attn").added == "before" and not site.endswith(".v")
-        return model.positions if seen else None
+    """Position encodings that reach the site, [pos, d]; none for a model without a table of them.
+
+    A model with a method `position_encodings(site)` tells them itself.
+    """
+    if hasattr(model, "position_encodings"):
+        return model.position_encodings(site)
     return next((value for name, value in model.named_parameters() if name.rsplit(".", 2)[-2:] == ["wpe", "weight"]), None)
 
 

@@ -17,9 +17,9 @@ from paramlens.errors import ConfigError
 from paramlens.method.decomposition import block_chains
 from paramlens.method.generators import generator
 from paramlens.method.sites import at_rest
-from paramlens.tasks.language import encode_fact, model_inputs
-from paramlens.tasks.limits import require_tokens
-from paramlens.tasks.tokens import open_ended, positions_of, token_texts
+from paramlens.tasks.language_models.encoding import encode_fact, model_inputs
+from paramlens.tasks.language_models.limits import require_tokens
+from paramlens.tasks.language_models.tokens import open_ended, positions_of, token_texts
 
 NOISE = 3.0
 """Standard deviation of the noise on the subject's embeddings, in standard deviations of the embeddings."""

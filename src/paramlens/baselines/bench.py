@@ -34,8 +34,7 @@ from paramlens.method.step import Steps
 from paramlens.runs.budget import free_memory
 from paramlens.runs.decompose import require_device
 from paramlens.runs.train import make_optimizer
-from paramlens.tasks.induction import InductionTransformer, induction_task
-from paramlens.tasks.settings import InductionTask
+from paramlens.tasks.base import Target
 
 GRIDS: dict[str, dict[str, Sequence[Any]]] = {
     "like-for-like": {"importance": ("scalar", "vector", "attention"), "threads": (1, 2)},
@@ -224,15 +223,16 @@ def busy_process() -> Iterator[None]:
 
 def training(config: Config, side: Literal["ours", "naive"]) -> Callable[[int], Any]:
     """A function that does one whole training step, update included, on the batch of its index; the toy target is not trained."""
-    assert isinstance(config.task, InductionTask)
+    longest = config.task.longest
+    assert longest is not None
     torch.manual_seed(0)
-    model = InductionTransformer(config.task).to(config.device)
+    model = config.task.network().to(config.device)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    task = induction_task(config.task, model.eval(), seed=0, batch=config.batch)
+    task = config.task.make(Target(model.eval()), seed=0, batch=config.batch)
     sites = find_sites(model, config.sites)
     decomposition = Decomposition(model, sites, C=config.C)
-    importance = Importance({site.name: (site.d_in, config.C) for site in sites}, config.gamma, max_length=config.task.length)
+    importance = Importance({site.name: (site.d_in, config.C) for site in sites}, config.gamma, max_length=longest)
     initialise(decomposition, config.init, generator=generator(0, "init"))
     importance.initialise(generator(0, "gamma"))
     importance = importance.to(config.device)
@@ -244,7 +244,7 @@ def training(config: Config, side: Literal["ours", "naive"]) -> Callable[[int], 
         decomposition.find_blocks(batch(0).inputs)
         steps = Steps(config, task, decomposition, importance, make_optimizer(config, decomposition, importance))
         return lambda i: steps(batch(i), i)
-    naive = NaiveStep(config, decomposition, importance, max_length=config.task.length)
+    naive = NaiveStep(config, decomposition, importance, max_length=longest)
     optimizer = torch.optim.Adam(naive.parameters(), lr=config.optim.lr)
     names, alone = decomposition.names, config.losses.layerwise_sites
     rng = torch.Generator(device=config.device).manual_seed(0)

@@ -101,12 +101,11 @@ def show_suppress(options: Suppress, _: list[str]) -> int:
     if (options.site is None) != (not options.subcomponent):
         raise ConfigError("suppress: give --site and --subcomponent together, or neither")
     by_hand = [(options.site, c) for c in options.subcomponent if options.site is not None]
-    from paramlens.analysis.components import own_sentences
     from paramlens.analysis.controls import CONTROLS
     from paramlens.analysis.edit import suppress
     from paramlens.analysis.effect import evaluate_edit
     from paramlens.runs.rundir import open_run
-    from paramlens.tasks.facts import read_facts, shipped_facts
+    from paramlens.tasks.facts.facts import read_facts, shipped_facts
 
     facts = shipped_facts() if options.evaluate in ("shipped", "none") else read_facts(Path(options.evaluate))
     run = open_run(options.run)
@@ -128,7 +127,7 @@ def show_suppress(options: Suppress, _: list[str]) -> int:
     selected, verdicts = ([dataclasses.asdict(each) for each in found] for found in (edit.selected, run.verdicts))
     document: dict[str, Any] = {"selected": selected, "verdicts": verdicts, "warnings": list(edit.warnings)}
     tables = (*edit.tables(), verdict_table(run.verdicts))
-    target = options.unique_to or options.fact or next(iter(own_sentences(run)), None)
+    target = options.unique_to or options.fact or next(iter(run.config.task.own_sentences), None)
     if options.evaluate != "none":
         if target is None:
             raise ConfigError("suppress: give --fact, the sentence that the effect is judged by")
@@ -148,7 +147,7 @@ def show_trace(options: Trace, _: list[str]) -> int:
     from paramlens.analysis.components import tokenizer_of
     from paramlens.analysis.trace import trace
     from paramlens.runs.rundir import open_run
-    from paramlens.tasks.loading import load_language
+    from paramlens.tasks.language_models.loading import load_language
 
     path = Path(options.model)
     run = open_run(path) if is_run(path) else None

@@ -8,6 +8,7 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import field
+from pathlib import Path
 from typing import Annotated, Any, get_origin
 
 import tyro
@@ -15,6 +16,7 @@ import tyro
 from paramlens.config.file import field_paths, list_fields, load_config, parse_value, shipped_configs, switches
 from paramlens.config.model import Config
 from paramlens.errors import ConfigError
+from paramlens.fields import expand_home
 
 DEMO_CONFIG = "induction-quick"
 
@@ -42,6 +44,9 @@ def parse(name: str, kind: type, argv: Sequence[str]) -> tuple[Any, list[str]]:
     except SystemExit:
         told = re.sub(_OPTIONAL_NUMBER, _said_plainly, _first_paragraph(complaint.getvalue()))
         raise ConfigError(f"{name}: {told}") from None
+    for option, value in vars(options).items():
+        if isinstance(value, Path):  # --out=~/runs, which a shell leaves as it is
+            setattr(options, option, Path(expand_home(str(value))))
     if rest and not configured:
         raise ConfigError(f"{name}: unexpected argument {rest[0]!r}")
     return options, rest

@@ -193,13 +193,13 @@ def _train_target(options: TrainTarget, rest: list[str]) -> int:
     from paramlens.tracking.tracker import Terminal
     from paramlens.tracking.trackers import as_tracker
 
-    if not targets.is_trained_here(config):
+    if not config.task.trained_here:
         raise ConfigError(f"{options.config}: its target is no toy; task.model, or a model of your own, is there already")
     with locked(path):
         with machine(config):
             target = trained_target(config, tracker=as_tracker(Terminal()))
         directory = RunDirectory.create(path, config, overwrite=options.overwrite)
-        targets.save(target, path)
+        targets.save(config.task, target, path)
         directory.seal()
     history = target.history
     assert history is not None

@@ -6,7 +6,8 @@ from pydantic import Field, model_validator
 
 from paramlens.fields import Count, Section
 from paramlens.method.settings import MethodSettings
-from paramlens.tasks.settings import CustomTask, FactsTask, InductionTask, TextTask
+from paramlens.tasks.custom import CustomTask
+from paramlens.tasks.registry import AnyTask
 
 
 class Checkpoint(Section):
@@ -32,7 +33,7 @@ class Config(MethodSettings):
     """The run's name; runs go to runs/<name>-s<seed>."""
     batch: Count = 64
     """Sequences per step. Table 4: 1024. Figure 6: 2."""
-    task: InductionTask | FactsTask | TextTask | CustomTask = Field(default=CustomTask(), discriminator="kind")
+    task: AnyTask = CustomTask()
     checkpoint: Checkpoint = Checkpoint()
     evaluate: Evaluate = Evaluate()
     log_every: Count = 50
@@ -40,21 +41,21 @@ class Config(MethodSettings):
 
     @model_validator(mode="after")
     def _table_holds_the_task(self) -> "Config":
-        table = self.gamma.max_length
-        if table is None or not isinstance(self.task, InductionTask) or table >= self.task.length:
+        table, longest = self.gamma.max_length, self.task.longest
+        if table is None or longest is None or table >= longest:
             return self
         from paramlens.method.importance.kind import kind_class  # needs torch, which a configuration that is right does not wait for
 
         if kind_class(self.gamma.kind).has_table:
             raise ValueError(
-                f"gamma.max_length {table} is below task.length {self.task.length}; "
-                f"the {self.gamma.kind} γ's table must hold the longest batch, so give at least {self.task.length}"
+                f"gamma.max_length {table} is below task.length {longest}; "
+                f"the {self.gamma.kind} γ's table must hold the longest batch, so give at least {longest}"
             )
         return self
 
     @model_validator(mode="after")
     def _elsewhere_has_text(self) -> "Config":
-        if bool(self.losses.elsewhere) != bool(isinstance(self.task, FactsTask) and self.task.elsewhere):
+        if bool(self.losses.elsewhere) != self.task.has_elsewhere:
             raise ValueError("losses.elsewhere and task.elsewhere (sentences per step, of a facts task) go together: give both or neither")
         if self.losses.elsewhere and self.cuda_graph:
             raise ValueError("cuda_graph true captures one batch a step; losses.elsewhere brings a second, so give one of them")

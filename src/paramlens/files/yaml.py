@@ -9,11 +9,17 @@ MOST_BYTES = 2**20
 """A longer configuration file is none."""
 
 
+_READ_AS_TEXT = {f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "timestamp")}
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's floats: 1e-3 is a number, which YAML 1.1 reads as a string; a key given twice is an error.
 
     Anchors are one too: by them a file of a few lines can unfold to gigabytes, or hold itself.
     """
+
+    texts: tuple[str, ...] = ()
+    """Keys whose values are text as they stand, even where they look like a number or a boolean."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -25,6 +31,9 @@ class _Loader(yaml.SafeLoader):
         keys = [key.value for key, _ in node.value]
         for key in {key for key in keys if keys.count(key) > 1}:
             raise yaml.constructor.ConstructorError(problem=f"{key} is given twice", problem_mark=node.start_mark)
+        for key, value in node.value:
+            if key.value in self.texts and value.tag in _READ_AS_TEXT:
+                value.tag = "tag:yaml.org,2002:str"
         return super().construct_mapping(node, deep=deep)
 
 
@@ -44,6 +53,14 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _plain_integer)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
 
 
-def parse_yaml(text: str) -> Any:
-    """What a YAML text says. Raises `yaml.YAMLError`, `ValueError` or `RecursionError` for one that is none, or has aliases."""
-    return yaml.load(text, Loader=_Loader)
+def parse_yaml(text: str, *, texts: tuple[str, ...] = ()) -> Any:
+    """What a YAML text says. texts: keys whose values are text as they stand.
+
+    Raises `yaml.YAMLError`, `ValueError` or `RecursionError` for one that is none, or has aliases.
+    """
+    loader = _Loader(text)
+    loader.texts = texts
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()

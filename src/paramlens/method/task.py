@@ -46,6 +46,8 @@ class Task:
     """Name → a change of the target's run on a batch, in force inside the context."""
     elsewhere: Callable[[int], Batch] | None = None
     """Step → other text, which is not decomposed, and on which what is a sentence's own must not matter."""
+    other_inputs: Callable[[int], tuple[str, Batch] | None] | None = None
+    """Count → what they are, and at most so many inputs of the same kind that are not decomposed. Defaults to None: tokens are shuffled."""
     tokenizer: Any = None
     """Of a language model; none for any other."""
     token_names: tuple[str, ...] = ()

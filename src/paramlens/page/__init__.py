@@ -36,7 +36,6 @@ from paramlens.page.figures import (
     zero_figure,
 )
 from paramlens.runs.layout import read_metrics, require_run
-from paramlens.tasks.settings import CustomTask, FactsTask
 
 if TYPE_CHECKING:
     from paramlens.runs.rundir import Run
@@ -78,9 +77,9 @@ def report(run: "Run | str | Path", *, budget: float = BUDGET) -> Path:
     shown = {
         "circuit": circuit,
         "info": read_json(path / "run.json"),
-        "evaluated_on": circuit.get("evaluated_on", "training" if isinstance(config.task, CustomTask | FactsTask) else "held-out"),
+        "evaluated_on": circuit.get("evaluated_on", config.task.evaluated_on),
         "config": config,
-        "inspections": analyses["inspect"]["prompts"] if isinstance(config.task, FactsTask) else [],
+        "inspections": analyses["inspect"]["prompts"] if config.task.own_sentences else [],
         "edits": (analyses.kept["suppress"] or {"edits": []})["edits"],
         "target": target,
         "verdicts": list(verdicts(circuit["metrics"], off_data=circuit["off_data"], target=target)),
@@ -93,7 +92,7 @@ def report(run: "Run | str | Path", *, budget: float = BUDGET) -> Path:
         "run_word": shlex.quote(str(path)),
     }
     around = len(template.render(shown, data="", packed=[""] * len(circuit["sites"]), left_out=1, parts=1, over=True).encode())
-    own, place = isinstance(config.task, CustomTask), json.dumps(str(path), ensure_ascii=False)
+    own, place = config.task.given_in_python, json.dumps(str(path), ensure_ascii=False)
     opened = f"paramlens.open_run({place}, model=model, batches=batches)" if own else f"paramlens.open_run({place})"
     command = None if own else f"paramlens inspect {shlex.quote(str(path))}"
     room = budget * 1e6 - around

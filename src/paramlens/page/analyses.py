@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from paramlens.config.file import load_config
 from paramlens.files.plain import read_json
 from paramlens.runs.layout import MOST_ANALYSIS, checkpoint_step, find_checkpoint
-from paramlens.tasks.settings import FactsTask
 
 if TYPE_CHECKING:
     from paramlens.runs.rundir import Run
@@ -79,8 +78,7 @@ class Analyses:
 
     @property
     def _sentences(self) -> tuple[str, ...]:
-        task = load_config(self._path / "config.yaml").task
-        return task.sentences if isinstance(task, FactsTask) else ()
+        return load_config(self._path / "config.yaml").task.own_sentences
 
     def _made(self, name: str) -> dict[str, Any]:
         run = self._opened

@@ -218,12 +218,11 @@ def require_memory(config: Config, sites: Sequence[Site], size: Footprint, *, ta
         return
     kinds = [(kind, needed("gamma.kind", kind)) for kind in reversed(KINDS) if kind_class(kind).saves_memory]
     remedies = [f"gamma.kind {kind} ({size_text(amount)})" for kind, amount in kinds if amount < 0.8 * total]
-    rows = {"facts": "sentences in task.sentences", "custom": "sequences in a batch"}.get(config.task.kind, "batch")
     for field, value in (("batch", size.rows), ("gamma.d_gate", config.gamma.d_gate), ("C", config.C)):
         halves = [value >> shift for shift in range(1, value.bit_length())]
         fitting = next((half for half in halves if needed(field, half) <= free), None)
         if fitting is not None:
-            remedies.append(f"{rows if field == 'batch' else field} {fitting} ({size_text(needed(field, fitting))})")
+            remedies.append(f"{config.task.batch_field if field == 'batch' else field} {fitting} ({size_text(needed(field, fitting))})")
     count = next((count for count in range(len(sites) - 1, 0, -1) if needed(count=count) <= free), None)
     if count is not None:
         remedies.append(f"fewer sites (the first {count} of {len(sites)}: {size_text(needed(count=count))})")

@@ -14,6 +14,7 @@ from torch import nn
 from paramlens.config.file import load_config, make_config
 from paramlens.config.model import Config
 from paramlens.errors import ConfigError, RunDirError, SiteError
+from paramlens.fields import expand_home
 from paramlens.files.lock import locked
 from paramlens.files.plain import read_json
 from paramlens.kernels.machine import machine, usable_cores
@@ -47,10 +48,9 @@ from paramlens.runs.rundir import (
     versions,
 )
 from paramlens.runs.saving import require_space
-from paramlens.runs.targets import Target
 from paramlens.runs.train import make_optimizer, restore, train
+from paramlens.tasks.base import BaseTask, Target
 from paramlens.tasks.batches import own_task
-from paramlens.tasks.settings import CustomTask, FactsTask, InductionTask, TextTask
 from paramlens.tracking.tracker import TargetTracker, Tracker, tell_target
 from paramlens.tracking.trackers import as_tracker
 
@@ -102,13 +102,14 @@ def decompose(
         if resume and given is not None and not (callable(given) or isinstance(given, Sequence)):
             raise ConfigError(f"resume: {name} from an iterable cannot be taken up at a step; give a function of the step or a sequence")
     follower = as_tracker(tracker)
-    path = Path(tempfile.mkdtemp(prefix="paramlens-")) if out is None else Path(out).absolute()  # batches may change the directory
+    path = Path(tempfile.mkdtemp(prefix="paramlens-") if out is None else expand_home(str(out)))
+    path = path.absolute()  # batches may change the directory
     if resume:
         config = _resumable(config, path, extend_steps=extend_steps, overwrite=overwrite)
     else:
         _require_start(path, extend_steps=extend_steps, overwrite=overwrite)
     with locked(path):
-        return _run(config, task, path, resume=resume, overwrite=overwrite, tracker=follower)
+        return _run(config, task, path, Target(model), resume=resume, overwrite=overwrite, tracker=follower)
 
 
 def _last_logits(model: nn.Module) -> Callable[[Inputs], Inputs] | None:
@@ -142,38 +143,36 @@ def decompose_config(
     target: for language models also any model, an id on the Hugging Face Hub or a local folder.
     out: the run directory; none: runs/<name>-s<seed>. resume, extend_steps, tracker: as for `decompose`, and it raises as that does.
     """
+    target = None if target is None else expand_home(str(target))
     follower, named = as_tracker(tracker), with_target(config, target)
     if named is not config:
         config, target = named, None
     config = targets.placed(config)
-    if isinstance(config.task, CustomTask):
-        raise ConfigError("task: give one of a kind; a model of your own is decomposed in Python, paramlens.decompose(model, batches, ...)")
     if resume and target is not None:
         raise ConfigError(f"target {target}: a resumed run has its target; leave one of target and resume out")
     require_device(config.device)
-    path = Path(out) if out is not None else default_out(config)
+    path = Path(expand_home(str(out))) if out is not None else default_out(config)
     if resume:
         config = _resumable(config, path, extend_steps=extend_steps, overwrite=overwrite)
     else:
         _require_start(path, extend_steps=extend_steps, overwrite=overwrite)
     require_room(config)
     with locked(path):
-        source = path if resume and targets.is_trained_here(config) else None if target is None else Path(target)
-        found = _target(config, source, tracker=follower).to(config)
+        source = path if resume and config.task.trained_here else None if target is None else Path(target)
+        found = _target(config, source, tracker=follower).to(config.device, config.dtype)
         if not resume:
-            targets.require_sound(config, found)
-        task = targets.make_task(config, found)
-        return _run(config, task, path, resume=resume, overwrite=overwrite, tracker=follower, target=found)
+            config.task.require_sound(found)
+        task = config.task.make(found, seed=config.seed, batch=config.batch)
+        return _run(config, task, path, found, resume=resume, overwrite=overwrite, tracker=follower)
 
 
 def _target(config: Config, source: Path | None, *, tracker: Tracker) -> Target:
     """The target of a configuration: named by it, lying in the directory `source`, or trained now."""
-    if not targets.is_trained_here(config):
-        return targets.pretrained(config)
+    if not config.task.trained_here:
+        return config.task.pretrained(config.dtype)
     if source is None:
         with machine(config):
             return trained_target(config, tracker=tracker)
-    assert not isinstance(config.task, CustomTask)
     require_unchanged(source)
     _require_same_task(config.task, source)
     return targets.load(config, source)
@@ -181,9 +180,10 @@ def _target(config: Config, source: Path | None, *, tracker: Tracker) -> Target:
 
 def with_target(config: Config, target: str | Path | None) -> Config:
     """`config`, its language model replaced by `target` unless that is a directory in which a toy target lies."""
-    if target is None or isinstance(config.task, InductionTask | CustomTask) or holds_toy(Path(target)):
+    if target is None or holds_toy(Path(target)):
         return config
-    return config.model_copy(update={"task": config.task.model_copy(update={"model": str(target), "revision": None})})
+    task = config.task.with_model(str(target))
+    return config if task is config.task else config.model_copy(update={"task": task})
 
 
 def trained_target(config: Config, *, tracker: Tracker) -> Target:
@@ -191,7 +191,7 @@ def trained_target(config: Config, *, tracker: Tracker) -> Target:
     require_device(config.device)
     require_training_room(config)
     if isinstance(tracker, TargetTracker):
-        tracker.start_target(steps=targets.training_steps(config))
+        tracker.start_target(steps=config.task.training_plan().steps)
     try:
         return targets.train(config, on_message=tracker.message, on_check=partial(tell_target, tracker))
     finally:
@@ -252,14 +252,13 @@ def _require_extendable(saved: Config, steps: int) -> None:
         )
 
 
-def _require_same_task(task: InductionTask | FactsTask | TextTask, source: Path) -> None:
+def _require_same_task(task: BaseTask, source: Path) -> None:
     """Raise unless the target in `source` was trained on this very task; heads, say, leave no trace in its weights."""
     if not (source / "config.yaml").is_file():
         raise RunDirError(f"{source}: no config.yaml; give a directory made by train-target or decompose")
-    if not isinstance(task, InductionTask):
-        return  # a language model's folder says what it is
-    starts = {"training", "embedding_scale", "position_scale", "position_offset"}  # how it was trained, not what it is
-    ours, theirs = (_leaves(each.model_dump(exclude=starts)) for each in (task, load_config(source / "config.yaml").task))
+    if task.how_trained is None:
+        return
+    ours, theirs = (_leaves(each.model_dump(exclude=set(task.how_trained))) for each in (task, load_config(source / "config.yaml").task))
     changed = [f"task.{name} {theirs.get(name)!r} → {ours[name]!r}" for name in ours if ours[name] != theirs.get(name)]
     if changed:
         raise ConfigError(f"target {source}: trained on another task ({'; '.join(changed)}); give its values or train another")
@@ -282,11 +281,11 @@ def _run(
     config: Config,
     task: Task,
     path: Path,
+    target: Target,
     *,
     resume: bool,
     overwrite: bool,
     tracker: Tracker,
-    target: Target | None = None,
 ) -> Run:
     """Train `task` into `path`. Everything that a user can get wrong is checked before a directory is made or replaced."""
     state = newest_state(path, load_config(path / "config.yaml")) if resume else None
@@ -302,14 +301,13 @@ def _run(
         optimizer = make_optimizer(config, decomposition, importance)
         start = 0 if state is None else state.step
         require_space(path, config.checkpoint, decomposition, importance, start=start, steps=config.steps)
-        identity = targets.identity(config, target) if target is not None else {"id": type(task.model).__qualname__}
-        identity["sha256"] = model_sha256(task.model)
+        identity = target.identity(config.name) | {"sha256": model_sha256(task.model)}
         if resume:
             directory = _reopened(config, path, state, decomposition, importance, tracker=tracker)
         else:
             directory = RunDirectory.create(path, config, overwrite=overwrite)
-            if target is not None and target.history is not None:
-                targets.save(target, path)
+            if target.history is not None:
+                targets.save(config.task, target, path)
             directory.record(device=config.device, dtype=config.dtype, matmul=config.matmul, seed=config.seed, target=identity, seconds=0.0)
             directory.describe(config, decomposition, importance, identity)
         if state is None:

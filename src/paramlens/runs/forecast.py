@@ -10,27 +10,17 @@ from paramlens.config.model import Config
 from paramlens.errors import ConfigError
 from paramlens.kernels import native
 from paramlens.method.sites import Site, find_sites
-from paramlens.runs import targets
 from paramlens.runs.budget import COMPILED, Diagnosis, Footprint, diagnose, footprint, free_memory, require_memory, size_text
-from paramlens.tasks.settings import FactsTask, InductionTask
-
-POSITIONS = 64
-"""Most tokens of a sentence that the small GPT-2 is trained on."""
 
 
 def forecast(config: Config) -> tuple[tuple[Site, ...], Footprint, int]:
     """The sites of a configuration, the size of its batches, and the bytes of its target. Raises `ConfigError` and `SiteError`."""
-    model, length, vocabulary = targets.skeleton(config)
-    sites, task = find_sites(model, config.sites), config.task
-    rows = len(task.sentences) + task.others if isinstance(task, FactsTask) else config.batch
-    ids = torch.empty(1, length, dtype=torch.long, device="meta")
-    last = isinstance(task, InductionTask) and config.last_token_only
-    mask = torch.empty(1, 1, length, length, dtype=torch.bool, device="meta")  # given whole, no value of it is looked at
-    inputs = ids if isinstance(task, InductionTask) else {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-    size = footprint(model, sites, inputs, last=last) or Footprint(1, length, vocabulary, last=last)
+    target = config.task.skeleton(batch=config.batch)
+    sites, last = find_sites(target.model, config.sites), target.last_token and config.last_token_only
+    size = footprint(target.model, sites, target.inputs, last=last) or Footprint(1, target.length, target.vocabulary, last=last)
     word = torch.finfo(getattr(torch, config.dtype)).bits // 8
-    numbers = {id(value): value.numel() for value in [*model.parameters(), *model.buffers()]}
-    return tuple(sites), replace(size, rows=rows), sum(numbers.values()) * word
+    numbers = {id(value): value.numel() for value in [*target.model.parameters(), *target.model.buffers()]}
+    return tuple(sites), replace(size, rows=target.rows), sum(numbers.values()) * word
 
 
 def foretell(config: Config) -> Diagnosis:
@@ -48,19 +38,10 @@ def require_room(config: Config) -> None:
 
 def require_training_room(config: Config) -> None:
     """Raise `ConfigError` if the batches on which a toy target is trained cannot fit into memory."""
-    task = config.task
-    if isinstance(task, InductionTask):
-        field, batch, length = "task.training.batch", task.training.batch, task.length
-        numbers = 3 * (task.vocabulary + 1) + task.blocks * (6 * task.width + 2 * task.heads * length)
-    else:
-        assert isinstance(task, FactsTask)
-        small = task.miniature
-        field, batch, length = "task.miniature.batch", small.batch, POSITIONS
-        numbers = 3 * small.vocabulary + small.blocks * (20 * small.width + 2 * small.heads * length)
-    needed, free = 4 * batch * length * numbers, free_memory(config.device)
-    if free is not None and needed > free:
-        fitting = 2 ** math.floor(math.log2(max(1, batch * free // needed)))
+    plan, free = config.task.training_plan(), free_memory(config.device)
+    if free is not None and plan.bytes > free:
+        fitting = 2 ** math.floor(math.log2(max(1, plan.batch * free // plan.bytes)))
         raise ConfigError(
-            f"{field} {batch}: training the target needs {size_text(needed)} of memory on {config.device}, {size_text(free)} are free; "
-            f"give {fitting} or less"
+            f"{plan.batch_field} {plan.batch}: training the target needs {size_text(plan.bytes)} of memory on {config.device}, "
+            f"{size_text(free)} are free; give {fitting} or less"
         )

@@ -7,12 +7,12 @@ write stays in that folder: it is never uploaded, and another commit has another
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import paramlens
 from paramlens.errors import ConfigError, RunDirError
+from paramlens.fields import expand_home
+from paramlens.files.hub_errors import hub_errors
 from paramlens.files.manifest import MANIFEST, problems
 from paramlens.files.plain import PART
 from paramlens.runs.checkpoint import damage
@@ -29,7 +29,7 @@ def located(run: str | Path, *, revision: str | None = None) -> Path:
         return fetch(run, revision=revision)
     if revision is not None:
         raise ConfigError(f"revision {revision}: {run} is a path here, and only a run on the Hub has revisions; leave it out")
-    return Path(run)
+    return Path(expand_home(str(run)))
 
 
 def fetch(repo: str, *, revision: str | None = None) -> Path:
@@ -39,7 +39,7 @@ def fetch(repo: str, *, revision: str | None = None) -> Path:
     """
     from huggingface_hub import constants, snapshot_download
 
-    with told(repo, revision):
+    with hub_errors(repo, revision):
         own = [name for name in CONTENTS if name != TRACKING]
         wanted = [pattern for name in own for pattern in (name, f"{name}/*")]
         version = paramlens.__version__
@@ -82,49 +82,3 @@ def _lay_out(snapshot: Path, copy: Path, repo: str) -> None:
         shutil.rmtree(part)
         if not copy.is_dir():  # no other process has made it in the meantime
             raise
-
-
-@contextmanager
-def told(repo: str, revision: str | None) -> Iterator[None]:
-    """While active, what the Hub's library raises becomes a `RunDirError` that names the repository, the revision and a remedy."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        HTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    place, named = constants.ENDPOINT, f"{repo} at {revision or 'main'}"
-    try:
-        yield
-    except HFValidationError as error:
-        raise ConfigError(f"{repo}: no id of a repository, which is user/name ({_first_line(error)})") from None
-    except GatedRepoError:
-        raise RunDirError(f"{named}: {place} asks for access to be granted; ask for it on {place}/{repo}, then `hf auth login`") from None
-    except RevisionNotFoundError:
-        raise RunDirError(f"{named}: the repository has no such revision; give a branch, a tag or a commit of it") from None
-    except RepositoryNotFoundError:
-        raise RunDirError(
-            f"{named}: {place} has no such repository, or shows it to others alone; check the name, or `hf auth login`"
-        ) from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
-        raise RunDirError(
-            f"{named}: {place} cannot be reached, and the cache does not hold it whole; try again where there is a network"
-        ) from None
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        remedy = "`hf auth login` with a token that may do this" if status in (401, 403) else "try again later"
-        raise RunDirError(f"{named}: {place} answered {status} ({_first_line(error)}); {remedy}") from None
-    except HTTPError as error:
-        raise RunDirError(f"{named}: {place} cannot be reached ({_first_line(error)}); try again where there is a network") from None
-    except (OSError, RuntimeError, ValueError) as error:
-        raise RunDirError(f"{named}: the transfer failed ({_first_line(error.__cause__ or error)}); try again") from None
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -54,8 +54,8 @@ from paramlens.runs.layout import (
     sweep,
 )
 from paramlens.runs.metrics import MetricsFile
+from paramlens.tasks.base import FOLDER
 from paramlens.tasks.batches import own_task
-from paramlens.tasks.settings import CustomTask
 
 
 class RunDirectory:
@@ -103,7 +103,7 @@ class RunDirectory:
     def seal(self) -> None:
         """Write `MANIFEST.json` over configuration, description and target."""
         files = [self.path / name for name in ("config.yaml", "model.json", "target.safetensors", "target.json")]
-        files += sorted((self.path / targets.FOLDER).glob("*"))
+        files += sorted((self.path / FOLDER).glob("*"))
         write_manifest(self.path, [file for file in files if file.is_file()])
 
     @property
@@ -170,8 +170,7 @@ class Run(Shown):
     @property
     def evaluated_on(self) -> EvaluatedOn:
         """What the evaluations in `metrics.jsonl` looked at; runs of before this was recorded are told by their task."""
-        before: EvaluatedOn = "training" if self.config.task.kind in ("facts", "custom") else "held-out"
-        return self.info.get("evaluated_on", before)
+        return self.info.get("evaluated_on", self.config.task.evaluated_on)
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
@@ -181,7 +180,7 @@ class Run(Shown):
     @cached_property
     def target_history(self) -> TargetHistory | None:
         """How a toy target was trained; none for any other."""
-        return targets.history(self.path) if (self.path / "target.json").exists() else None
+        return targets.history(read_description(self.path).rebuilt().task, self.path) if (self.path / "target.json").exists() else None
 
     @cached_property
     @torch.no_grad()
@@ -395,12 +394,13 @@ def model_sha256(model: nn.Module) -> str:
 
 
 def _rebuild_task(path: Path, config: Config) -> Task:
-    if isinstance(config.task, CustomTask):
+    if config.task.given_in_python:
         raise RunDirError(f"{path}: a run on your own model, which the directory does not hold; open_run(path, model=...) from Python")
     kind = torch.device(config.device).type
     if kind != "cpu" and not getattr(torch, kind).is_available():
         config = config.model_copy(update={"device": "cpu"})
-    return targets.make_task(config, targets.load(config, path).to(config))
+    target = targets.load(config, path).to(config.device, config.dtype)
+    return config.task.make(target, seed=config.seed, batch=config.batch)
 
 
 def _parameters(decomposition: Decomposition, importance: Importance) -> dict[str, Mapping[str, Tensor]]:

@@ -17,6 +17,7 @@ from paramlens import errors
 from paramlens.config.file import make_config
 from paramlens.config.model import Config
 from paramlens.errors import ConfigError, ParamLensError, RunInterrupted, Terminated
+from paramlens.fields import expand_home
 from paramlens.files.plain import read_json, write_json
 from paramlens.kernels.machine import usable_cores
 from paramlens.runs.decompose import decompose_config
@@ -56,12 +57,12 @@ def decompose_seeds(
     jobs: list[_Job] = []
     for seed in range(config.seed, config.seed + count):
         each = config.model_copy(update={**shared, "seed": seed})
-        path = default_out(each) if out is None else Path(out) / f"s{seed}"
+        path = default_out(each) if out is None else Path(expand_home(str(out))) / f"s{seed}"
         resumable = resume and is_begun(path)
         anew = overwrite or (resume and is_run(path) and not resumable)  # what was stopped before its first step
         if not resumable:
             require_free(path, overwrite=anew)
-        given = None if target is None else str(target).replace("{seed}", str(seed))
+        given = None if target is None else expand_home(str(target).replace("{seed}", str(seed)))
         if given is not None and resumable and holds_toy(Path(given)):
             given = None  # the run has it
         jobs.append(_Job(each, path, given, resumable, anew and not resumable, tuple(track)))

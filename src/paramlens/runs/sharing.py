@@ -11,12 +11,12 @@ import yaml
 import paramlens
 from paramlens.config.file import load_config
 from paramlens.errors import ConfigError, RunDirError
+from paramlens.files.hub_errors import hub_errors
 from paramlens.files.lock import locked
 from paramlens.files.manifest import MANIFEST
 from paramlens.files.plain import PART, json_text, read_json
 from paramlens.runs.checkpoint import RESUMED
 from paramlens.runs.described import Described, read_description
-from paramlens.runs.hub import told
 from paramlens.runs.layout import CONTENTS, HUB_ID, checkpoints, require_run
 from paramlens.runs.rundir import Run
 from paramlens.runs.verification import verify
@@ -56,7 +56,7 @@ def push_to_hub(
         files = _files(path, resumable=resumable)
         files[CARD] = card(path, repo, resumable=resumable).encode()
         api = HfApi(library_name="paramlens", library_version=paramlens.__version__)
-        with told(repo, revision):
+        with hub_errors(repo, revision):
             api.create_repo(repo, private=private, exist_ok=True)
             if revision is not None and not revision.startswith("refs/"):
                 api.create_branch(repo, branch=revision, exist_ok=True)

@@ -1,5 +1,6 @@
-"""What is decomposed: each task owns its target and its batches.
+"""What is decomposed. A task is one object, which owns its fields of the configuration, its target and its batches.
 
-`induction` is the paper's toy model, `facts` sentences of a language model (`miniature` trains a small one), `text` running text, and
-`batches` the caller's own data. `loading`, `tokens`, `language` and `limits` deal with language models, `reading` with the user's files.
+`base` says what a task answers, and `registry` lists all of them: `induction` is the paper's toy model, `facts` sentences of a language
+model, `text` running text, and `custom` a model of the caller's own, whose `batches` come in many forms. `language_models` loads and saves
+those, and `reading` reads the user's text files.
 """

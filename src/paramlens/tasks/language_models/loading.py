@@ -7,15 +7,16 @@ import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from paramlens.errors import ConfigError
-from paramlens.tasks.limits import require_causal
+from paramlens.errors import ConfigError, first_line
+from paramlens.files.hub_errors import hub_errors
+from paramlens.tasks.base import Target
+from paramlens.tasks.language_models.limits import require_causal
 
 _KNOWN = {
     "gpt2": {},
@@ -28,17 +29,7 @@ _KNOWN = {
 _SEALED: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
-@dataclass(frozen=True)
-class Language:
-    """A causal language model, its tokenizer, where both came from, and the commit on the Hub that they are of."""
-
-    model: nn.Module
-    tokenizer: Any
-    name: str
-    revision: str | None = None
-
-
-def load_language(name: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32) -> Language:
+def load_language(name: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32) -> Target:
     """A model in evaluation mode and its tokenizer, from a local folder or the Hub, safetensors alone.
 
     Raises `ConfigError` for a name that is neither; for a folder that lacks a file, or whose files are damaged or lack a weight that the
@@ -57,7 +48,7 @@ def load_language(name: str, *, revision: str | None = None, dtype: torch.dtype 
         _require_all_weights(name, model, found)
         tokenizer = _tokenizer(name, folder)
     require_causal(model.eval(), name)
-    return Language(model, tokenizer, name, None if _is_here(name) else folder.name)
+    return Target(model, tokenizer, name, None if _is_here(name) else folder.name)
 
 
 def language_skeleton(name: str, *, revision: str | None = None) -> nn.Module:
@@ -82,7 +73,7 @@ def _plainly(name: str, reason: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ConfigError(f"model {name}: transformers {reason} ({_first_line(error)})") from None
+        raise ConfigError(f"model {name}: transformers {reason} ({first_line(error)})") from None
 
 
 def save_language(model: nn.Module, tokenizer: Any, path: Path) -> None:
@@ -100,7 +91,7 @@ def save_language(model: nn.Module, tokenizer: Any, path: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
             raise
         except Exception as error:
-            changed = _first_line(error)
+            changed = first_line(error)
         if changed is not None:
             shutil.rmtree(path, ignore_errors=True)
             raise ConfigError(f"save {path}: transformers does not read this model back as it is ({changed}); use Edit.copy() in Python")
@@ -181,29 +172,10 @@ def _folder(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
             f"model {name}: no such folder; if it has moved, put it or a link to it there (or from Python: open_run(run, model=...))"
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
 
-    try:
+    offline = f"where there is a network, `hf download {name} --local-dir {path.name}` fetches it; then give ./{path.name} as the model"
+    with hub_errors(name, revision, place=f"model {name}: no such folder, and ", raises=ConfigError, offline=offline):
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
-    except HFValidationError:
-        raise ConfigError(f"model {name}: no such folder, and no id on the Hugging Face Hub either (namespace/name)") from None
-    except GatedRepoError:
-        raise ConfigError(f"model {name}: the Hub asks for its terms to be accepted; do so there, then `hf auth login`") from None
-    except RevisionNotFoundError:
-        raise ConfigError(f"model {name}: the Hub has no revision {revision}") from None
-    except RepositoryNotFoundError:
-        raise ConfigError(f"model {name}: no such folder, and the Hugging Face Hub has no such model; check the name") from None
-    except (LocalEntryNotFoundError, OSError):
-        raise ConfigError(
-            f"model {name}: no such folder, and the Hugging Face Hub cannot be reached (offline?). Where there is a network, "
-            f"`hf download {name} --local-dir {path.name}` fetches it; then give that folder as the model: ./{path.name}"
-        ) from None
 
 
 def _require_known(name: str, folder: Path) -> None:
@@ -223,7 +195,7 @@ def _json_object(name: str, file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"model {name}: its {file.name} cannot be read ({_first_line(error)}); fetch or save it again") from None
+        raise ConfigError(f"model {name}: its {file.name} cannot be read ({first_line(error)}); fetch or save it again") from None
     if not isinstance(found, dict):
         raise ConfigError(f"model {name}: its {file.name} is no JSON object; fetch or save it again")
     return found
@@ -258,7 +230,7 @@ def _require_whole_files(name: str, folder: Path) -> None:
             with safe_open(file, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise ConfigError(f"model {name}: its {file.name} is cut off or damaged ({_first_line(error)}); fetch it again") from None
+            raise ConfigError(f"model {name}: its {file.name} is cut off or damaged ({first_line(error)}); fetch it again") from None
 
 
 def _require_all_weights(name: str, model: nn.Module, found: Any) -> None:
@@ -304,15 +276,9 @@ def _tokenizer(name: str, folder: Path) -> Any:
     except Exception as error:
         if not has_files:
             raise ConfigError(none) from None
-        raise ConfigError(f"model {name}: its tokenizer cannot be loaded ({_first_line(error)}); put whole tokenizer files there") from None
+        raise ConfigError(f"model {name}: its tokenizer cannot be loaded ({first_line(error)}); put whole tokenizer files there") from None
     if not has_files and type(tokenizer).vocab_files_names:  # transformers makes an empty one; a tokenizer of bytes needs no files
         raise ConfigError(none)
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise ConfigError(f"model {name}: its tokenizer has no tokens but special ones; put whole tokenizer files there")
     return tokenizer
-
-
-def _first_line(error: BaseException) -> str:
-    """The first line of an error's message, and of one that ends in a colon the next as well."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

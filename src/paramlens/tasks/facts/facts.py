@@ -1,8 +1,8 @@
-"""Facts: sentences of a prompt and an answer, the ones that are shipped, and the task of decomposing a few of them (§5.2, Figure 10)."""
+"""Facts: sentences of a prompt and an answer, the ones that are shipped, and which of them a model knows (§5.2, Figure 10)."""
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -12,16 +12,12 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from paramlens.errors import ConfigError
+from paramlens.errors import ConfigError, first_line
+from paramlens.fields import expand_home
 from paramlens.files.yaml import MOST_BYTES, parse_yaml
-from paramlens.method.batch import Batch
-from paramlens.method.generators import generator
-from paramlens.method.task import Task
-from paramlens.tasks.language import encode_fact, encode_sentence, padded, sentence_of
-from paramlens.tasks.limits import require_tokens, that_fit
-from paramlens.tasks.loading import Language
+from paramlens.tasks.language_models.encoding import encode_fact, padded, sentence_of
+from paramlens.tasks.language_models.limits import require_tokens
 from paramlens.tasks.reading import read_text
-from paramlens.tasks.settings import FactsTask
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,7 @@ class Fact:
 @cache
 def shipped_facts() -> tuple[Fact, ...]:
     """The facts in the package: every athlete in every template, general facts, and the reverse prompts."""
-    tree = yaml.safe_load((resources.files("paramlens.tasks") / "facts.yaml").read_text(encoding="utf-8"))
+    tree = yaml.safe_load((resources.files("paramlens.tasks.facts") / "facts.yaml").read_text(encoding="utf-8"))
     athletes = [(name, sport) for sport, names in tree["athletes"].items() for name in names]
     facts = [Fact(each.format(name=name), sport, "sport", name) for each in tree["templates"] for name, sport in athletes]
     facts += [Fact(prompt, answer, relation) for relation, pairs in tree["general"].items() for prompt, answer in pairs]
@@ -57,8 +53,10 @@ def shipped_facts() -> tuple[Fact, ...]:
 def read_facts(path: Path) -> tuple[Fact, ...]:
     """Facts from a YAML or JSON file: a list of mappings with `prompt` and `answer`, and `relation`, `subject`, `reverse` as they apply.
 
+    In YAML all but `reverse` are text as they stand: `answer: no` is the word, `answer: 1969` the digits.
     Raises `ConfigError` naming the entry that is not one.
     """
+    path = Path(expand_home(str(path)))
     try:
         if (size := path.stat().st_size) > MOST_BYTES:
             raise ConfigError(f"facts {path}: {size} bytes, at most {MOST_BYTES} are read; give a YAML or JSON list")
@@ -84,9 +82,9 @@ def _parsed(text: str, path: Path) -> Any:
     except (ValueError, RecursionError):
         pass
     try:
-        return parse_yaml(text)
+        return parse_yaml(text, texts=("prompt", "answer", "relation", "subject"))
     except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"facts {path}: cannot be read ({str(error).splitlines()[0]}); give a YAML or JSON list") from None
+        raise ConfigError(f"facts {path}: cannot be read ({first_line(error)}); give a YAML or JSON list") from None
 
 
 def fact_of(sentence: str, facts: Sequence[Fact]) -> Fact:
@@ -96,67 +94,6 @@ def fact_of(sentence: str, facts: Sequence[Fact]) -> Fact:
         return found
     prompt, _, answer = sentence.strip().rpartition(" ")
     return Fact(prompt, answer)
-
-
-def facts_task(task: FactsTask, language: Language, *, seed: int) -> Task:
-    """Batches of the task's sentences, with as many others of the shipped facts as it asks for, drawn anew for each step.
-
-    A position's role is its token, in any of the sentences. Nothing is held out: these sentences are what is decomposed.
-    Raises `BatchError` for a sentence of one token, or of more than the model takes; other facts that are too long are not drawn.
-    """
-    tokenizer = language.tokenizer
-    own = [encode_sentence(tokenizer, sentence) for sentence in task.sentences]
-    require_tokens(language.model, own, [f"sentence {sentence!r}" for sentence in task.sentences])
-    others = other_facts(task, language.model, tokenizer)
-    for name, count in (("others", task.others), ("elsewhere", task.elsewhere)):
-        if count > len(others):
-            raise ConfigError(f"task.{name} {count}: there are {len(others)} other facts; give at most as many")
-    fixed = padded(tokenizer, own)
-    assert fixed.texts is not None
-    names = list(dict.fromkeys(text.strip() or text for texts in fixed.texts for text in texts))
-    longest = max(map(len, fixed.texts))
-    rows = [[*(names.index(text.strip() or text) for text in texts), *[-1] * (longest - len(texts))] for texts in fixed.texts]
-    fixed = replace(fixed, roles=torch.tensor(rows))
-
-    def drawn(name: str, step: int, count: int) -> list[list[int]]:
-        order = torch.randperm(len(others), generator=generator(seed, name, step))[:count]
-        return [others[i] for i in order.tolist()]
-
-    def batch(step: int, stream: str) -> Batch:
-        if stream != "train" or not task.others:
-            return fixed
-        return padded(tokenizer, [*own, *drawn("others", step, task.others)])
-
-    def elsewhere(step: int) -> Batch:
-        return padded(tokenizer, drawn("elsewhere", step, task.elsewhere))
-
-    return Task(
-        language.model,
-        batch,
-        roles=tuple(names),
-        elsewhere=elsewhere if task.elsewhere else None,
-        longest=max(map(len, [*own, *others])),
-        held_out=1,
-        evaluated_on="training",
-        tokenizer=tokenizer,
-    )
-
-
-def other_facts(task: FactsTask, model: nn.Module, tokenizer: Any) -> list[list[int]]:
-    """Token ids of the shipped facts that are not the task's sentences and that the model can take."""
-    others = [fact.sentence for fact in shipped_facts() if fact.sentence not in task.sentences]
-    return that_fit(model, [encode_sentence(tokenizer, sentence) for sentence in others])
-
-
-def require_different(task: FactsTask, tokenizer: Any) -> None:
-    """Raise `ConfigError` if two sentences are the same tokens: nothing would be a sentence's own."""
-    seen: dict[tuple[int, ...], str] = {}
-    for sentence in task.sentences:
-        ids = tuple(encode_sentence(tokenizer, sentence))
-        if ids in seen:
-            first = "given twice" if seen[ids] == sentence else f"the same tokens as {seen[ids]!r} to the tokenizer"
-            raise ConfigError(f"task.sentences {sentence!r}: {first}; give different ones")
-        seen[ids] = sentence
 
 
 def kinds(facts: Sequence[Fact], target: Fact, decomposed: Sequence[str]) -> Iterator[tuple[Fact, str]]:

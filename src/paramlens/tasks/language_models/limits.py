@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from paramlens.errors import BatchError, ConfigError
+from paramlens.errors import BatchError, ConfigError, first_line
 
 _PROBE = 8
 """Tokens of the sequences on which a model is tried."""
@@ -108,8 +108,7 @@ def _tried(model: Any, name: str) -> Tensor:
     try:
         return model(input_ids=ids, use_cache=False).logits
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"model {name}: {type(model).__name__} cannot be run on tokens alone ({reason})") from None
+        raise ConfigError(f"model {name}: {type(model).__name__} cannot be run on tokens alone ({first_line(error)})") from None
 
 
 def _probe(rows: int, length: int) -> Int[Tensor, "2 pos"]:

@@ -1,8 +1,7 @@
 """A small GPT-2 with a tokenizer of its own, trained in under a minute on the shipped facts: the facts experiment without any download."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,31 +11,16 @@ from torch.nn import functional as F
 from paramlens.errors import DivergedError
 from paramlens.method.generators import generator, seed_of
 from paramlens.method.task import TargetHistory
-from paramlens.tasks.facts import Fact, answers_alike, recall, shipped_facts
-from paramlens.tasks.language import encode, encode_sentence, model_inputs, padded
-from paramlens.tasks.limits import require_tokens
-from paramlens.tasks.loading import Language
-from paramlens.tasks.settings import Miniature
+from paramlens.tasks.base import OnCheck, Target
+from paramlens.tasks.facts.facts import Fact, answers_alike, recall, shipped_facts
+from paramlens.tasks.facts.task import POSITIONS, FactsCheck, Miniature
+from paramlens.tasks.language_models.encoding import encode, encode_sentence, model_inputs, padded
+from paramlens.tasks.language_models.limits import require_tokens
 
 END = "<|endoftext|>"
 
 
-@dataclass(frozen=True)
-class FactsCheck:
-    """A small GPT-2 over all shipped facts."""
-
-    step: int
-    loss: float
-    """Cross-entropy of the training step in nats per token, swapped answers included."""
-    accuracy: float
-    """Share of the facts whose answer is the likeliest continuation, every token of it."""
-    probability: float
-    """Median probability of the answer."""
-
-
-def train_miniature(
-    task: Miniature, sentences: Sequence[str], *, seed: int, device: str, on_check: Callable[[FactsCheck], object] = lambda _: None
-) -> tuple[Language, TargetHistory]:
+def train_miniature(task: Miniature, sentences: Sequence[str], *, seed: int, device: str, on_check: OnCheck = lambda _: None) -> Target:
     """Train a `GPT2LMHeadModel` from nothing on the shipped facts, all tokens of a sentence counting.
 
     sentences: their words become tokens before all others. Raises `DivergedError` if the loss is not finite, and `BatchError` for a
@@ -52,12 +36,10 @@ def train_miniature(
         checks = _trained(model, tokenizer, task, facts, seed=seed, on_check=on_check)
     model.requires_grad_(True)
     converged = checks[-1].accuracy >= task.converged_accuracy
-    return Language(model.eval(), tokenizer, "miniature"), TargetHistory(tuple(checks), converged=converged)
+    return Target(model.eval(), tokenizer, history=TargetHistory(tuple(checks), converged=converged))
 
 
-def _trained(
-    model: Any, tokenizer: Any, task: Miniature, facts: Sequence[Fact], *, seed: int, on_check: Callable[[FactsCheck], object]
-) -> list[FactsCheck]:
+def _trained(model: Any, tokenizer: Any, task: Miniature, facts: Sequence[Fact], *, seed: int, on_check: OnCheck) -> list[FactsCheck]:
     optimizer = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad], lr=task.lr, weight_decay=task.weight_decay
     )
@@ -104,7 +86,7 @@ def miniature_model(task: Miniature, vocabulary: int) -> Any:
 
     config = GPT2Config(
         vocab_size=vocabulary,
-        n_positions=64,
+        n_positions=POSITIONS,
         n_embd=task.width,
         n_layer=task.blocks,
         n_head=task.heads,

@@ -12,12 +12,12 @@ from paramlens.errors import BatchError, ConfigError
 from paramlens.method.batch import Batch
 from paramlens.method.generators import generator
 from paramlens.method.task import Task
-from paramlens.tasks.language import encode, model_inputs
-from paramlens.tasks.limits import require_tokens
-from paramlens.tasks.loading import Language
+from paramlens.tasks.base import Target
+from paramlens.tasks.language_models.encoding import encode, model_inputs
+from paramlens.tasks.language_models.limits import require_tokens
+from paramlens.tasks.language_models.tokens import token_texts
 from paramlens.tasks.reading import json_lines, read_text
-from paramlens.tasks.settings import TextTask
-from paramlens.tasks.tokens import token_texts
+from paramlens.tasks.text.task import TextTask
 
 
 def read_documents(path: Path) -> list[str]:
@@ -67,11 +67,11 @@ def packed(tokenizer: Any, documents: Iterable[str], length: int) -> Tensor:
     return pieces
 
 
-def text_task(task: TextTask, language: Language, *, seed: int, batch: int) -> Task:
+def text_task(task: TextTask, target: Target, *, seed: int, batch: int) -> Task:
     """Pieces of the text in a new order every epoch; the last share of them, `held_out`, for every other stream than "train"."""
-    pieces = packed(language.tokenizer, read_documents(Path(task.source)), task.length)
+    pieces = packed(target.tokenizer, read_documents(Path(task.source)), task.length)
     largest = pieces[pieces.amax(1).argmax()].tolist()
-    require_tokens(language.model, [largest], [f"task.source {task.source} in pieces of task.length {task.length}"])
+    require_tokens(target.model, [largest], [f"task.source {task.source} in pieces of task.length {task.length}"])
     kept = max(1, round(len(pieces) * task.held_out))
     if len(pieces) - kept < 1:
         raise BatchError(f"task.source {task.source}: {len(pieces)} piece of {task.length} tokens; give more text, some is held out")
@@ -80,10 +80,10 @@ def text_task(task: TextTask, language: Language, *, seed: int, batch: int) -> T
     def piece(step: int, stream: str) -> Batch:
         own = train if stream == "train" else rest
         ids = own[_drawn(len(own), batch, step, (seed, "text", stream))]
-        texts = token_texts(language.tokenizer, ids.flatten().tolist())
+        texts = token_texts(target.tokenizer, ids.flatten().tolist())
         return Batch(model_inputs(ids), texts=tuple(zip(*[iter(texts)] * ids.shape[1], strict=True)))
 
-    return Task(language.model, piece, held_out=-(-len(rest) // batch), longest=task.length, tokenizer=language.tokenizer)
+    return Task(target.model, piece, held_out=-(-len(rest) // batch), longest=task.length, tokenizer=target.tokenizer)
 
 
 def _drawn(count: int, batch: int, step: int, key: Sequence[int | str]) -> Tensor:

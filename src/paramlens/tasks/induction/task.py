@@ -1,10 +1,16 @@
-"""What a configuration says of its task."""
+"""The induction-head task (§5.1, Figure 1, Table 3) as a configuration names it; its target is trained here."""
 
-from typing import Annotated, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from paramlens.fields import Count, Natural, NonNegative, Number, Positive, Section, Share
+from paramlens.fields import Count, Natural, NonNegative, Positive, Section, Share
+from paramlens.tasks.base import BaseTask, OnCheck, OnGivenUp, Skeleton, Target, TargetCheck, TrainingPlan, on_meta
+
+if TYPE_CHECKING:
+    from paramlens.method.task import Task
+    from paramlens.tasks.induction.model import InductionTransformer
 
 
 class TargetTraining(Section):
@@ -60,8 +66,24 @@ class TargetTraining(Section):
         return self
 
 
-class InductionTask(Section):
+@dataclass(frozen=True)
+class InductionCheck(TargetCheck):
+    """A trained target on held-out sequences: the last point of Figure 5, and the attention that carries the circuit."""
+
+    attention_m_s1: float
+    """Mean attention from m to s1 in the first block, over heads its best."""
+    attention_s2_m: float
+    """Mean attention from s2 to m in the last block, over heads its best."""
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}  attention m→s1 {self.attention_m_s1:.3f}  s2→m {self.attention_s2_m:.3f}"
+
+
+class InductionTask(BaseTask):
     """The induction-head task and its attention-only target (§5.1, Table 3)."""
+
+    check: ClassVar = InductionCheck
+    how_trained: ClassVar = frozenset({"training", "embedding_scale", "position_scale", "position_offset"})
 
     kind: Literal["induction"] = "induction"
     vocabulary: Annotated[Count, Field(ge=2)] = 128
@@ -95,81 +117,49 @@ class InductionTask(Section):
             raise ValueError(f"training.window {self.training.window} must not exceed length {self.length}")
         return self
 
+    @property
+    def trained_here(self) -> bool:
+        return True
 
-class Miniature(Section):
-    """A small GPT-2 with a tokenizer of its own, trained on the shipped facts; how it is built and trained (no paper has it)."""
+    @property
+    def longest(self) -> int:
+        return self.length
 
-    blocks: Annotated[Count, Field(le=1000)] = 4
-    """Transformer blocks."""
-    width: Count = 128
-    """Residual stream."""
-    heads: Count = 4
-    """Attention heads per block."""
-    vocabulary: Annotated[Count, Field(ge=300)] = 1600
-    """Tokens of the byte-level BPE, at most."""
-    embedding_scale: Positive = 0.1
-    """Standard deviation of the token embedding, which stays random: nothing can be learned there, so facts must sit in the sites."""
-    dropout: Share = 0.1
-    """Dropout while it is trained, as GPT-2's; without it hardly any change of the weights leaves the other facts alone."""
-    swapped: Share = 0.15
-    """Share of the training sentences whose answer is another of its kind, so that the right one gets a probability near 1 less this share
-    and not 0.9999, which hardly any edit would move."""
-    steps: Count = 600
-    """Training steps."""
-    batch: Count = 64
-    """Sentences per step."""
-    lr: Positive = 2e-3
-    """Learning rate of AdamW, cosine to 0."""
-    weight_decay: NonNegative = 0.1
-    """Decoupled weight decay."""
-    converged_accuracy: Share = 0.98
-    """Share of the facts whose answer is the likeliest continuation, from which the target counts as converged."""
-    check_every: Count = 50
-    """Steps between measurements over all facts."""
+    @property
+    def adds_positions_after_projection(self) -> bool:
+        return self.added == "after"
 
-    @model_validator(mode="after")
-    def _heads_fit(self) -> "Miniature":
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
-        return self
+    def skeleton(self, *, batch: int) -> Skeleton:
+        import torch
 
+        ids = torch.empty(1, self.length, dtype=torch.long, device="meta")
+        return Skeleton(on_meta(self.network), ids, batch, self.length, self.vocabulary + 1, last_token=True)
 
-class _Pretrained(Section):
-    model: Annotated[str, Field(min_length=1)] | None = None
-    """A causal language model: an id on the Hugging Face Hub, or a local folder that `save_pretrained` wrote."""
-    revision: str | None = None
-    """Branch, tag or commit on the Hub; none: its main branch. The commit is recorded in run.json."""
+    def network(self) -> "InductionTransformer":
+        from paramlens.tasks.induction.model import InductionTransformer
 
+        return InductionTransformer(self)
 
-class FactsTask(_Pretrained):
-    """A handful of sentences through a language model (§5.2); without `model`, a small GPT-2 is trained on the shipped facts first."""
+    def training_plan(self) -> TrainingPlan:
+        numbers = 3 * (self.vocabulary + 1) + self.blocks * (6 * self.width + 2 * self.heads * self.length)
+        return TrainingPlan(
+            what=f"{self.blocks} attention blocks, up to {self.training.steps} steps an attempt",
+            steps=self.training.steps,
+            steps_field="task.training.steps",
+            batch=self.training.batch,
+            batch_field="task.training.batch",
+            bytes=4 * self.training.batch * self.length * numbers,
+        )
 
-    kind: Literal["facts"] = "facts"
-    sentences: Annotated[tuple[str, ...], Field(min_length=1)] = (
-        "Kobe Bryant plays the sport of basketball",
-        "Tiger Woods plays the sport of golf",
-    )
-    """What is decomposed; all of them are in every batch. §5.2: these two."""
-    others: Natural = 0
-    """Further sentences in every batch, drawn anew for each step from the shipped facts, and decomposed along. §5.2: none."""
-    elsewhere: Natural = 0
-    """Sentences of other text in every step, drawn from the shipped facts, for `losses.elsewhere`; they are not decomposed. §5.2: none."""
-    miniature: Miniature = Miniature()
+    def train(self, *, seed: int, device: str, on_check: OnCheck, on_given_up: OnGivenUp) -> Target:
+        from paramlens.tasks.induction.training import train_target
 
+        model, history = train_target(self, seed=seed, device=device, on_check=on_check, on_given_up=on_given_up)
+        return Target(model, history=history)
 
-class TextTask(_Pretrained):
-    """A language model on running text, cut into pieces of one length."""
+    def make(self, target: Target, *, seed: int, batch: int) -> "Task":
+        from paramlens.tasks.induction.model import InductionTransformer
+        from paramlens.tasks.induction.sequences import induction_task
 
-    kind: Literal["text"] = "text"
-    source: Annotated[str, Field(min_length=1)]
-    """A text file (UTF-8), or JSON lines with a field `text`, one document a line."""
-    length: Annotated[Count, Field(ge=2)] = 64
-    """Tokens per piece."""
-    held_out: Annotated[Number, Field(gt=0, lt=1)] = 0.1
-    """Share of the pieces, the last ones, that are kept for evaluation."""
-
-
-class CustomTask(Section):
-    """The caller's own model and batches, given to `paramlens.decompose` in Python."""
-
-    kind: Literal["custom"] = "custom"
+        assert isinstance(target.model, InductionTransformer)
+        return induction_task(self, target.model, seed=seed, batch=batch)

@@ -1,4 +1,4 @@
-"""Text as tokens of a language model, and back."""
+"""Text as tokens and batches of a language model."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,22 +8,7 @@ from torch import Tensor
 
 from paramlens.errors import BatchError
 from paramlens.method.batch import Batch
-from paramlens.tasks.loading import Language, language_skeleton, load_language, save_language
-from paramlens.tasks.tokens import open_ended, token_texts
-
-__all__ = [
-    "Language",
-    "encode",
-    "encode_fact",
-    "encode_sentence",
-    "language_skeleton",
-    "load_language",
-    "model_inputs",
-    "padded",
-    "save_language",
-    "sentence_of",
-    "token_texts",
-]
+from paramlens.tasks.language_models.tokens import open_ended, token_texts
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:

@@ -1,0 +1,1 @@
+"""Running text through a language model: `task` names it, and `pieces` cuts the text into batches."""

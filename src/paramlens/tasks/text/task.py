@@ -1,0 +1,38 @@
+"""A language model on running text, as a configuration names it."""
+
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from paramlens.fields import Count, Number, PathText
+from paramlens.tasks.base import Skeleton, Target
+from paramlens.tasks.language_models.pretrained import PretrainedTask
+
+if TYPE_CHECKING:
+    from paramlens.method.task import Task
+
+
+class TextTask(PretrainedTask):
+    """A language model on running text, cut into pieces of one length."""
+
+    paths: ClassVar = ("model", "source")
+
+    kind: Literal["text"] = "text"
+    source: PathText
+    """A text file (UTF-8), or JSON lines with a field `text`, one document a line."""
+    length: Annotated[Count, Field(ge=2)] = 64
+    """Tokens per piece."""
+    held_out: Annotated[Number, Field(gt=0, lt=1)] = 0.1
+    """Share of the pieces, the last ones, that are kept for evaluation."""
+
+    @property
+    def longest(self) -> int:
+        return self.length
+
+    def skeleton(self, *, batch: int) -> Skeleton:
+        return self.skeleton_of(self.empty_model(), rows=batch, length=self.length, length_field="task.length")
+
+    def make(self, target: Target, *, seed: int, batch: int) -> "Task":
+        from paramlens.tasks.text.pieces import text_task
+
+        return text_task(self, target, seed=seed, batch=batch)
