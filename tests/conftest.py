@@ -26,7 +26,8 @@ SHAPED = (
         "tasks.reading",
         "tasks.text",
     ),
-    *("runs.rundir", "runs.described", "runs.checkpoint", "runs.randomness", "runs.train", "runs.budget"),
+    *("runs.rundir", "runs.writer", "runs.integrity", "runs.resume"),
+    *("runs.described", "runs.checkpoint", "runs.randomness", "runs.train", "runs.budget"),
     "analysis",
     "baselines.svd",
 )

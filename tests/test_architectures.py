@@ -10,7 +10,7 @@ from paramlens.method.decomposition import Decomposition
 from paramlens.method.entry import require_sound
 from paramlens.method.generators import generator
 from paramlens.method.sites import Site, at_rest, find_sites
-from paramlens.runs.rundir import model_sha256
+from paramlens.runs.integrity import model_sha256
 from paramlens.tasks.language import model_inputs
 
 CONFIGS = architectures.configs()

@@ -1,6 +1,7 @@
-"""What every section of a configuration is made of: a frozen model whose fields state their unit, and checked numbers."""
+"""What sections of a configuration are made of, frozen models with checked numbers, and how their values are listed."""
 
 import numbers
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -38,3 +39,17 @@ Share = Annotated[Number, Field(ge=0, lt=1)]
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested mappings under dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """`name old → new` for each value of `after` that `before` lacks or has otherwise."""
+    old, new = leaves(before), leaves(after)
+    return [f"{name} {old.get(name)!r} → {value!r}" for name, value in new.items() if value != old.get(name)]

@@ -11,12 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from paramlens.errors import RunDirError
 from paramlens.files.manifest import Problem, problems, write_manifest
 from paramlens.files.plain import PART, discard, read_json, sync, write_json
-from paramlens.files.tensorfile import load_tensors, save_tensors
+from paramlens.files.tensorfile import copy_into, load_tensors, save_tensors
+from paramlens.method.decomposition import Decomposition
+from paramlens.method.importance import Importance
+from paramlens.runs.described import parameters
 from paramlens.runs.layout import checkpoint_path, checkpoint_step, checkpoints, is_resumable
 
 LOADED = ("components.safetensors", "importance.safetensors")
@@ -108,3 +112,10 @@ def load_state(folder: Path) -> CheckpointState:
         rng=load_tensors(folder / "rng.safetensors"),
         **{name: state.get(name) for name in ("threads", "metrics", "model", "config")},
     )
+
+
+@torch.no_grad()
+def load_parameters(folder: Path, decomposition: Decomposition, importance: Importance) -> None:
+    """Copy a checkpoint's U, V and γ in. Raises `RunDirError` naming the tensor that is missing, of another shape or type."""
+    for name, tensors in parameters(decomposition, importance).items():
+        copy_into(folder / f"{name}.safetensors", tensors)

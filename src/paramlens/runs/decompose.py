@@ -14,8 +14,8 @@ from torch import nn
 from paramlens.config.file import load_config, make_config
 from paramlens.config.model import Config
 from paramlens.errors import ConfigError, RunDirError, SiteError
+from paramlens.fields import differences
 from paramlens.files.lock import locked
-from paramlens.files.plain import read_json
 from paramlens.kernels.machine import machine, usable_cores
 from paramlens.kernels.openmp import SPINNING, waiting
 from paramlens.method.batch import Batches, Inputs
@@ -31,24 +31,16 @@ from paramlens.method.start import initialise
 from paramlens.method.task import Task
 from paramlens.runs import targets
 from paramlens.runs.budget import Footprint, footprint, require_memory
-from paramlens.runs.checkpoint import CheckpointState
 from paramlens.runs.forecast import require_room, require_training_room
-from paramlens.runs.layout import FORMAT, checkpoint_path, default_out, holds_toy, is_begun, is_resumable, require_free
+from paramlens.runs.integrity import model_sha256, newest_state, require_unchanged
+from paramlens.runs.layout import checkpoint_path, default_out, holds_toy
 from paramlens.runs.randomness import seeded
-from paramlens.runs.rundir import (
-    Run,
-    RunDirectory,
-    model_sha256,
-    newest_state,
-    open_run,
-    require_target,
-    require_unchanged,
-    require_whole_run,
-    versions,
-)
+from paramlens.runs.resume import begin, recorded_threads, reopen
+from paramlens.runs.rundir import Run, open_run
 from paramlens.runs.saving import require_space
 from paramlens.runs.targets import Target
 from paramlens.runs.train import make_optimizer, restore, train
+from paramlens.runs.writer import RunDirectory
 from paramlens.tasks.batches import own_task
 from paramlens.tasks.settings import CustomTask, FactsTask, InductionTask, TextTask
 from paramlens.tracking.tracker import TargetTracker, Tracker, tell_target
@@ -103,10 +95,7 @@ def decompose(
             raise ConfigError(f"resume: {name} from an iterable cannot be taken up at a step; give a function of the step or a sequence")
     follower = as_tracker(tracker)
     path = Path(tempfile.mkdtemp(prefix="paramlens-")) if out is None else Path(out).absolute()  # batches may change the directory
-    if resume:
-        config = _resumable(config, path, extend_steps=extend_steps, overwrite=overwrite)
-    else:
-        _require_start(path, extend_steps=extend_steps, overwrite=overwrite)
+    config = begin(config, path, resume=resume, extend_steps=extend_steps, overwrite=overwrite)
     with locked(path):
         return _run(config, task, path, resume=resume, overwrite=overwrite, tracker=follower)
 
@@ -152,10 +141,7 @@ def decompose_config(
         raise ConfigError(f"target {target}: a resumed run has its target; leave one of target and resume out")
     require_device(config.device)
     path = Path(out) if out is not None else default_out(config)
-    if resume:
-        config = _resumable(config, path, extend_steps=extend_steps, overwrite=overwrite)
-    else:
-        _require_start(path, extend_steps=extend_steps, overwrite=overwrite)
+    config = begin(config, path, resume=resume, extend_steps=extend_steps, overwrite=overwrite)
     require_room(config)
     with locked(path):
         source = path if resume and targets.is_trained_here(config) else None if target is None else Path(target)
@@ -198,60 +184,6 @@ def trained_target(config: Config, *, tracker: Tracker) -> Target:
         tracker.close()
 
 
-def _require_start(path: Path, *, extend_steps: int | None, overwrite: bool) -> None:
-    if extend_steps is not None:
-        raise ConfigError("extend_steps: continues a run; give it together with resume")
-    require_free(path, overwrite=overwrite)
-
-
-def _resumable(config: Config, path: Path, *, extend_steps: int | None, overwrite: bool) -> Config:
-    """`config`, to `extend_steps` steps if they are given, once it is clear that the whole run in `path` can go on with it.
-
-    Raises unless that was started with this very configuration, and nobody asks to replace it.
-    """
-    if overwrite:
-        raise ConfigError("resume and overwrite exclude each other; leave one out")
-    if not (path / "config.yaml").is_file():
-        raise RunDirError(f"{path}: nothing to resume there; leave resume out to start anew")
-    if not is_begun(path):
-        raise RunDirError(f"{path}: was stopped before its first step; overwrite starts anew")
-    if not is_resumable(path):
-        raise RunDirError(
-            f"{path}: a copy for reading, pushed without optimizer and generators; a push with resumable makes one that goes on"
-        )
-    require_whole_run(path)
-    saved = load_config(path / "config.yaml")
-    config = targets.placed(config, like=saved)
-    if extend_steps is not None:
-        _require_extendable(saved, extend_steps)
-        config, saved = (each.model_copy(update={"steps": extend_steps}) for each in (config, saved))
-    ours, theirs = _leaves(config.model_dump()), _leaves(saved.model_dump())
-    changed = [f"{name} {theirs.get(name)!r} → {ours.get(name)!r}" for name in ours if ours[name] != theirs.get(name)]
-    if changed:
-        raise ConfigError(
-            f"{path}: was started with another configuration ({'; '.join(changed)}); resume with the same one or give another out"
-        )
-    return config
-
-
-def _require_extendable(saved: Config, steps: int) -> None:
-    """Raise unless a run of more steps would have done the same so far."""
-    if steps < saved.steps:
-        raise ConfigError(f"extend_steps {steps}: the run is of {saved.steps} steps; give more")
-    optim, losses = saved.optim, saved.losses
-    reasons = {
-        f"optim.schedule {optim.schedule}": optim.schedule != "constant",
-        f"optim.warmup {optim.warmup:g}, a share": 0 < optim.warmup < 1,
-        f"losses.p_start {losses.p_start:g} to p_final {losses.p_final:g}": losses.minimality and losses.p_start != losses.p_final,
-        f"optim.project_from {optim.project_from}": optim.project_from,
-    }
-    if bound := [reason for reason, holds in reasons.items() if holds]:
-        raise ConfigError(
-            f"extend_steps {steps}: what the run did so far depends on its {saved.steps} steps ({'; '.join(bound)}); "
-            f"start a new one with steps {steps}"
-        )
-
-
 def _require_same_task(task: InductionTask | FactsTask | TextTask, source: Path) -> None:
     """Raise unless the target in `source` was trained on this very task; heads, say, leave no trace in its weights."""
     if not (source / "config.yaml").is_file():
@@ -259,9 +191,8 @@ def _require_same_task(task: InductionTask | FactsTask | TextTask, source: Path)
     if not isinstance(task, InductionTask):
         return  # a language model's folder says what it is
     starts = {"training", "embedding_scale", "position_scale", "position_offset"}  # how it was trained, not what it is
-    ours, theirs = (_leaves(each.model_dump(exclude=starts)) for each in (task, load_config(source / "config.yaml").task))
-    changed = [f"task.{name} {theirs.get(name)!r} → {ours[name]!r}" for name in ours if ours[name] != theirs.get(name)]
-    if changed:
+    saved, given = ({"task": each.model_dump(exclude=starts)} for each in (load_config(source / "config.yaml").task, task))
+    if changed := differences(saved, given):
         raise ConfigError(f"target {source}: trained on another task ({'; '.join(changed)}); give its values or train another")
 
 
@@ -269,13 +200,6 @@ def require_device(device: str) -> None:
     kind = torch.device(device).type
     if kind != "cpu" and not getattr(torch, kind).is_available():
         raise ConfigError(f"device {device}: torch {torch.__version__} finds none here; give cpu")
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return leaves
 
 
 def _run(
@@ -290,7 +214,7 @@ def _run(
 ) -> Run:
     """Train `task` into `path`. Everything that a user can get wrong is checked before a directory is made or replaced."""
     state = newest_state(path, load_config(path / "config.yaml")) if resume else None
-    threads = config.threads or _threads(path, state)
+    threads = config.threads or recorded_threads(path, state)
     with (
         machine(config.model_copy(update={"threads": threads})),
         at_rest(task.model),
@@ -305,7 +229,7 @@ def _run(
         identity = targets.identity(config, target) if target is not None else {"id": type(task.model).__qualname__}
         identity["sha256"] = model_sha256(task.model)
         if resume:
-            directory = _reopened(config, path, state, decomposition, importance, tracker=tracker)
+            directory = reopen(config, path, state, decomposition, importance, tracker=tracker)
         else:
             directory = RunDirectory.create(path, config, overwrite=overwrite)
             if target is not None and target.history is not None:
@@ -325,38 +249,6 @@ def _run(
             directory.record(status="running", evaluated_on=task.evaluated_on, **how)
             train(config, task, decomposition, importance, optimizer, directory, start=start, tracker=tracker)
     return dataclasses.replace(open_run(path, model=task.model), task=task)
-
-
-def _threads(path: Path, state: CheckpointState | None) -> int | None:
-    """CPU threads of the run that is taken up: with others, sums would round otherwise."""
-    return None if state is None else state.threads or read_json(path / "run.json").get("threads")
-
-
-def _reopened(
-    config: Config,
-    path: Path,
-    state: CheckpointState | None,
-    decomposition: Decomposition,
-    importance: Importance,
-    *,
-    tracker: Tracker,
-) -> RunDirectory:
-    """The directory of a run that goes on; one of an older format is brought to this one. Raises `RunDirError`."""
-    described = require_whole_run(path)
-    require_target(path, described, decomposition.model)
-    directory = RunDirectory.reopen(path, state)
-    before, here = directory.info.get("versions"), versions()
-    if before != here:
-        tracker.message(f"{path}: begun with {before}, goes on with {here}; the same bytes are promised for the same versions alone")
-        directory.record(versions=here)
-    if described.format < FORMAT:
-        directory.record(format=FORMAT)
-        directory.describe(config, decomposition, importance, described.target.model_dump(exclude_none=True))
-    if load_config(path / "config.yaml") != config:
-        directory.reconfigure(config)
-    if state is None:
-        tracker.message(f"{path}: no checkpoint yet, begins at step 0")
-    return directory
 
 
 def _built(config: Config, task: Task) -> tuple[Decomposition, Importance]:

@@ -1,5 +1,6 @@
 """model.json: all that loading a run needs, read as a stranger's file, independent of what config.py becomes."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -121,3 +122,12 @@ def read_description(path: Path) -> Described:
 def named_parameters(importance: Importance) -> dict[str, Tensor]:
     """γ's parameters by site, as `importance.safetensors` names them, as views."""
     return {f"{name}.{key}": value for name, parts in importance.site_parameters().items() for key, value in parts.items()}
+
+
+def parameters(decomposition: Decomposition, importance: Importance) -> dict[str, Mapping[str, Tensor]]:
+    """File stem → tensor name → U, V and γ as a checkpoint holds them, as views."""
+    U, V = decomposition.U, decomposition.V
+    return {
+        "components": {f"{name}.U": U[name] for name in U} | {f"{name}.V": V[name] for name in V},
+        "importance": named_parameters(importance),
+    }

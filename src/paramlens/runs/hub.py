@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import paramlens
 from paramlens.errors import ConfigError, RunDirError
 from paramlens.files.manifest import MANIFEST, problems
 from paramlens.files.plain import PART
 from paramlens.runs.checkpoint import damage
 from paramlens.runs.layout import CONTENTS, checkpoints, is_hub_id, is_run
 from paramlens.tracking import TRACKING
+from paramlens.version import __version__
 
 
 def located(run: str | Path, *, revision: str | None = None) -> Path:
@@ -42,9 +42,8 @@ def fetch(repo: str, *, revision: str | None = None) -> Path:
     with told(repo, revision):
         own = [name for name in CONTENTS if name != TRACKING]
         wanted = [pattern for name in own for pattern in (name, f"{name}/*")]
-        version = paramlens.__version__
         snapshot = Path(
-            snapshot_download(repo, revision=revision, allow_patterns=wanted, library_name="paramlens", library_version=version)
+            snapshot_download(repo, revision=revision, allow_patterns=wanted, library_name="paramlens", library_version=__version__)
         )
     if not is_run(snapshot):
         raise RunDirError(f"{repo} at {revision or 'main'}: holds no run (it lacks config.yaml or run.json); see paramlens push")

@@ -1,4 +1,12 @@
-"""Names and places in a run directory: all of it that needs no torch, so that a wrong path is refused at once."""
+"""Names and places in a run directory: all of it that needs no torch, so that a wrong path is refused at once.
+
+config.yaml   resolved, runnable again          run.json   versions, device, dtype, threads, seed, target, status, seconds
+model.json    format, sites, shapes, γ, target, task: all that loading needs
+metrics.jsonl one line per logged step           target.safetensors, target.json   toy targets: weights, training checks
+target/       a language model that was trained here, as a plain Hugging Face folder
+MANIFEST.json bytes and sha256 of config.yaml, model.json and the target
+checkpoints/  as checkpoint.py says              analysis/*.json, report.html
+"""
 
 import contextlib
 import json

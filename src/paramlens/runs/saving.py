@@ -15,7 +15,7 @@ from paramlens.method.importance import Importance
 from paramlens.runs.budget import size_text
 from paramlens.runs.checkpoint import FILES
 from paramlens.runs.layout import checkpoint_path, checkpoint_step, checkpoints
-from paramlens.runs.rundir import RunDirectory
+from paramlens.runs.writer import RunDirectory
 
 TRIES = 5
 """Saves that fail one after the other before a run stops."""

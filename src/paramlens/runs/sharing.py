@@ -3,12 +3,12 @@
 import fnmatch
 import json
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-import paramlens
 from paramlens.config.file import load_config
 from paramlens.errors import ConfigError, RunDirError
 from paramlens.files.lock import locked
@@ -18,9 +18,9 @@ from paramlens.runs.checkpoint import RESUMED
 from paramlens.runs.described import Described, read_description
 from paramlens.runs.hub import told
 from paramlens.runs.layout import CONTENTS, HUB_ID, checkpoints, require_run
-from paramlens.runs.rundir import Run
 from paramlens.runs.verification import verify
 from paramlens.tracking import TRACKING
+from paramlens.version import __version__
 
 CARD = "README.md"
 
@@ -30,7 +30,7 @@ _SHARED = tuple(pattern for name in CONTENTS if name != TRACKING for pattern in 
 
 
 def push_to_hub(
-    run: Run | str | Path,
+    run: str | PathLike[str],
     repo: str,
     *,
     private: bool | None = None,
@@ -45,7 +45,7 @@ def push_to_hub(
     which says so. Files of an earlier push that the run no longer has go; locks, unfinished files and tracking stay here.
     Raises `RunDirError` for a run that is damaged, has no checkpoint or is being written to, and for what the Hub refuses.
     """
-    path = run.path if isinstance(run, Run) else Path(run)
+    path = Path(run)
     require_run(path)
     if not HUB_ID.fullmatch(repo):
         raise ConfigError(f"{repo}: no id of a repository, which is user/name")
@@ -55,7 +55,7 @@ def push_to_hub(
         _require_pushable(path, resumable=resumable)
         files = _files(path, resumable=resumable)
         files[CARD] = card(path, repo, resumable=resumable).encode()
-        api = HfApi(library_name="paramlens", library_version=paramlens.__version__)
+        api = HfApi(library_name="paramlens", library_version=__version__)
         with told(repo, revision):
             api.create_repo(repo, private=private, exist_ok=True)
             if revision is not None and not revision.startswith("refs/"):

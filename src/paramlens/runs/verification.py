@@ -12,9 +12,9 @@ from paramlens.files.plain import read_json
 from paramlens.files.tensorfile import require_fit
 from paramlens.runs.checkpoint import damage
 from paramlens.runs.described import Described
+from paramlens.runs.integrity import require_own, require_whole_run
 from paramlens.runs.layout import checkpoint_step, checkpoints, is_begun, is_resumable, read_metrics, require_run
 from paramlens.runs.metrics import recorded_part
-from paramlens.runs.rundir import require_own, require_whole_run
 
 T = TypeVar("T")
 

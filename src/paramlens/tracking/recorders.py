@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 
+from paramlens.fields import leaves
 from paramlens.files.plain import read_json, write_json
 
 PROJECT = "paramlens"
@@ -49,7 +50,7 @@ class TensorBoard:
         self._event, self._writer = Event, EventFileWriter(str(folder))
         self._writer.add_event(Event(wall_time=time.time(), step=done + 1, session_log=SessionLog(status=SessionLog.START)))
         if not begun:
-            self._add(0, hparams_pb(leaves(config)))
+            self._add(0, hparams_pb(hyperparameters(config)))
 
     def record(self, step: int, values: Mapping[str, float], text: str) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
@@ -153,15 +154,13 @@ def main() -> None:
         sys.exit(1)
 
 
-def leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
-    """A configuration's values under dotted names; lists as text, those that are none left out."""
-    found: dict[str, bool | int | float | str] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            found |= leaves(value, f"{prefix}{key}.")
-        elif value is not None:
-            found[f"{prefix}{key}"] = value if isinstance(value, bool | int | float | str) else json.dumps(value)
-    return found
+def hyperparameters(config: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
+    """A configuration's values under dotted names, as TensorBoard takes them: lists as text, no entry for None."""
+    return {
+        name: value if isinstance(value, bool | int | float | str) else json.dumps(value)
+        for name, value in leaves(config).items()
+        if value is not None
+    }
 
 
 def logged_in() -> bool:

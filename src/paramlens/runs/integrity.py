@@ -1,0 +1,82 @@
+"""Whether what lies in a run directory is what was written there, and all of it of one run."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from paramlens.config.file import dump_config
+from paramlens.config.model import Config
+from paramlens.errors import RunDirError
+from paramlens.files.manifest import MANIFEST, file_sha256, problems
+from paramlens.files.plain import read_json
+from paramlens.runs.checkpoint import CheckpointState, load_state, require_whole
+from paramlens.runs.described import Described, read_description, require_known_format
+from paramlens.runs.layout import checkpoints
+
+
+def require_whole_run(path: Path) -> Described:
+    """What `model.json` says, once configuration, description and target are as the run's manifest says, and run.json is of this run.
+
+    Runs of the first format have no manifest. Raises `RunDirError` naming the file that differs.
+    """
+    require_known_format(path)
+    require_unchanged(path)
+    described = read_description(path)
+    if described.format > 1 and not (path / MANIFEST).exists():
+        raise RunDirError(f"{path / MANIFEST}: missing; restore the file from a copy")
+    given, expected = read_json(path / "run.json").get("target"), described.target.sha256
+    if not isinstance(given, dict) or given.get("sha256") != expected:
+        raise RunDirError(f"{path / 'run.json'}: target {expected[:12]}… expected, another found; restore the file from a copy")
+    return described
+
+
+def require_unchanged(path: Path) -> None:
+    """Raise `RunDirError` naming the first file that is not as the directory's manifest says, where it has one."""
+    if (path / MANIFEST).exists() and (found := problems(path, required=("config.yaml",))):
+        more = f" (and {len(found) - 1} more)" if found[1:] else ""
+        raise RunDirError(f"{found[0]}{more}; it has changed since it was written: restore the file from a copy")
+
+
+def require_target(path: Path, described: Described, model: nn.Module) -> None:
+    """Raise `RunDirError` unless `model` has the weights that the run was made from."""
+    expected, found = described.target.sha256, model_sha256(model)
+    if expected != found:
+        raise RunDirError(
+            f"{path}: made from {described.target.id} with other weights than this model's "
+            f"(sha256 {expected[:12]}… expected, {found[:12]}… found); give the model it was made from"
+        )
+
+
+def newest_state(path: Path, config: Config) -> CheckpointState | None:
+    """State of the newest checkpoint, checked whole and of this very run; none if there is no checkpoint yet. Raises `RunDirError`."""
+    if not (found := checkpoints(path)):
+        return None
+    require_whole(found[-1])
+    require_own(found[-1], path)
+    state = load_state(found[-1])
+    if state.config not in (None, config_sha256(config)):
+        raise RunDirError(f"{found[-1]}: of a run with another configuration than {path / 'config.yaml'}; remove it")
+    return state
+
+
+def require_own(folder: Path, path: Path) -> None:
+    """Raise `RunDirError` if a checkpoint was written by another run, whole as it may be."""
+    model = read_json(folder / "state.json").get("model")
+    if model not in (None, file_sha256(path / "model.json")):
+        raise RunDirError(f"{folder}: of another run, its state.json names another model.json; remove it, or put the run's own back")
+
+
+def config_sha256(config: Config) -> str:
+    """Hash of a configuration, its number of steps left out."""
+    return hashlib.sha256(dump_config(config.model_copy(update={"steps": 1})).encode()).hexdigest()
+
+
+def model_sha256(model: nn.Module) -> str:
+    """Hash of a model's state: names, shapes, types and bytes."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
