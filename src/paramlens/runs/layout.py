@@ -1,4 +1,4 @@
-"""Names and places in a run directory: all of it that needs no torch, so that a wrong path is refused at once.
+"""Names and places in a run directory; needs no torch, so that a wrong path is refused at once.
 
 config.yaml   resolved, runnable again          run.json   versions, device, dtype, threads, seed, target, status, seconds
 model.json    format, sites, shapes, γ, target, task: all that loading needs
