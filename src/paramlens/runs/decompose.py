@@ -16,8 +16,9 @@ from paramlens.config.model import Config
 from paramlens.errors import ConfigError, RunDirError, SiteError
 from paramlens.fields import differences
 from paramlens.files.lock import locked
-from paramlens.kernels.machine import machine, usable_cores
+from paramlens.kernels.machine import machine
 from paramlens.kernels.openmp import SPINNING, waiting
+from paramlens.kernels.resources import usable_cores
 from paramlens.method.batch import Batches, Inputs
 from paramlens.method.decomposition import Decomposition
 from paramlens.method.entry import require_plain, require_sound

@@ -18,7 +18,7 @@ from paramlens.config.file import make_config
 from paramlens.config.model import Config
 from paramlens.errors import ConfigError, ParamLensError, RunInterrupted, Terminated
 from paramlens.files.plain import read_json, write_json
-from paramlens.kernels.machine import usable_cores
+from paramlens.kernels.resources import usable_cores
 from paramlens.runs.decompose import decompose_config
 from paramlens.runs.layout import default_out, holds_toy, is_begun, is_run, require_free
 from paramlens.tracking.signals import apart, ask_to_end, end_in_order, interrupts, termination
