@@ -13,9 +13,7 @@ from paramlens.method.importance import Importance, lower
 from paramlens.method.losses import LossAt, faithfulness, reconstruction_plans
 from paramlens.method.masks import Replacement, rounded_mask
 from paramlens.method.task import Task
-
-ACTIVE = 0.1
-"""A subcomponent is active on a token where its importance g exceeds this."""
+from paramlens.method.threshold import ACTIVE
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
 """`paramlens push`: a run directory as a repository on the Hugging Face Hub, with a card that says what it is and how to open it."""
 
 import fnmatch
-import json
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -17,7 +16,7 @@ from paramlens.files.plain import PART, json_text, read_json
 from paramlens.runs.checkpoint import RESUMED
 from paramlens.runs.described import Described, read_description
 from paramlens.runs.hub import told
-from paramlens.runs.layout import CONTENTS, HUB_ID, checkpoints, require_run
+from paramlens.runs.layout import CONTENTS, HUB_ID, checkpoint_step, checkpoints, require_run
 from paramlens.runs.verification import verify
 from paramlens.tracking import TRACKING
 from paramlens.version import __version__
@@ -68,7 +67,7 @@ def push_to_hub(
                 *(CommitOperationAdd(name, content) for name, content in sorted(files.items())),
                 *(CommitOperationDelete(name) for name in gone),
             ]
-            title = message or f"{path.absolute().name} at step {_newest(path)}"
+            title = message or f"{path.absolute().name} at step {checkpoint_step(checkpoints(path)[-1])}"
             return str(api.create_commit(repo, operations, commit_message=title, revision=revision).commit_url)
 
 
@@ -111,7 +110,7 @@ def card(path: Path, repo: str, *, resumable: bool) -> str:
         *("---", yaml.safe_dump(metadata, sort_keys=False).strip(), "---", MARK, ""),
         *(f"# {config.name}, seed {config.seed}", ""),
         *(_what(described), ""),
-        *(f"Step {_newest(path)} of {config.steps}, {info['status']}; made with {_versions(info)}.", ""),
+        *(f"Step {checkpoint_step(checkpoints(path)[-1])} of {config.steps}, {info['status']}; made with {_versions(info)}.", ""),
         *_metrics(path),
         *("```python", "import paramlens", "", f'run = paramlens.open_run("{repo}")', "table = paramlens.circuit(run)", "```", ""),
         f"or `paramlens circuit {repo}`. Every file is listed with its sha256 in a `MANIFEST.json` and checked before it is read; "
@@ -145,7 +144,3 @@ def _metrics(path: Path) -> list[str]:
     found = read_json(file)
     rows = [f"| {name} | {value:.3g} |" for name, value in found["metrics"].items()]
     return [f"| {found.get('evaluated_on', 'metric')} | |", "|---|---:|", *rows, ""]
-
-
-def _newest(path: Path) -> int:
-    return json.loads((checkpoints(path)[-1] / "state.json").read_text(encoding="utf-8"))["step"]
