@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 MOST_BYTES = 2**20
-"""A longer configuration file is none."""
+"""Maximum size of a configuration file, in bytes."""
 
 
 class _Loader(yaml.SafeLoader):

@@ -27,7 +27,7 @@ LOADED = ("components.safetensors", "importance.safetensors")
 """What reading a run needs."""
 
 RESUMED = ("optimizer.safetensors", "rng.safetensors")
-"""What resuming alone needs; a copy for reading lacks them, in its manifests too."""
+"""What only resuming needs; a copy that was pushed without them lacks them in its manifests too."""
 
 FILES = (*LOADED, *RESUMED, "state.json")
 """All of a checkpoint."""
@@ -35,23 +35,23 @@ FILES = (*LOADED, *RESUMED, "state.json")
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """All that resuming needs beside U, V and γ. Of the first format threads, metrics, model and config are none."""
+    """What resuming needs beside U, V and γ. Format 1 has no threads, metrics, model and config; they are None."""
 
     step: int
     optimizer: dict[str, Tensor]
     rng: dict[str, Tensor]
     threads: int | None
-    """CPU threads: with another number sums round otherwise."""
+    """CPU threads; with another number, sums round differently."""
     metrics: Mapping[str, Any] | None
     """Bytes and sha256 of metrics.jsonl at this step."""
     model: str | None
     """sha256 of the run's model.json."""
     config: str | None
-    """sha256 of the run's configuration, its number of steps left out."""
+    """sha256 of the run's configuration without its number of steps."""
 
 
 def write_checkpoint(path: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
-    """Write the checkpoint of `state["step"]` into a run directory. Raises `OSError`, leaving no trace, if the disk does not take it."""
+    """Write the checkpoint of `state["step"]` into a run directory. If the disk fails, raises `OSError` and leaves nothing."""
     final = checkpoint_path(path, state["step"])
     part = final.with_name(final.name + PART)
     shutil.rmtree(part, ignore_errors=True)

@@ -72,10 +72,10 @@ def decompose(
     tokenizers make it, or a `paramlens.Batch` says which positions are present; no others count.
     held_out: batches that are not decomposed, in the same forms (of an iterable the first 64), which evaluations and analyses look at;
     without them those look at `batches`, and results say "training".
-    out: the run directory; none: a new temporary one. fields: any field of `Config`, nested ones as mappings (`optim={"lr": 3e-3}`).
-    resume: take the run in `out` up at its newest checkpoint, to end in the same bytes as if it had never stopped; extend_steps: to this
-    many steps instead of those it was started with, where nothing it did so far depended on their number.
-    tracker: what follows the run; names of `trackers.LIBRARIES` stand for those beside the terminal.
+    out: the run directory. Defaults to a new temporary one. fields: any field of `Config`, nested ones as mappings (`optim={"lr": 3e-3}`).
+    resume: continue the run in `out` from its newest checkpoint; the result has the same bytes as a run that never stopped.
+    extend_steps: continue to this many steps, if nothing that the run did so far depends on their number.
+    tracker: a `Tracker`, or names out of `trackers.LIBRARIES`, which add to the terminal. Defaults to none.
     The model comes back exactly as it was. Raises `ConfigError`, `SiteError`, `BatchError`, `RunDirError`, `DivergedError`, `SaveError`.
     """
     if not isinstance(model, nn.Module):
@@ -127,17 +127,20 @@ def decompose_config(
     overwrite: bool = False,
     tracker: Tracker | str | Sequence[str] | None = None,
 ) -> Run:
-    """The run that a configuration describes, its toy target trained first unless `target` names a directory that holds one.
+    """Run a configuration. A toy target is trained first, unless `target` is a directory that holds one.
 
     target: for language models also any model, an id on the Hugging Face Hub or a local folder.
-    out: the run directory; none: runs/<name>-s<seed>. resume, extend_steps, tracker: as for `decompose`, and it raises as that does.
+    out: the run directory. Defaults to runs/<name>-s<seed>. resume, extend_steps, tracker: as for `decompose`, and it raises as that does.
     """
     follower, named = as_tracker(tracker), with_target(config, target)
     if named is not config:
         config, target = named, None
     config = targets.placed(config)
     if isinstance(config.task, CustomTask):
-        raise ConfigError("task: give one of a kind; a model of your own is decomposed in Python, paramlens.decompose(model, batches, ...)")
+        raise ConfigError(
+            "task: set task.kind to induction, facts or text; a model of your own is decomposed in Python, "
+            "paramlens.decompose(model, batches, ...)"
+        )
     if resume and target is not None:
         raise ConfigError(f"target {target}: a resumed run has its target; leave one of target and resume out")
     require_device(config.device)
@@ -154,7 +157,7 @@ def decompose_config(
 
 
 def _target(config: Config, source: Path | None, *, tracker: Tracker) -> Target:
-    """The target of a configuration: named by it, lying in the directory `source`, or trained now."""
+    """The target of a configuration: the pretrained one, the one in the directory `source`, or one trained now."""
     if not targets.is_trained_here(config):
         return targets.pretrained(config)
     if source is None:
@@ -167,14 +170,14 @@ def _target(config: Config, source: Path | None, *, tracker: Tracker) -> Target:
 
 
 def with_target(config: Config, target: str | Path | None) -> Config:
-    """`config`, its language model replaced by `target` unless that is a directory in which a toy target lies."""
+    """`config` with `target` as its language model, unless that is a directory that holds a toy target."""
     if target is None or isinstance(config.task, InductionTask | CustomTask) or holds_toy(Path(target)):
         return config
     return config.model_copy(update={"task": config.task.model_copy(update={"model": str(target), "revision": None})})
 
 
 def trained_target(config: Config, *, tracker: Tracker) -> Target:
-    """Train the toy target of a configuration, telling its progress and whether it converged."""
+    """Train the toy target of a configuration, and report its progress and whether it converged."""
     require_device(config.device)
     require_training_room(config)
     if isinstance(tracker, TargetTracker):
@@ -186,7 +189,7 @@ def trained_target(config: Config, *, tracker: Tracker) -> Target:
 
 
 def _require_same_task(task: InductionTask | FactsTask | TextTask, source: Path) -> None:
-    """Raise unless the target in `source` was trained on this very task; heads, say, leave no trace in its weights."""
+    """Raise unless the target in `source` was trained on this very task; its weights alone do not tell, of heads for example."""
     if not (source / "config.yaml").is_file():
         raise RunDirError(f"{source}: no config.yaml; give a directory made by train-target or decompose")
     if not isinstance(task, InductionTask):

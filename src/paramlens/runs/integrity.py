@@ -1,4 +1,4 @@
-"""Whether what lies in a run directory is what was written there, and all of it of one run."""
+"""Checks that the files of a run directory are as they were written, and all of one run."""
 
 import hashlib
 from pathlib import Path
@@ -17,7 +17,7 @@ from paramlens.runs.layout import checkpoints
 
 
 def require_whole_run(path: Path) -> Described:
-    """What `model.json` says, once configuration, description and target are as the run's manifest says, and run.json is of this run.
+    """Check configuration, description and target against the run's manifest, and run.json against them; return `model.json`.
 
     Runs of the first format have no manifest. Raises `RunDirError` naming the file that differs.
     """
@@ -50,7 +50,7 @@ def require_target(path: Path, described: Described, model: nn.Module) -> None:
 
 
 def newest_state(path: Path, config: Config) -> CheckpointState | None:
-    """State of the newest checkpoint, checked whole and of this very run; none if there is no checkpoint yet. Raises `RunDirError`."""
+    """The state of the newest checkpoint, None if there is none yet. Raises `RunDirError` if it is damaged or of another run."""
     if not (found := checkpoints(path)):
         return None
     require_whole(found[-1])
@@ -62,14 +62,14 @@ def newest_state(path: Path, config: Config) -> CheckpointState | None:
 
 
 def require_own(folder: Path, path: Path) -> None:
-    """Raise `RunDirError` if a checkpoint was written by another run, whole as it may be."""
+    """Raise `RunDirError` if a checkpoint was written by another run."""
     model = read_json(folder / "state.json").get("model")
     if model not in (None, file_sha256(path / "model.json")):
         raise RunDirError(f"{folder}: of another run, its state.json names another model.json; remove it, or put the run's own back")
 
 
 def config_sha256(config: Config) -> str:
-    """Hash of a configuration, its number of steps left out."""
+    """Hash of a configuration without its number of steps."""
     return hashlib.sha256(dump_config(config.model_copy(update={"steps": 1})).encode()).hexdigest()
 
 

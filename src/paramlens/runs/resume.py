@@ -31,9 +31,9 @@ def begin(config: Config, path: Path, *, resume: bool, extend_steps: int | None,
 
 
 def _continued(config: Config, path: Path, *, extend_steps: int | None, overwrite: bool) -> Config:
-    """`config`, to `extend_steps` steps if they are given, once it is clear that the whole run in `path` can go on with it.
+    """`config`, with `extend_steps` steps if they are given, once it is clear that the run in `path` can continue with it.
 
-    Raises unless that was started with this very configuration, and nobody asks to replace it.
+    Raises if the run was started with another configuration, is damaged, or is to be overwritten.
     """
     if overwrite:
         raise ConfigError("resume and overwrite exclude each other; leave one out")
@@ -59,7 +59,7 @@ def _continued(config: Config, path: Path, *, extend_steps: int | None, overwrit
 
 
 def _require_extendable(saved: Config, steps: int) -> None:
-    """Raise unless a run of more steps would have done the same so far."""
+    """Raise `ConfigError` unless a run of `steps` steps would have done the same so far."""
     if steps < saved.steps:
         raise ConfigError(f"extend_steps {steps}: the run is of {saved.steps} steps; give more")
     optim, losses = saved.optim, saved.losses
@@ -77,7 +77,7 @@ def _require_extendable(saved: Config, steps: int) -> None:
 
 
 def recorded_threads(path: Path, state: CheckpointState | None) -> int | None:
-    """CPU threads of the run that is taken up: with others, sums would round otherwise."""
+    """CPU threads of the run that continues; with another number, sums round differently."""
     return None if state is None else state.threads or read_json(path / "run.json").get("threads")
 
 
@@ -90,7 +90,7 @@ def reopen(
     *,
     tracker: Tracker,
 ) -> RunDirectory:
-    """The directory of a run that goes on; one of an older format is brought to this one. Raises `RunDirError`."""
+    """The directory of a run that continues, brought to the current format. Raises `RunDirError`."""
     described = require_whole_run(path)
     require_target(path, described, decomposition.model)
     directory = RunDirectory.reopen(path, state)

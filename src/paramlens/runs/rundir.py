@@ -67,7 +67,7 @@ class Run(Shown):
 
     @property
     def evaluated_on(self) -> EvaluatedOn:
-        """What the evaluations in `metrics.jsonl` looked at; runs of before this was recorded are told by their task."""
+        """The data of the evaluations in `metrics.jsonl`; in older runs, which do not record it, it follows from the task."""
         before: EvaluatedOn = "training" if self.config.task.kind in ("facts", "custom") else "held-out"
         return self.info.get("evaluated_on", before)
 
@@ -78,13 +78,13 @@ class Run(Shown):
 
     @cached_property
     def target_history(self) -> TargetHistory | None:
-        """How a toy target was trained; none for any other."""
+        """How a toy target was trained; None for any other target."""
         return targets.history(self.path) if (self.path / "target.json").exists() else None
 
     @cached_property
     @torch.no_grad()
     def verdicts(self) -> tuple[Verdict, ...]:
-        """Whether the decomposition can be trusted, from the last evaluation up to the loaded checkpoint; `circuit` has more of them."""
+        """Whether the decomposition can be trusted, by the last evaluation before the loaded checkpoint; `circuit` has more verdicts."""
         measured = [line["evaluation"] for line in self.metrics if "evaluation" in line and line["step"] <= self.step]
         left_out = faithfulness(self.decomposition).item()
         now = {"faithfulness": left_out, "faithfulness_relative": left_out / mean_square(self.decomposition)}
@@ -164,10 +164,10 @@ def open_run(
 ) -> Run:
     """Open a run directory at its newest checkpoint, or at step `checkpoint`.
 
-    A string user/name that is no path here is a repository on the Hugging Face Hub, fetched at the branch, tag or commit `revision`.
-    `model` is the target of a run on your own model, `batches` (as for `decompose`) what its analyses look at; toy targets and their
-    data are in the directory, and open on the CPU where the run's device is missing. Raises `RunDirError` if the path is no run,
-    holds no checkpoint, needs a model that is not given, or was made from another model.
+    A string user/name that is not a local path is a repository on the Hugging Face Hub, fetched at the branch, tag or commit `revision`.
+    model: the target of a run on your own model; batches: as for `decompose`, the data for its analyses. Toy targets and their data
+    are in the directory, and open on the CPU if the run's device is missing. Raises `RunDirError` if the path is not a run, holds no
+    checkpoint, needs a model that is not given, or was made from another model.
     """
     path = located(path, revision=revision)
     require_run(path)
@@ -194,9 +194,9 @@ def open_run(
 
 
 def _whole_checkpoint(path: Path, step: int | None, described: Described) -> Path:
-    """The newest checkpoint, or that of `step`, once it is known to be whole and of this run. Raises `RunDirError`.
+    """The newest checkpoint, or the one at `step`, checked to be whole and of this run. Raises `RunDirError`.
 
-    One that a run under way removes meanwhile, since it has written newer ones, is given up for those.
+    If a run under way removes it meanwhile, after it wrote newer ones, the newest of those is taken.
     """
     while True:
         folder = find_checkpoint(path, step)

@@ -39,9 +39,10 @@ def push_to_hub(
 ) -> str:
     """Upload a run directory to the repository `repo` (user/name), made if it is missing, as one commit; returns the commit's address.
 
-    private: of a new repository; none: the account's default. revision: the branch, made if it is missing; none: main.
-    resumable: with the optimizer and the generators, three times the bytes; without them what is there is a copy for reading,
-    which says so. Files of an earlier push that the run no longer has go; locks, unfinished files and tracking stay here.
+    private: whether a new repository is private. Defaults to the account's setting. revision: the branch, made if it is missing.
+    Defaults to main. resumable: also upload the optimizer and the random generators, which triples the size; without them the copy
+    can be read but not resumed, and its card says so. Files of an earlier push that the run no longer has are deleted there; locks,
+    unfinished files and tracking are not uploaded.
     Raises `RunDirError` for a run that is damaged, has no checkpoint or is being written to, and for what the Hub refuses.
     """
     path = Path(run)
@@ -83,7 +84,7 @@ def _require_pushable(path: Path, *, resumable: bool) -> None:
 
 
 def _files(path: Path, *, resumable: bool) -> dict[str, Path | bytes]:
-    """Name in the repository → file, or the bytes that stand there in its place."""
+    """Name in the repository → file, or the bytes to upload in its place."""
     found = {file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*")) if file.is_file() and not file.is_symlink()}
     kept: dict[str, Path | bytes] = {
         name: file for name, file in found.items() if PART not in name and any(fnmatch.fnmatchcase(name, each) for each in _SHARED)
@@ -100,7 +101,7 @@ def _files(path: Path, *, resumable: bool) -> dict[str, Path | bytes]:
 
 
 def card(path: Path, repo: str, *, resumable: bool) -> str:
-    """The repository's README.md: metadata, what was decomposed, the metrics of `circuit` where they lie there, how to open it."""
+    """The repository's README.md: metadata, what was decomposed, the metrics of `circuit` if it was run, how to open the run."""
     described, info = read_description(path), read_json(path / "run.json")
     config = load_config(path / "config.yaml")
     metadata: dict[str, Any] = {"library_name": "paramlens", "tags": ["paramlens", "parameter-decomposition", "interpretability"]}

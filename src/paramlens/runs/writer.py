@@ -49,16 +49,16 @@ class RunDirectory:
 
     @classmethod
     def reopen(cls, path: Path, state: CheckpointState | None) -> "RunDirectory":
-        """A directory taken up at a checkpoint, or at its beginning: leftovers removed, metrics cut back.
+        """A directory to continue from a checkpoint, or from step 0: unfinished files are removed, metrics cut back.
 
-        Raises `RunDirError` for metrics that are not what the checkpoint recorded.
+        Raises `RunDirError` if the metrics are not those that the checkpoint recorded.
         """
         sweep(path)
         recorded, step = ({"bytes": 0, "sha256": hashlib.sha256().hexdigest()}, 0) if state is None else (state.metrics, state.step)
         return cls(path, metrics=MetricsFile.cut(path / "metrics.jsonl", recorded, step=step))
 
     def describe(self, config: Config, decomposition: Decomposition, importance: Importance, target: dict[str, Any]) -> None:
-        """Write `model.json`, and the manifest over all that stays as it is from now on."""
+        """Write `model.json`, and the manifest of the files that no longer change."""
         (self.path / "checkpoints").mkdir(exist_ok=True)
         write_json(self.path / "model.json", describe(config, decomposition, importance, target))
         self.seal()
@@ -69,7 +69,7 @@ class RunDirectory:
         self.seal()
 
     def seal(self) -> None:
-        """Write `MANIFEST.json` over configuration, description and target."""
+        """Write `MANIFEST.json` for configuration, description and target."""
         files = [self.path / name for name in ("config.yaml", "model.json", "target.safetensors", "target.json")]
         files += sorted((self.path / targets.FOLDER).glob("*"))
         write_manifest(self.path, [file for file in files if file.is_file()])
@@ -93,7 +93,7 @@ class RunDirectory:
         optimizer: Mapping[str, Tensor],
         rng: Mapping[str, Tensor],
     ) -> Path:
-        """Write one checkpoint, metrics first, then remove those that are not kept. Raises `OSError` if the disk does not take it."""
+        """Write the metrics and a checkpoint, then remove old checkpoints. Raises `OSError` if the disk fails."""
         state = {
             "format": FORMAT,
             "step": step,
