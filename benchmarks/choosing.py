@@ -12,13 +12,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
-from math import log10
 from pathlib import Path
 from typing import Any
 
+import plotly.graph_objects as go
 import torch
+from picture import save_figure
+from plotly.subplots import make_subplots
 
 from paramlens import circuit, decompose_config, load_config, open_run
 from paramlens.baselines.bench import _processor
@@ -51,7 +51,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results" / "choosing.json"
 IMAGES = ROOT / "docs" / "images"
 FOLDER = ROOT / "runs" / "choosing"
-COLOURS = ("#1a6f78", "#b4500f", "#6b3fa0", "#5c6672")
+COLOURS = ("#1a6f78", "#b4500f", "#6b3fa0", "#5c6672", "#8f8f3d", "#a05cb8")
 Row = Mapping[str, Any]
 """What is kept of one run."""
 
@@ -113,8 +113,8 @@ def tables() -> None:
     C = {24: found["shipped"]["shipped"], **{int(name): row for name, row in found["C"].items()}}
     pressure = {0.2: found["shipped"]["shipped"], **{float(name): row for name, row in found["minimality"].items()}}
     columns = [("C, subcomponents a site", C, 24), ("coefficient of minimality", pressure, 0.2)]
-    (IMAGES / "choosing-C.svg").write_text(_drawn(*_curves(columns)), encoding="utf-8")
-    (IMAGES / "choosing-gamma.svg").write_text(_drawn(*_gammas(found)), encoding="utf-8")
+    save_figure(_curves(columns), IMAGES / "choosing-C.svg", width=840, height=640)
+    save_figure(_gammas(found), IMAGES / "choosing-gamma.svg", width=840, height=340)
 
 
 def _table(rows: Mapping[str, Row]) -> str:
@@ -159,108 +159,57 @@ def _at_random(row: Row) -> float:
     return max(site["active"]["random"] for site in row["sites"].values())
 
 
-@dataclass(frozen=True)
-class Axis:
-    """From values to pixels, and where its ticks are."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-    ticks: Sequence[float]
-    is_log: bool = True
-
-    def at(self, value: float) -> float:
-        low, high, value = (log10(v) if self.is_log else v for v in (self.low, self.high, max(value, self.low)))
-        return self.start + (value - low) / (high - low) * (self.end - self.start)
-
-
-def _frame(x: Axis, y: Axis, *, above: str = "", below: str = "") -> list[str]:
-    parts = [f'<path class="f" d="M{x.start} {y.end}V{y.start}H{x.end}"/>']
-    for tick in x.ticks:
-        parts.append(f'<path class="f" d="M{x.at(tick):.1f} {y.start}v4"/>')
-        parts.append(f'<text x="{x.at(tick):.1f}" y="{y.start + 17}" text-anchor="middle">{_number(tick)}</text>')
-    for tick in y.ticks:
-        parts.append(f'<path class="g" d="M{x.start} {y.at(tick):.1f}H{x.end}"/>')
-        parts.append(f'<text x="{x.start - 6}" y="{y.at(tick) + 4:.1f}" text-anchor="end">{_number(tick)}</text>')
-    parts.append(f'<text class="t" x="{x.start}" y="{y.end - 10}">{escape(above)}</text>')
-    parts.append(f'<text x="{(x.start + x.end) / 2}" y="{y.start + 35}" text-anchor="middle">{escape(below)}</text>')
-    return parts
-
-
-def _number(value: float) -> str:
-    return f"{value:,g}" if value == 0 or 0.01 <= value < 1e6 else f"1e{round(log10(value))}"
-
-
-def _curves(columns: Sequence[tuple[str, Mapping[float, Row], float]]) -> tuple[list[str], int, int]:
+def _curves(columns: Sequence[tuple[str, Mapping[float, Row], float]]) -> go.Figure:
     """A column for every knob; a row for what is lost, one for how many parts are on, one for where they should not be."""
-    panels: list[tuple[str, dict[str, Callable[[Row], float]], tuple[float, float], Sequence[float], bool]] = [
-        (
-            "what is lost, nats",
-            {key: lambda row, key=key: row["metrics"][key] for key in ("recon", "recon_layerwise", "recon_adversarial")},
-            (1e-4, 20),
-            (1e-4, 1e-3, 1e-2, 1e-1, 1, 10),
-            True,
-        ),
-        ("parts, all sites", {"active at their role": _at_role, "unique": _unique}, (0, 130), (0, 25, 50, 75, 100, 125), False),
-        ("parts at random positions", {"of the site with most": _at_random}, (0, 3.6), (0, 1, 2, 3), False),
+    panels: list[tuple[str, dict[str, Callable[[Row], float]]]] = [
+        ("nats lost", {key: lambda row, key=key: row["metrics"][key] for key in ("recon", "recon_layerwise", "recon_adversarial")}),
+        ("parts, all sites", {"active at their role": _at_role, "unique": _unique}),
+        ("parts at random", {"of the site with most, at random positions": _at_random}),
     ]
-    parts: list[str] = []
-    for column, (label, rows, shipped) in enumerate(columns):
+    figure = make_subplots(3, 2, shared_xaxes=True, vertical_spacing=0.05, horizontal_spacing=0.1)
+    for column, (label, rows, shipped) in enumerate(columns, 1):
         values = sorted(rows)
-        x = Axis(values[0] / 1.15, values[-1] * 1.15, 60 + 400 * column, 310 + 400 * column, values)
-        top = 40
-        for i, (title, curves, (low, high), ticks, is_log) in enumerate(panels):
-            y = Axis(low, high, top + 150, top, ticks, is_log)
-            parts += _frame(x, y, above=title, below=label if i == len(panels) - 1 else "")
-            parts.append(f'<path class="s" d="M{x.at(shipped):.1f} {y.start}V{y.end}"/>')
-            ends: list[float] = []
-            for (name, of), colour in zip(curves.items(), COLOURS, strict=False):
-                points = [(x.at(value), y.at(of(rows[value]))) for value in values]
-                parts.append(f'<polyline stroke="{colour}" points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in points)}"/>')
-                parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>' for a, b in points]
-                end = points[-1][1] + 4
-                while any(abs(end - other) < 13 for other in ends):
-                    end -= 3
-                ends.append(end)
-                parts.append(f'<text x="{x.end + 4}" y="{end:.1f}" style="fill:{colour}">{escape(name)}</text>')
-            top += 205
-    return parts, 840, 640
+        colours = iter(COLOURS)
+        for place, (title, curves) in enumerate(panels, 1):
+            for name, of in curves.items():
+                line = {"color": next(colours), "width": 1.6}
+                y = [of(rows[value]) for value in values]
+                figure.add_scatter(x=values, y=y, name=name, mode="lines+markers", line=line, showlegend=column == 1, row=place, col=column)
+            figure.add_vline(x=shipped, line={"color": "#5c6672", "dash": "dot", "width": 1}, row=place, col=column)
+            kind = {"type": "log", "tickformat": "~g", "dtick": 1} if place == 1 else {"rangemode": "tozero"}
+            figure.update_yaxes(title=title if column == 1 else None, **kind, row=place, col=column)
+        figure.update_xaxes(type="log", tickvals=values, row=3, col=column)
+        figure.update_xaxes(title=label, row=3, col=column)
+    figure.update_xaxes(type="log")
+    return figure
 
 
-def _gammas(found: Mapping[str, Mapping[str, Row]]) -> tuple[list[str], int, int]:
-    """Every γ by its parameters: what it loses, and what it leaves on at random positions."""
+def _gammas(found: Mapping[str, Mapping[str, Row]]) -> go.Figure:
+    """Every γ by its parameters: what it loses, and what it leaves on at random positions. Numbers: d_gate."""
     rows = {"attention 8": found["shipped"]["shipped"], **found["γ"]}
-    sizes = [1e3, 1e4, 1e5]
-    parts: list[str] = []
-    for column, (title, of, y_low, y_high, ticks) in enumerate(
-        [
-            ("recon, nats", lambda row: row["metrics"]["recon"], 1e-4, 1, (1e-4, 1e-3, 1e-2, 1e-1, 1)),
-            ("parts at random positions, of the site with most", _at_random, 0.01, 10, (0.01, 0.1, 1, 10)),
-        ]
-    ):
-        x = Axis(700, 2e5, 60 + 400 * column, 390 + 400 * column, sizes)
-        y = Axis(y_low, y_high, 240, 40, ticks)
-        parts += _frame(x, y, above=title, below="parameters of γ")
-        for name, row in rows.items():
-            kind, width = name.split()
-            colour = COLOURS[list(GAMMA).index(kind)]
-            a, b = x.at(row["gamma_parameters"]), y.at(of(row))
-            parts.append(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4" fill="{colour}"/>')
-            parts.append(f'<text x="{a + 6:.1f}" y="{b + (14 if kind == "shared" else -4):.1f}" style="fill:{colour}">{width}</text>')
-    for i, kind in enumerate(GAMMA):
-        parts.append(f'<circle cx="{66 + 110 * i}" cy="306" r="4" fill="{COLOURS[i]}"/><text x="{76 + 110 * i}" y="310">{kind}</text>')
-    parts.append('<text x="516" y="310">numbers: d_gate</text>')
-    return parts, 840, 325
-
-
-def _drawn(parts: Sequence[str], width: int, height: int) -> str:
-    style = (
-        "text{font:11px system-ui,sans-serif;fill:#1c2430}.t{font-weight:600;font-size:12px}polyline{fill:none;stroke-width:1.6}"
-        ".f{stroke:#5c6672;fill:none}.g{stroke:#e4e8ee;fill:none}.s{stroke:#5c6672;stroke-dasharray:3 3;fill:none}"
-    )
-    frame = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">'
-    return f'{frame}<style>{style}</style><rect width="100%" height="100%" fill="#fff"/>{"".join(parts)}</svg>\n'
+    panels: list[tuple[str, Callable[[Row], float], tuple[int, int]]] = [
+        ("recon, nats", lambda row: row["metrics"]["recon"], (-4, 0)),
+        ("parts at random, of the site with most", _at_random, (-2, 1)),
+    ]
+    figure = make_subplots(1, 2, subplot_titles=[title for title, _, _ in panels], horizontal_spacing=0.1)
+    for column, (_, of, (low, high)) in enumerate(panels, 1):
+        for kind, colour in zip(GAMMA, COLOURS, strict=False):
+            own = {name.split()[1]: row for name, row in rows.items() if name.split()[0] == kind}
+            figure.add_scatter(
+                x=[row["gamma_parameters"] for row in own.values()],
+                y=[max(of(row), 10**low) for row in own.values()],
+                text=list(own),
+                textposition="top center",
+                name=kind,
+                mode="markers+text",
+                marker={"color": colour, "size": 8},
+                showlegend=column == 1,
+                row=1,
+                col=column,
+            )
+        figure.update_yaxes(type="log", tickformat="~g", dtick=1, range=[low - 0.1, high + 0.3], row=1, col=column)
+    figure.update_xaxes(type="log", tickformat="~g", dtick=1, title="parameters of γ; numbers: d_gate")
+    return figure
 
 
 if __name__ == "__main__":

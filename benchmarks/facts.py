@@ -31,7 +31,8 @@ from paramlens.analysis.edit import unique
 from paramlens.analysis.effect import CONTROLS, KINDS
 from paramlens.errors import ConfigError, ParamLensError
 from paramlens.files.plain import read_json
-from paramlens.kernels.machine import machine, usable_cores
+from paramlens.kernels.machine import machine
+from paramlens.kernels.resources import usable_cores
 from paramlens.method.decomposition import Decomposition
 from paramlens.method.generators import generator
 from paramlens.method.importance.network import Importance

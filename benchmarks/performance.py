@@ -22,7 +22,8 @@ from paramlens.baselines.bench import D_GATE, WIDTH
 from paramlens.kernels.machine import machine
 from paramlens.method.decomposition import Decomposition
 from paramlens.method.importance.network import Importance
-from paramlens.method.losses import divergence, minimality
+from paramlens.method.losses import divergence
+from paramlens.method.losses.minimality import minimality
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results" / "performance.json"
@@ -191,7 +192,7 @@ def clocked(function, times: list[float]):
 
 def picture() -> None:
     import plotly.graph_objects as go
-    from playwright.sync_api import sync_playwright
+    from picture import save_figure
     from plotly.subplots import make_subplots
 
     titles = {"C": "subcomponents C", "length": "length (attention γ is quadratic)", "batch": "batch", "sites": "sites"}
@@ -220,17 +221,7 @@ def picture() -> None:
             named.add(name)
     drawn.update_xaxes(type="log", dtick=math.log10(2))
     drawn.update_yaxes(type="log", title="seconds a step")
-    drawn.update_layout(template="plotly_white", width=1000, height=760, margin={"l": 60, "r": 20, "t": 50, "b": 40})
-    page_file = ROOT / "docs" / "images" / "growth.html"
-    drawn.write_html(page_file, include_plotlyjs=True)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(viewport={"width": 1000, "height": 770})
-        page.goto(page_file.as_uri())
-        page.wait_for_timeout(1500)
-        page.screenshot(path=ROOT / "docs" / "images" / "growth.png")
-        browser.close()
-    page_file.unlink()
+    save_figure(drawn, ROOT / "docs" / "images" / "growth.png", width=1000, height=760)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ SHAPED = (
         *("tasks.facts.facts", "tasks.facts.sentences", "tasks.facts.miniature", "tasks.text.pieces"),
         *("tasks.language_models.encoding", "tasks.language_models.limits", "tasks.language_models.loading", "tasks.reading"),
     ),
-    *("runs.rundir", "runs.described", "runs.checkpoint", "runs.randomness", "runs.train", "runs.budget"),
+    *("runs.rundir", "runs.writer", "runs.integrity", "runs.resume"),
+    *("runs.described", "runs.checkpoint", "runs.randomness", "runs.train", "runs.budget"),
     "analysis",
     "baselines.svd",
 )

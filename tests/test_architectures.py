@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from paramlens.tasks.language import model_inputs
 from torch import nn
 
 import architectures
@@ -10,8 +11,7 @@ from paramlens.method.decomposition import Decomposition
 from paramlens.method.entry import require_sound
 from paramlens.method.generators import generator
 from paramlens.method.sites import Site, at_rest, find_sites
-from paramlens.runs.rundir import model_sha256
-from paramlens.tasks.language_models.encoding import model_inputs
+from paramlens.runs.integrity import model_sha256
 
 CONFIGS = architectures.configs()
 FUSED = {

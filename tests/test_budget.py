@@ -12,9 +12,11 @@ import torch
 from conftest import TINY, tiny_with
 from paramlens.config.file import load_config, make_config
 from paramlens.errors import ConfigError
+from paramlens.kernels import resources
+from paramlens.kernels.resources import free_memory
 from paramlens.method.sites import find_sites
 from paramlens.runs import budget
-from paramlens.runs.budget import Footprint, diagnose, footprint, free_memory, require_memory
+from paramlens.runs.budget import Footprint, diagnose, footprint, require_memory
 from paramlens.runs.decompose import decompose, decompose_config
 from paramlens.runs.forecast import forecast, foretell, require_training_room
 from paramlens.tasks.induction.model import InductionTransformer
@@ -193,7 +195,7 @@ def test_absurd_sizes_are_refused_before_anything_is_made(fields, message, tmp_p
 def test_a_container_leaves_less_than_the_machine_has(tmp_path):
     groups = tmp_path / "cgroup"
     groups.write_text("0::/user/job\n")
-    assert budget._left_by_groups(tmp_path / "none", groups) == []
+    assert list(resources._memory_left(tmp_path / "none", groups)) == []
 
     def group(path: str, **values: str) -> None:
         folder = tmp_path / "fs" / path
@@ -203,10 +205,10 @@ def test_a_container_leaves_less_than_the_machine_has(tmp_path):
 
     group("user/job", memory_max="max\n", memory_current="7000\n", memory_stat="inactive_file 500\n")
     group("user", memory_max="10000\n", memory_current="9000\n", memory_stat="anon 3\ninactive_file 500\nfile 7\n")
-    assert budget._left_by_groups(tmp_path / "fs", groups) == [1500]
+    assert list(resources._memory_left(tmp_path / "fs", groups)) == [1500]
     groups.write_text("9:memory:/old\n8:cpu:/\n")
     group("memory/old", memory_limit_in_bytes="4000\n", memory_usage_in_bytes="5000\n", memory_stat="total_inactive_file 10\n")
-    assert 0 in budget._left_by_groups(tmp_path / "fs", groups)
+    assert list(resources._memory_left(tmp_path / "fs", groups)) == [0]
 
 
 def test_doctor_counts_target_and_libraries(monkeypatch):

@@ -21,7 +21,8 @@ from paramlens.method.masks import Replacement
 from paramlens.method.modes import buffers_kept, default_modes
 from paramlens.method.sites import at_rest, find_sites
 from paramlens.runs.decompose import decompose
-from paramlens.runs.rundir import Run, model_sha256, open_run
+from paramlens.runs.integrity import model_sha256
+from paramlens.runs.rundir import Run, open_run
 
 BATCHES = [torch.randint(11, (4, 6), generator=generator("batch", i)) for i in range(3)]
 

@@ -18,9 +18,9 @@ from paramlens.config.file import make_config
 from paramlens.files import plain
 from paramlens.files.lock import locked
 from paramlens.files.plain import read_json, write_text
-from paramlens.kernels import machine as machine_module
-from paramlens.kernels import native, openmp
-from paramlens.kernels.machine import _quotas, default_threads, fusible, machine, usable_cores
+from paramlens.kernels import native, openmp, resources
+from paramlens.kernels.machine import default_threads, fusible, machine, torch_threads
+from paramlens.kernels.resources import usable_cores
 from paramlens.runs.decompose import decompose_config
 from paramlens.runs.seeds import decompose_seeds
 from paramlens.tracking import signals
@@ -30,8 +30,8 @@ VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
 def cores(patch: pytest.MonkeyPatch, allowed: int, *quotas: float) -> None:
-    patch.setattr("os.sched_getaffinity", lambda _: set(range(allowed)), raising=False)
-    patch.setattr(machine_module, "_quotas", lambda: iter(quotas))
+    patch.setattr("psutil.Process.cpu_affinity", lambda _: list(range(allowed)), raising=False)
+    patch.setattr(resources, "_cpu_quotas", lambda: iter(quotas))
     patch.delenv("OMP_NUM_THREADS", raising=False)
 
 
@@ -52,10 +52,10 @@ def test_threads_follow_the_cores_alone(monkeypatch, allowed: int, quotas: tuple
 
 
 def test_a_system_that_tells_no_affinity_is_asked_for_its_cores(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delattr("os.sched_getaffinity", raising=False)
-    monkeypatch.setattr(machine_module, "_quotas", lambda: iter(()))
+    monkeypatch.delattr("psutil.Process.cpu_affinity", raising=False)
+    monkeypatch.setattr(resources, "_cpu_quotas", lambda: iter(()))
     for told, expected in ((3, 3), (None, 1)):
-        monkeypatch.setattr("os.cpu_count", lambda told=told: told)
+        monkeypatch.setattr("psutil.cpu_count", lambda told=told: told)
         assert usable_cores() == expected
 
 
@@ -82,8 +82,8 @@ def test_quotas_of_control_groups(tmp_path, membership: str, files: dict[str, st
         file = tmp_path / "fs" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(content + "\n", encoding="utf-8")
-    assert list(_quotas(tmp_path / "fs", tmp_path / "self")) == expected
-    assert list(_quotas(tmp_path / "fs", tmp_path / "missing")) == []
+    assert list(resources._cpu_quotas(tmp_path / "fs", tmp_path / "self")) == expected
+    assert list(resources._cpu_quotas(tmp_path / "fs", tmp_path / "missing")) == []
 
 
 def in_a_process(code: str, **variables: str) -> str:
@@ -110,7 +110,7 @@ def test_idle_threads_sleep_unless_the_user_says_otherwise(first: str, variables
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads' states are read from /proc")
-@pytest.mark.skipif(machine_module.usable_cores() < 2, reason="one core: there is no second thread")
+@pytest.mark.skipif(usable_cores() < 2, reason="one core: there is no second thread")
 @pytest.mark.parametrize("order", ["paramlens, torch", "torch, paramlens"])
 def test_workers_use_no_time_between_parallel_loops(order: str):
     """Counted in the threads' own processor time, which no other program changes; the default policy spends as much on the worker."""
@@ -246,7 +246,7 @@ def test_without_gnu_openmp_kernels_run_on_one_thread(tmp_path, monkeypatch: pyt
     monkeypatch.setattr(native, "library", lambda: None)
     if native.serves(torch.ones(1)):
         kernel, out = native._Kernel("lower_backward", "ttti"), torch.zeros(5000)
-        with machine_module.torch_threads(2):
+        with torch_threads(2):
             kernel(native.units(out), torch.full((5000,), 0.5), torch.ones(5000), out, 5000)
         assert out.tolist() == [1.0] * 5000
 

@@ -168,8 +168,8 @@ def test_a_kernel_is_told_what_its_body_reads(name: str):
     """The body's own subscripts say how it reads each argument; the types it is packed by are these."""
     body = inspect.getsource(getattr(native.compiled_loops(), name))
     read = dict.fromkeys(map(int, re.findall(r"\bd\[(\d+)\]", body)), "i")
-    read |= dict.fromkeys(map(int, re.findall(r"_floats\(d\[(\d+)\]", body)), "t")
-    read |= dict.fromkeys(map(int, re.findall(r"\bfloats\[(\d+)\]", body)), "f")
+    read |= dict.fromkeys(map(int, re.findall(r"floats\(d\[(\d+)\]", body)), "t")
+    read |= dict.fromkeys(map(int, re.findall(r"\breals\[(\d+)\]", body)), "f")
     read.pop(0, None)  # the units
     assert "".join(read[i] for i in sorted(read)) == KERNELS[name].types
     assert sorted(read) == list(range(1, len(KERNELS[name].types) + 1))

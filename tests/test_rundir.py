@@ -18,7 +18,8 @@ from paramlens.method.task import TargetHistory
 from paramlens.runs import rundir, targets, verification
 from paramlens.runs.decompose import decompose, decompose_config
 from paramlens.runs.layout import checkpoints
-from paramlens.runs.rundir import RunDirectory, model_sha256, open_run
+from paramlens.runs.rundir import model_sha256, open_run
+from paramlens.runs.writer import RunDirectory
 from paramlens.tasks.base import Target
 
 NAMES = ("components", "importance", "optimizer", "rng")

@@ -4,8 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from paramlens.kernels.openmp import sleep_when_idle
-
-__version__ = "0.1.0"
+from paramlens.version import __version__
 
 sleep_when_idle()
 

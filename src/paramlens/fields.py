@@ -1,7 +1,8 @@
-"""What every section of a configuration is made of: a frozen model whose fields state their unit, and checked numbers."""
+"""What sections of a configuration are made of, frozen models with checked numbers, and how their values are listed."""
 
 import numbers
 import os
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -48,3 +49,17 @@ PathText = Annotated[str, Field(min_length=1), AfterValidator(expand_home)]
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested mappings under dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """`name old → new` for each value of `after` that `before` lacks or has otherwise."""
+    old, new = leaves(before), leaves(after)
+    return [f"{name} {old.get(name)!r} → {value!r}" for name, value in new.items() if value != old.get(name)]

@@ -9,18 +9,17 @@ from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from paramlens.analysis.components import require_threshold
 from paramlens.analysis.held_out import HeldOut, data_of, held_out
 from paramlens.display.shown import Shown
 from paramlens.display.tables import Cell, Table, columns, figure, row, shaded, site_cell
 from paramlens.errors import ConfigError, RunDirError
 from paramlens.kernels.machine import machine
 from paramlens.method.decomposition import Decomposition
-from paramlens.method.evaluate import ACTIVE
 from paramlens.method.generators import generator
 from paramlens.method.settings import Init
 from paramlens.method.sites import at_rest
 from paramlens.method.start import initialise
+from paramlens.method.threshold import ACTIVE, require_threshold
 from paramlens.runs.rundir import Run
 
 

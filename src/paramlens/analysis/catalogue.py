@@ -6,17 +6,17 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from paramlens.analysis.components import Sentences, Subcomponent, described, require_threshold, shown_sequences
+from paramlens.analysis.components import Sentences, Subcomponent, described, shown_sequences
 from paramlens.analysis.held_out import HeldOut, data_of, divergences, held_out
 from paramlens.analysis.streams import Streams
 from paramlens.display.shown import Shown
 from paramlens.display.tables import Table, columns, row
 from paramlens.kernels.machine import machine
 from paramlens.method.decomposition import Plan
-from paramlens.method.evaluate import ACTIVE
 from paramlens.method.losses.divergence import LossAt
 from paramlens.method.masks import Replacement
 from paramlens.method.sites import at_rest
+from paramlens.method.threshold import ACTIVE, require_threshold
 from paramlens.runs.rundir import Run
 
 

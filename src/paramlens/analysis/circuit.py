@@ -19,12 +19,13 @@ from paramlens.display.verdicts import Verdict, verdict_table, verdicts
 from paramlens.errors import ConfigError
 from paramlens.kernels.machine import machine
 from paramlens.method.decomposition import Decomposition
-from paramlens.method.evaluate import ACTIVE, evaluate, mean_over_batches
+from paramlens.method.evaluate import evaluate, mean_over_batches
 from paramlens.method.generators import generator, seed_of
 from paramlens.method.losses.divergence import LossAt
 from paramlens.method.losses.faithfulness import mean_square
 from paramlens.method.sites import at_rest
 from paramlens.method.task import EvaluatedOn, Task
+from paramlens.method.threshold import ACTIVE, require_threshold
 from paramlens.runs.rundir import Run
 
 EXAMPLE_LENGTH = 128
@@ -165,8 +166,7 @@ def circuit(run: Run, *, threshold: float = ACTIVE, batches: int = 16, adversary
     any are one, "all". Raises `ConfigError` for a number out of range and for a run on your own model that was opened without batches.
     """
     task = data_of(run)
-    if not 0 <= threshold < 1:
-        raise ConfigError(f"threshold {threshold}: importances lie in [0, 1], so give a number from 0 to below 1")
+    require_threshold(threshold)
     if adversary < 0:
         raise ConfigError(f"adversary {adversary}: give a number of steps, 0 to leave it out")
     decomposition, last_token_only, roles = run.decomposition, run.config.last_token_only, role_names(task)

@@ -15,8 +15,9 @@ from paramlens.display.tables import Cell, Column, Table, columns, row, shaded, 
 from paramlens.errors import ConfigError, SiteError
 from paramlens.kernels.machine import machine
 from paramlens.method.batch import Batch
-from paramlens.method.evaluate import ACTIVE, importances
+from paramlens.method.evaluate import importances
 from paramlens.method.sites import at_rest
+from paramlens.method.threshold import ACTIVE, require_threshold
 from paramlens.runs.rundir import Run
 from paramlens.tasks.language_models.encoding import encode_sentence, padded
 from paramlens.tasks.language_models.limits import require_tokens
@@ -225,11 +226,6 @@ def active_in(sentences: Sentences, index: int, *, threshold: float) -> dict[str
     """Site → (pos, C), where subcomponents are active in sentence `index`; its own tokens alone."""
     length = len(sentences.texts[index])
     return {site: g[index, :length] > threshold for site, g in sentences.g.items()}
-
-
-def require_threshold(threshold: float) -> None:
-    if not 0 <= threshold < 1:
-        raise ConfigError(f"threshold {threshold}: importances lie in [0, 1], so give a number from 0 to below 1")
 
 
 @torch.no_grad()

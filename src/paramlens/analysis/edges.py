@@ -7,15 +7,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from paramlens.analysis.components import require_threshold
 from paramlens.analysis.held_out import HeldOut, data_of, held_out
 from paramlens.display.shown import Shown
 from paramlens.display.tables import Cell, Table, columns, shaded
 from paramlens.kernels.machine import machine
-from paramlens.method.evaluate import ACTIVE
 from paramlens.method.importance.sigmoids import lower
 from paramlens.method.masks import Replacement, rounded_mask
 from paramlens.method.sites import at_rest
+from paramlens.method.threshold import ACTIVE, require_threshold
 from paramlens.runs.rundir import Run
 
 SMALLEST = 1e-6

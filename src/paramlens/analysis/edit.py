@@ -15,15 +15,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from paramlens.analysis.components import active_in, require_subcomponent, require_threshold, run_sentences, tokenizer_of
+from paramlens.analysis.components import active_in, require_subcomponent, run_sentences, tokenizer_of
 from paramlens.analysis.held_out import data_of
 from paramlens.display.shown import Shown
 from paramlens.display.tables import Cell, Column, Table, figure, row, site_cell, token_text
 from paramlens.display.verdicts import failures
 from paramlens.errors import ConfigError
 from paramlens.kernels.machine import machine
-from paramlens.method.evaluate import ACTIVE
 from paramlens.method.sites import at_rest, find_sites, named_sites
+from paramlens.method.threshold import ACTIVE, require_threshold
 from paramlens.runs.rundir import Run
 from paramlens.tasks.facts.facts import Fact, fact_of, shipped_facts
 from paramlens.tasks.language_models.encoding import encode_fact

@@ -23,6 +23,7 @@ from paramlens.config.model import Config
 from paramlens.display.tables import Column, Table, figure, row
 from paramlens.errors import ConfigError
 from paramlens.kernels.machine import machine
+from paramlens.kernels.resources import free_memory
 from paramlens.method.batch import Batch
 from paramlens.method.decomposition import Decomposition
 from paramlens.method.generators import generator
@@ -31,7 +32,6 @@ from paramlens.method.importance.network import Importance
 from paramlens.method.sites import find_sites
 from paramlens.method.start import initialise
 from paramlens.method.step import Steps
-from paramlens.runs.budget import free_memory
 from paramlens.runs.decompose import require_device
 from paramlens.runs.train import make_optimizer
 from paramlens.tasks.base import Target

@@ -12,13 +12,14 @@ from paramlens.display.tables import Cell, Chart, Column, Line, Table, columns, 
 from paramlens.errors import ConfigError
 from paramlens.kernels.machine import machine
 from paramlens.method.decomposition import Decomposition, Plan
-from paramlens.method.evaluate import ACTIVE, mean_over_batches
+from paramlens.method.evaluate import mean_over_batches
 from paramlens.method.generators import generator
 from paramlens.method.losses.divergence import LossAt
 from paramlens.method.masks import Replacement, rounded_mask
 from paramlens.method.settings import Init
 from paramlens.method.sites import at_rest
 from paramlens.method.start import initialise
+from paramlens.method.threshold import ACTIVE
 from paramlens.runs.rundir import Run
 
 THRESHOLDS = (0.5, 0.3, 0.2, ACTIVE, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from paramlens import __version__
 from paramlens.cli.analysis_commands import (
     saved_agreement,
     saved_circuit,
@@ -50,6 +49,7 @@ from paramlens.errors import ConfigError, ParamLensError, RunInterrupted, Termin
 from paramlens.files.plain import json_line, read_json
 from paramlens.runs.layout import RUNS, default_out, holds_toy, is_begun, is_hub_id, is_run, require_free, require_run
 from paramlens.tracking.signals import termination
+from paramlens.version import __version__
 
 if TYPE_CHECKING:
     from paramlens.runs.rundir import Run
@@ -189,7 +189,7 @@ def _train_target(options: TrainTarget, rest: list[str]) -> int:
     from paramlens.kernels.machine import machine
     from paramlens.runs import targets
     from paramlens.runs.decompose import trained_target
-    from paramlens.runs.rundir import RunDirectory
+    from paramlens.runs.writer import RunDirectory
     from paramlens.tracking.tracker import Terminal
     from paramlens.tracking.trackers import as_tracker
 

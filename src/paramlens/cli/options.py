@@ -6,6 +6,8 @@ from typing import Literal
 
 from tyro.conf import Positional
 
+from paramlens.method.threshold import ACTIVE
+
 
 @dataclass
 class Demo:
@@ -105,7 +107,7 @@ class ShowCircuit:
 
     run: Positional[Path]
     """Run directory."""
-    threshold: float = 0.1
+    threshold: float = ACTIVE
     """A subcomponent is active where its importance exceeds this, in [0, 1)."""
     batches: int = 16
     """Batches evaluated: held-out ones, where the run has such."""
@@ -137,7 +139,7 @@ class Agree:
 
     runs: Positional[tuple[Path, ...]]
     """Run directories, two or more."""
-    threshold: float = 0.1
+    threshold: float = ACTIVE
     """A subcomponent takes part where its importance exceeds this at one token at least."""
     batches: int = 16
     """Batches evaluated, of the first run: held-out ones, where it has such."""
@@ -159,7 +161,7 @@ class Inspect:
     """Its number, 0 to C - 1."""
     text: Path | None = None
     """Text file whose lines the subcomponent is looked at on; none: the run's sentences."""
-    threshold: float = 0.1
+    threshold: float = ACTIVE
     """A subcomponent is active where its importance exceeds this, in [0, 1)."""
     json: bool = False
     """One JSON document on stdout."""
@@ -195,7 +197,7 @@ class Suppress:
     """Text file for the perplexity, a text a line; none: the general facts."""
     skip_controls: bool = False
     """Leave out the other edits of equal rank."""
-    threshold: float = 0.1
+    threshold: float = ACTIVE
     """A subcomponent is active where its importance exceeds this, in [0, 1)."""
     save: Path | None = None
     """Write the edited model there, as a plain Hugging Face folder."""

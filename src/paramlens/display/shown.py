@@ -1,4 +1,4 @@
-"""Results that show themselves in a notebook: their tables as HTML that needs nothing else, readable on light and dark grounds."""
+"""Results in a notebook: tables and charts as HTML that loads nothing, readable in light and dark themes."""
 
 import math
 from collections.abc import Sequence
@@ -17,22 +17,22 @@ _TONES: dict[Tone, str] = {
 _COLOURS = ("#4d80bf", "#cc6633", "#339966", "#a05cb8", "#d0487a", "#8f8f3d", "#2299bb", "#888888")
 _FONT = "font:13px system-ui,sans-serif;font-variant-numeric:tabular-nums;"
 _POINTS = 240
-"""Points of a curve that are drawn."""
+"""Maximum number of points drawn of a curve."""
 
 
 class Shown:
-    """A result that says itself in one line, and in a notebook as its tables and charts."""
+    """A result: one line as text, tables and charts in a notebook."""
 
     def summary(self) -> str:
-        """What it is, in one short line."""
+        """The result in one short line."""
         raise NotImplementedError
 
     def tables(self) -> tuple[Table, ...]:
-        """What it says."""
+        """The result as tables."""
         raise NotImplementedError
 
     def charts(self) -> tuple[Chart, ...]:
-        """Its curves; none for most."""
+        """The result's charts. Defaults to none."""
         return ()
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""A result as tables: what it says, once, for the terminal and for notebooks alike. Neither torch nor rich here."""
+"""Tables and charts as plain data, for the terminal and for notebooks. Imports neither torch nor rich."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ Tone = Literal["plain", "faint", "strong", "good", "warn", "bad"]
 
 @dataclass(frozen=True)
 class Cell:
-    """A text ready to be shown."""
+    """A text to show."""
 
     text: str
     tone: Tone = "plain"
     level: float | None = None
-    """How deep its ground is shaded, in [0, 1]; none: not at all."""
+    """How dark its background is, in [0, 1]. Defaults to no background."""
     hint: str = ""
-    """More about it, under the pointer in a notebook."""
+    """A tooltip in a notebook."""
 
 
 @dataclass(frozen=True)

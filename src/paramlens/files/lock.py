@@ -1,4 +1,4 @@
-"""One writer per run directory: a lock that the operating system lets go when its holder dies, and a note of who holds it."""
+"""One writer per run directory: a lock that the operating system releases when its holder dies, and a note of who holds it."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ from paramlens.errors import RunDirError
 from paramlens.files.plain import write_json
 
 LOCK, OWNER = ".lock", ".lock.json"
-"""The file that is locked while a process writes to a run directory, and what that process says of itself."""
+"""The file that a writer locks, and the file in which it names itself."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Plain files, text and JSON, that are whole or not there; read with the reason said where they cannot be."""
+"""Text and JSON files that are complete or absent; errors say why one cannot be read."""
 
 import contextlib
 import errno
@@ -13,21 +13,21 @@ from typing import Any
 from paramlens.errors import RunDirError
 
 PART = ".part"
-"""Ending of what is not finished, or on its way out: never read, and removed by the next process that writes there."""
+"""Ending of a file or folder that is being written or removed: never read, and removed by the next writer."""
 
 
 WINDOWS = os.name == "nt"
 
 _CANNOT_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
-"""What file systems say that do not flush directories, such as some network shares."""
+"""Errors of file systems that cannot flush directories, such as some network shares."""
 
 
 MOST_JSON = 64 * 2**20
-"""Bytes; a longer JSON file is none of ours."""
+"""Maximum size of a JSON file, in bytes."""
 
 
 def read_json(path: Path, *, most: int = MOST_JSON) -> dict[str, Any]:
-    """The mapping of a JSON file of at most `most` bytes; raises `RunDirError` if it is missing, unreadable, not JSON or something else."""
+    """The mapping in a JSON file of at most `most` bytes. Raises `RunDirError` if it is missing, unreadable or not a JSON mapping."""
     text = read_text(path, most=most)
     try:
         document = json.loads(text)
@@ -53,22 +53,22 @@ def read_text(path: Path, *, most: int | None = None) -> str:
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Replace a file whole by indented JSON."""
+    """Replace a file by indented JSON, at once."""
     write_text(path, json_text(document))
 
 
 def json_text(document: Mapping[str, Any]) -> str:
-    """JSON as every file of a run directory has it."""
+    """JSON as it is written in run directories: indented, with a newline at the end."""
     return json_line(document, indent=2) + "\n"
 
 
 def json_line(document: Mapping[str, Any], *, indent: int | None = None) -> str:
-    """JSON as the standard has it: in ASCII, and null for a number that is not finite, for which the standard has no word."""
+    """JSON in ASCII, with null for a number that is not finite, which the standard cannot write."""
     return json.dumps(_finite(document), indent=indent, allow_nan=False)
 
 
 def with_nan(tree: Any) -> Any:
-    """What is read of numbers alone, the null of one that was not finite being NaN again."""
+    """A tree of numbers as it was before it was written: each null is NaN again."""
     if isinstance(tree, Mapping):
         return {key: with_nan(value) for key, value in tree.items()}
     return math.nan if tree is None else tree
@@ -83,7 +83,7 @@ def _finite(tree: Any) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file whole: readers see the old text or the new, whatever happens in between."""
+    """Replace a file at once: readers see the old text or the new one, even if the process is killed."""
     part = path.with_name(path.name + PART)
     try:
         with part.open("w", encoding="utf-8", newline="\n") as file:
@@ -120,7 +120,7 @@ def sync(path: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Remove a directory that others might read: first its name, so that a half-removed one is never taken for whole."""
+    """Remove a directory that others may read; it is renamed first, so that nobody reads half of it."""
     part = folder.with_name(folder.name + PART)
     shutil.rmtree(part, ignore_errors=True)
     folder.rename(part)

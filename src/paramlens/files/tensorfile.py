@@ -1,4 +1,4 @@
-"""Tensors in safetensors files, with errors that name the file and what was expected of it."""
+"""Tensors in safetensors files; errors name the file and what was expected."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,13 +18,13 @@ def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a file and force it to the disk. Raises `OSError` if the disk does not take it."""
     try:
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, file)
-    except SafetensorError as error:  # how the library tells what the operating system said
+    except SafetensorError as error:  # the library wraps the operating system's error
         raise OSError(None, str(error).removeprefix("Error while serializing: "), str(file)) from None
     sync(file)
 
 
 def load_tensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of a file. Raises `RunDirError` if it is missing or no safetensors file."""
+    """All tensors of a file. Raises `RunDirError` if it is missing or not a safetensors file."""
     try:
         return load_file(file)
     except FileNotFoundError:

@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 MOST_BYTES = 2**20
-"""A longer configuration file is none."""
+"""Maximum size of a configuration file, in bytes."""
 
 
 _READ_AS_TEXT = {f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "timestamp")}

@@ -16,9 +16,7 @@ from paramlens.method.losses.faithfulness import faithfulness
 from paramlens.method.losses.reconstruction import RECONSTRUCTIONS
 from paramlens.method.masks import Replacement, rounded_mask
 from paramlens.method.task import Task
-
-ACTIVE = 0.1
-"""A subcomponent is active on a token where its importance g exceeds this."""
+from paramlens.method.threshold import ACTIVE
 
 
 @torch.no_grad()

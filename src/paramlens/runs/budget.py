@@ -1,13 +1,9 @@
 """What a configuration will need, told before anything is started: parameters and bytes by part."""
 
-import contextlib
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -17,6 +13,7 @@ from paramlens.display.shown import Shown
 from paramlens.display.tables import Table, columns, row
 from paramlens.errors import ConfigError, ParamLensError
 from paramlens.kernels import native
+from paramlens.kernels.resources import free_memory
 from paramlens.method.batch import Inputs, map_tensors, row_count
 from paramlens.method.decomposition import Decomposition
 from paramlens.method.importance.kind import kind_class
@@ -230,36 +227,6 @@ def require_memory(config: Config, sites: Sequence[Site], size: Footprint, *, ta
         f"needs {size_text(total)} of memory on {config.device}, {size_text(free)} are free; "
         f"lower one of: {', '.join(remedies) or 'C, sites and the length of sequences together'}. `paramlens doctor` lists the parts"
     )
-
-
-def free_memory(device: str) -> int | None:
-    """Bytes free on a device; None where it does not tell. On a CPU no more than what a container leaves this process."""
-    kind = torch.device(device).type
-    if kind == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if kind != "cpu":
-        return None
-    free = psutil.virtual_memory().available
-    return min([free, *_left_by_groups()])
-
-
-def _left_by_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:
-    """Bytes that the control groups of this process leave it, of either version; what a group has only cached counts as free."""
-    try:
-        groups = [line.split(":", 2)[2].lstrip("/") for line in own.read_text(encoding="utf-8").splitlines() if line.count(":") >= 2]
-    except OSError:
-        return []
-    files = {"memory.max": "memory.current", "memory.limit_in_bytes": "memory.usage_in_bytes"}
-    found = []
-    for group in {part for name in groups for part in (Path(name), *Path(name).parents)}:
-        for folder in (root / group, root / "memory" / group):
-            for limit, usage in files.items():
-                with contextlib.suppress(OSError, ValueError):  # no such group, or "max": no limit
-                    most, used = (int((folder / name).read_text(encoding="ascii")) for name in (limit, usage))
-                    stat = (folder / "memory.stat").read_text(encoding="ascii")
-                    cached = re.search(r"^(?:total_)?inactive_file (\d+)$", stat, re.MULTILINE)
-                    found.append(max(0, most - used + (int(cached[1]) if cached else 0)))
-    return found
 
 
 def size_text(count: int) -> str:

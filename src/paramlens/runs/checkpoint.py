@@ -11,19 +11,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from paramlens.errors import RunDirError
 from paramlens.files.manifest import Problem, problems, write_manifest
 from paramlens.files.plain import PART, discard, read_json, sync, write_json
-from paramlens.files.tensorfile import load_tensors, save_tensors
+from paramlens.files.tensorfile import copy_into, load_tensors, save_tensors
+from paramlens.method.decomposition import Decomposition
+from paramlens.method.importance.network import Importance
+from paramlens.runs.described import parameters
 from paramlens.runs.layout import checkpoint_path, checkpoint_step, checkpoints, is_resumable
 
 LOADED = ("components.safetensors", "importance.safetensors")
 """What reading a run needs."""
 
 RESUMED = ("optimizer.safetensors", "rng.safetensors")
-"""What resuming alone needs; a copy for reading lacks them, in its manifests too."""
+"""What only resuming needs; a copy that was pushed without them lacks them in its manifests too."""
 
 FILES = (*LOADED, *RESUMED, "state.json")
 """All of a checkpoint."""
@@ -31,23 +35,23 @@ FILES = (*LOADED, *RESUMED, "state.json")
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """All that resuming needs beside U, V and γ. Of the first format threads, metrics, model and config are none."""
+    """What resuming needs beside U, V and γ. Format 1 has no threads, metrics, model and config; they are None."""
 
     step: int
     optimizer: dict[str, Tensor]
     rng: dict[str, Tensor]
     threads: int | None
-    """CPU threads: with another number sums round otherwise."""
+    """CPU threads; with another number, sums round differently."""
     metrics: Mapping[str, Any] | None
     """Bytes and sha256 of metrics.jsonl at this step."""
     model: str | None
     """sha256 of the run's model.json."""
     config: str | None
-    """sha256 of the run's configuration, its number of steps left out."""
+    """sha256 of the run's configuration without its number of steps."""
 
 
 def write_checkpoint(path: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
-    """Write the checkpoint of `state["step"]` into a run directory. Raises `OSError`, leaving no trace, if the disk does not take it."""
+    """Write the checkpoint of `state["step"]` into a run directory. If the disk fails, raises `OSError` and leaves nothing."""
     final = checkpoint_path(path, state["step"])
     part = final.with_name(final.name + PART)
     shutil.rmtree(part, ignore_errors=True)
@@ -108,3 +112,10 @@ def load_state(folder: Path) -> CheckpointState:
         rng=load_tensors(folder / "rng.safetensors"),
         **{name: state.get(name) for name in ("threads", "metrics", "model", "config")},
     )
+
+
+@torch.no_grad()
+def load_parameters(folder: Path, decomposition: Decomposition, importance: Importance) -> None:
+    """Copy a checkpoint's U, V and γ in. Raises `RunDirError` naming the tensor that is missing, of another shape or type."""
+    for name, tensors in parameters(decomposition, importance).items():
+        copy_into(folder / f"{name}.safetensors", tensors)

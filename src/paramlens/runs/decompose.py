@@ -14,11 +14,11 @@ from torch import nn
 from paramlens.config.file import load_config, make_config
 from paramlens.config.model import Config
 from paramlens.errors import ConfigError, RunDirError, SiteError
-from paramlens.fields import expand_home
+from paramlens.fields import differences, expand_home
 from paramlens.files.lock import locked
-from paramlens.files.plain import read_json
-from paramlens.kernels.machine import machine, usable_cores
+from paramlens.kernels.machine import machine
 from paramlens.kernels.openmp import SPINNING, waiting
+from paramlens.kernels.resources import usable_cores
 from paramlens.method.batch import Batches, Inputs
 from paramlens.method.decomposition import Decomposition
 from paramlens.method.entry import require_plain, require_sound
@@ -32,23 +32,15 @@ from paramlens.method.start import initialise
 from paramlens.method.task import Task
 from paramlens.runs import targets
 from paramlens.runs.budget import Footprint, footprint, require_memory
-from paramlens.runs.checkpoint import CheckpointState
 from paramlens.runs.forecast import require_room, require_training_room
-from paramlens.runs.layout import FORMAT, checkpoint_path, default_out, holds_toy, is_begun, is_resumable, require_free
+from paramlens.runs.integrity import model_sha256, newest_state, require_unchanged
+from paramlens.runs.layout import checkpoint_path, default_out, holds_toy
 from paramlens.runs.randomness import seeded
-from paramlens.runs.rundir import (
-    Run,
-    RunDirectory,
-    model_sha256,
-    newest_state,
-    open_run,
-    require_target,
-    require_unchanged,
-    require_whole_run,
-    versions,
-)
+from paramlens.runs.resume import begin, recorded_threads, reopen
+from paramlens.runs.rundir import Run, open_run
 from paramlens.runs.saving import require_space
 from paramlens.runs.train import make_optimizer, restore, train
+from paramlens.runs.writer import RunDirectory
 from paramlens.tasks.base import BaseTask, Target
 from paramlens.tasks.batches import own_task
 from paramlens.tracking.tracker import TargetTracker, Tracker, tell_target
@@ -79,10 +71,10 @@ def decompose(
     tokenizers make it, or a `paramlens.Batch` says which positions are present; no others count.
     held_out: batches that are not decomposed, in the same forms (of an iterable the first 64), which evaluations and analyses look at;
     without them those look at `batches`, and results say "training".
-    out: the run directory; none: a new temporary one. fields: any field of `Config`, nested ones as mappings (`optim={"lr": 3e-3}`).
-    resume: take the run in `out` up at its newest checkpoint, to end in the same bytes as if it had never stopped; extend_steps: to this
-    many steps instead of those it was started with, where nothing it did so far depended on their number.
-    tracker: what follows the run; names of `trackers.LIBRARIES` stand for those beside the terminal.
+    out: the run directory. Defaults to a new temporary one. fields: any field of `Config`, nested ones as mappings (`optim={"lr": 3e-3}`).
+    resume: continue the run in `out` from its newest checkpoint; the result has the same bytes as a run that never stopped.
+    extend_steps: continue to this many steps, if nothing that the run did so far depends on their number.
+    tracker: a `Tracker`, or names out of `trackers.LIBRARIES`, which add to the terminal. Defaults to none.
     The model comes back exactly as it was. Raises `ConfigError`, `SiteError`, `BatchError`, `RunDirError`, `DivergedError`, `SaveError`.
     """
     if not isinstance(model, nn.Module):
@@ -104,10 +96,7 @@ def decompose(
     follower = as_tracker(tracker)
     path = Path(tempfile.mkdtemp(prefix="paramlens-") if out is None else expand_home(str(out)))
     path = path.absolute()  # batches may change the directory
-    if resume:
-        config = _resumable(config, path, extend_steps=extend_steps, overwrite=overwrite)
-    else:
-        _require_start(path, extend_steps=extend_steps, overwrite=overwrite)
+    config = begin(config, path, resume=resume, extend_steps=extend_steps, overwrite=overwrite)
     with locked(path):
         return _run(config, task, path, Target(model), resume=resume, overwrite=overwrite, tracker=follower)
 
@@ -138,10 +127,10 @@ def decompose_config(
     overwrite: bool = False,
     tracker: Tracker | str | Sequence[str] | None = None,
 ) -> Run:
-    """The run that a configuration describes, its toy target trained first unless `target` names a directory that holds one.
+    """Run a configuration. A toy target is trained first, unless `target` is a directory that holds one.
 
     target: for language models also any model, an id on the Hugging Face Hub or a local folder.
-    out: the run directory; none: runs/<name>-s<seed>. resume, extend_steps, tracker: as for `decompose`, and it raises as that does.
+    out: the run directory. Defaults to runs/<name>-s<seed>. resume, extend_steps, tracker: as for `decompose`, and it raises as that does.
     """
     target = None if target is None else expand_home(str(target))
     follower, named = as_tracker(tracker), with_target(config, target)
@@ -152,10 +141,7 @@ def decompose_config(
         raise ConfigError(f"target {target}: a resumed run has its target; leave one of target and resume out")
     require_device(config.device)
     path = Path(expand_home(str(out))) if out is not None else default_out(config)
-    if resume:
-        config = _resumable(config, path, extend_steps=extend_steps, overwrite=overwrite)
-    else:
-        _require_start(path, extend_steps=extend_steps, overwrite=overwrite)
+    config = begin(config, path, resume=resume, extend_steps=extend_steps, overwrite=overwrite)
     require_room(config)
     with locked(path):
         source = path if resume and config.task.trained_here else None if target is None else Path(target)
@@ -167,7 +153,7 @@ def decompose_config(
 
 
 def _target(config: Config, source: Path | None, *, tracker: Tracker) -> Target:
-    """The target of a configuration: named by it, lying in the directory `source`, or trained now."""
+    """The target of a configuration: the pretrained one, the one in the directory `source`, or one trained now."""
     if not config.task.trained_here:
         return config.task.pretrained(config.dtype)
     if source is None:
@@ -187,7 +173,7 @@ def with_target(config: Config, target: str | Path | None) -> Config:
 
 
 def trained_target(config: Config, *, tracker: Tracker) -> Target:
-    """Train the toy target of a configuration, telling its progress and whether it converged."""
+    """Train the toy target of a configuration, and report its progress and whether it converged."""
     require_device(config.device)
     require_training_room(config)
     if isinstance(tracker, TargetTracker):
@@ -198,69 +184,14 @@ def trained_target(config: Config, *, tracker: Tracker) -> Target:
         tracker.close()
 
 
-def _require_start(path: Path, *, extend_steps: int | None, overwrite: bool) -> None:
-    if extend_steps is not None:
-        raise ConfigError("extend_steps: continues a run; give it together with resume")
-    require_free(path, overwrite=overwrite)
-
-
-def _resumable(config: Config, path: Path, *, extend_steps: int | None, overwrite: bool) -> Config:
-    """`config`, to `extend_steps` steps if they are given, once it is clear that the whole run in `path` can go on with it.
-
-    Raises unless that was started with this very configuration, and nobody asks to replace it.
-    """
-    if overwrite:
-        raise ConfigError("resume and overwrite exclude each other; leave one out")
-    if not (path / "config.yaml").is_file():
-        raise RunDirError(f"{path}: nothing to resume there; leave resume out to start anew")
-    if not is_begun(path):
-        raise RunDirError(f"{path}: was stopped before its first step; overwrite starts anew")
-    if not is_resumable(path):
-        raise RunDirError(
-            f"{path}: a copy for reading, pushed without optimizer and generators; a push with resumable makes one that goes on"
-        )
-    require_whole_run(path)
-    saved = load_config(path / "config.yaml")
-    config = targets.placed(config, like=saved)
-    if extend_steps is not None:
-        _require_extendable(saved, extend_steps)
-        config, saved = (each.model_copy(update={"steps": extend_steps}) for each in (config, saved))
-    ours, theirs = _leaves(config.model_dump()), _leaves(saved.model_dump())
-    changed = [f"{name} {theirs.get(name)!r} → {ours.get(name)!r}" for name in ours if ours[name] != theirs.get(name)]
-    if changed:
-        raise ConfigError(
-            f"{path}: was started with another configuration ({'; '.join(changed)}); resume with the same one or give another out"
-        )
-    return config
-
-
-def _require_extendable(saved: Config, steps: int) -> None:
-    """Raise unless a run of more steps would have done the same so far."""
-    if steps < saved.steps:
-        raise ConfigError(f"extend_steps {steps}: the run is of {saved.steps} steps; give more")
-    optim, losses = saved.optim, saved.losses
-    reasons = {
-        f"optim.schedule {optim.schedule}": optim.schedule != "constant",
-        f"optim.warmup {optim.warmup:g}, a share": 0 < optim.warmup < 1,
-        f"losses.p_start {losses.p_start:g} to p_final {losses.p_final:g}": losses.minimality and losses.p_start != losses.p_final,
-        f"optim.project_from {optim.project_from}": optim.project_from,
-    }
-    if bound := [reason for reason, holds in reasons.items() if holds]:
-        raise ConfigError(
-            f"extend_steps {steps}: what the run did so far depends on its {saved.steps} steps ({'; '.join(bound)}); "
-            f"start a new one with steps {steps}"
-        )
-
-
 def _require_same_task(task: BaseTask, source: Path) -> None:
-    """Raise unless the target in `source` was trained on this very task; heads, say, leave no trace in its weights."""
+    """Raise unless the target in `source` was trained on this very task; its weights alone do not tell, of heads for example."""
     if not (source / "config.yaml").is_file():
         raise RunDirError(f"{source}: no config.yaml; give a directory made by train-target or decompose")
     if task.how_trained is None:
         return
-    ours, theirs = (_leaves(each.model_dump(exclude=set(task.how_trained))) for each in (task, load_config(source / "config.yaml").task))
-    changed = [f"task.{name} {theirs.get(name)!r} → {ours[name]!r}" for name in ours if ours[name] != theirs.get(name)]
-    if changed:
+    saved, given = ({"task": each.model_dump(exclude=set(task.how_trained))} for each in (load_config(source / "config.yaml").task, task))
+    if changed := differences(saved, given):
         raise ConfigError(f"target {source}: trained on another task ({'; '.join(changed)}); give its values or train another")
 
 
@@ -268,13 +199,6 @@ def require_device(device: str) -> None:
     kind = torch.device(device).type
     if kind != "cpu" and not getattr(torch, kind).is_available():
         raise ConfigError(f"device {device}: torch {torch.__version__} finds none here; give cpu")
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return leaves
 
 
 def _run(
@@ -288,8 +212,8 @@ def _run(
     tracker: Tracker,
 ) -> Run:
     """Train `task` into `path`. Everything that a user can get wrong is checked before a directory is made or replaced."""
-    state = newest_state(path, load_config(path / "config.yaml")) if resume else None
-    threads = config.threads or _threads(path, state)
+    state = newest_state(path) if resume else None
+    threads = config.threads or recorded_threads(path, state)
     with (
         machine(config.model_copy(update={"threads": threads})),
         at_rest(task.model),
@@ -303,7 +227,7 @@ def _run(
         require_space(path, config.checkpoint, decomposition, importance, start=start, steps=config.steps)
         identity = target.identity(config.name) | {"sha256": model_sha256(task.model)}
         if resume:
-            directory = _reopened(config, path, state, decomposition, importance, tracker=tracker)
+            directory = reopen(config, path, state, decomposition, importance, tracker=tracker)
         else:
             directory = RunDirectory.create(path, config, overwrite=overwrite)
             if target.history is not None:
@@ -323,38 +247,6 @@ def _run(
             directory.record(status="running", evaluated_on=task.evaluated_on, **how)
             train(config, task, decomposition, importance, optimizer, directory, start=start, tracker=tracker)
     return dataclasses.replace(open_run(path, model=task.model), task=task)
-
-
-def _threads(path: Path, state: CheckpointState | None) -> int | None:
-    """CPU threads of the run that is taken up: with others, sums would round otherwise."""
-    return None if state is None else state.threads or read_json(path / "run.json").get("threads")
-
-
-def _reopened(
-    config: Config,
-    path: Path,
-    state: CheckpointState | None,
-    decomposition: Decomposition,
-    importance: Importance,
-    *,
-    tracker: Tracker,
-) -> RunDirectory:
-    """The directory of a run that goes on; one of an older format is brought to this one. Raises `RunDirError`."""
-    described = require_whole_run(path)
-    require_target(path, described, decomposition.model)
-    directory = RunDirectory.reopen(path, state)
-    before, here = directory.info.get("versions"), versions()
-    if before != here:
-        tracker.message(f"{path}: begun with {before}, goes on with {here}; the same bytes are promised for the same versions alone")
-        directory.record(versions=here)
-    if described.format < FORMAT:
-        directory.record(format=FORMAT)
-        directory.describe(config, decomposition, importance, described.target.model_dump(exclude_none=True))
-    if load_config(path / "config.yaml") != config:
-        directory.reconfigure(config)
-    if state is None:
-        tracker.message(f"{path}: no checkpoint yet, begins at step 0")
-    return directory
 
 
 def _built(config: Config, task: Task) -> tuple[Decomposition, Importance]:

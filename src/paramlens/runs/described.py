@@ -1,5 +1,6 @@
-"""model.json: all that loading a run needs, read as a stranger's file, independent of what config.py becomes."""
+"""model.json: what loading a run needs. It is checked like a stranger's file and does not depend on the configuration's fields."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,7 +23,7 @@ _REBUILT = ("seed", "batch", "last_token_only", "device", "dtype", "task")
 
 
 Size = Annotated[Count, Field(lt=2**24)]
-"""One dimension; a larger one is no weight matrix's, and several of them would overflow."""
+"""One dimension of a weight matrix, below 2^24, so that products of several do not overflow."""
 
 
 class _Checked(BaseModel):
@@ -49,7 +50,7 @@ class TargetIdentity(_Checked):
 
 
 class Described(_Checked):
-    """What `model.json` says."""
+    """The content of `model.json`."""
 
     format: Count
     C: Size
@@ -80,7 +81,7 @@ class Described(_Checked):
 
 
 def describe(config: Config, decomposition: Decomposition, importance: Importance, target: dict[str, Any]) -> dict[str, Any]:
-    """What `model.json` is to say. target: id, revision and sha256."""
+    """The content to write to `model.json`. target: id, revision and sha256."""
     gamma = importance.gamma
     return {
         "format": FORMAT,
@@ -105,7 +106,7 @@ def require_known_format(path: Path) -> int:
 
 
 def read_description(path: Path) -> Described:
-    """A run directory's `model.json`. Raises `RunDirError` for a newer format and for anything it cannot be."""
+    """A run directory's `model.json`. Raises `RunDirError` for a newer format and for invalid content."""
     file = path / "model.json"
     version, document = require_known_format(path), read_json(file)
     if version == 1:  # the target stood in run.json, the task in config.yaml alone
@@ -120,3 +121,12 @@ def read_description(path: Path) -> Described:
 def named_parameters(importance: Importance) -> dict[str, Tensor]:
     """γ's parameters by site, as `importance.safetensors` names them, as views."""
     return {f"{name}.{key}": value for name, parts in importance.site_parameters().items() for key, value in parts.items()}
+
+
+def parameters(decomposition: Decomposition, importance: Importance) -> dict[str, Mapping[str, Tensor]]:
+    """File stem → tensor name → U, V and γ as a checkpoint holds them, as views."""
+    U, V = decomposition.U, decomposition.V
+    return {
+        "components": {f"{name}.U": U[name] for name in U} | {f"{name}.V": V[name] for name in V},
+        "importance": named_parameters(importance),
+    }

@@ -9,8 +9,9 @@ import torch
 from paramlens.config.model import Config
 from paramlens.errors import ConfigError
 from paramlens.kernels import native
+from paramlens.kernels.resources import free_memory
 from paramlens.method.sites import Site, find_sites
-from paramlens.runs.budget import COMPILED, Diagnosis, Footprint, diagnose, footprint, free_memory, require_memory, size_text
+from paramlens.runs.budget import COMPILED, Diagnosis, Footprint, diagnose, footprint, require_memory, size_text
 
 
 def forecast(config: Config) -> tuple[tuple[Site, ...], Footprint, int]:

@@ -9,7 +9,6 @@ import os
 import shutil
 from pathlib import Path
 
-import paramlens
 from paramlens.errors import ConfigError, RunDirError
 from paramlens.fields import expand_home
 from paramlens.files.hub_errors import hub_errors
@@ -18,12 +17,13 @@ from paramlens.files.plain import PART
 from paramlens.runs.checkpoint import damage
 from paramlens.runs.layout import CONTENTS, checkpoints, is_hub_id, is_run
 from paramlens.tracking import TRACKING
+from paramlens.version import __version__
 
 
 def located(run: str | Path, *, revision: str | None = None) -> Path:
-    """The directory of a run: any path, or for a string that is no path and has a Hub id's form, the fetched copy of a revision.
+    """The directory of a run: a path as it is; for an id on the Hub, user/name, the fetched copy of a revision.
 
-    Raises `ConfigError` for a revision of what is not on the Hub, and as `fetch` does.
+    Raises `ConfigError` if a revision is given for a path, and what `fetch` raises.
     """
     if isinstance(run, str) and is_hub_id(run):
         return fetch(run, revision=revision)
@@ -33,18 +33,19 @@ def located(run: str | Path, *, revision: str | None = None) -> Path:
 
 
 def fetch(repo: str, *, revision: str | None = None) -> Path:
-    """The run of a repository at a branch, tag or commit (none: main), from the cache where it is offline; all of it checked once.
+    """Fetch the run of a repository and check all of it; offline, take it from the cache.
 
-    Raises `RunDirError` if there is no such repository, revision or run, none of them can be reached, or a file is damaged.
+    revision: a branch, a tag or a commit. Defaults to main.
+
+    Raises `RunDirError` if there is no such repository, revision or run, if the Hub cannot be reached, or if a file is damaged.
     """
     from huggingface_hub import constants, snapshot_download
 
     with hub_errors(repo, revision):
         own = [name for name in CONTENTS if name != TRACKING]
         wanted = [pattern for name in own for pattern in (name, f"{name}/*")]
-        version = paramlens.__version__
         snapshot = Path(
-            snapshot_download(repo, revision=revision, allow_patterns=wanted, library_name="paramlens", library_version=version)
+            snapshot_download(repo, revision=revision, allow_patterns=wanted, library_name="paramlens", library_version=__version__)
         )
     if not is_run(snapshot):
         raise RunDirError(f"{repo} at {revision or 'main'}: holds no run (it lacks config.yaml or run.json); see paramlens push")
@@ -55,7 +56,7 @@ def fetch(repo: str, *, revision: str | None = None) -> Path:
 
 
 def _lay_out(snapshot: Path, copy: Path, repo: str) -> None:
-    """Make `copy` of the files that a snapshot links to, whole or not at all. Raises `RunDirError` if they are not as its manifests say."""
+    """Copy the files that a snapshot links to into `copy`, all or none. Raises `RunDirError` if one differs from its manifest."""
     part = copy.with_name(f"{copy.name}.{os.getpid()}{PART}")
     shutil.rmtree(part, ignore_errors=True)
     for file in sorted(file for file in snapshot.rglob("*") if file.is_file()):

@@ -1,4 +1,12 @@
-"""Names and places in a run directory: all of it that needs no torch, so that a wrong path is refused at once."""
+"""Names and places in a run directory; needs no torch, so that a wrong path is refused at once.
+
+config.yaml   resolved, runnable again          run.json   versions, device, dtype, threads, seed, target, status, seconds
+model.json    format, sites, shapes, γ, target, task: all that loading needs
+metrics.jsonl one line per logged step           target.safetensors, target.json   toy targets: weights, training checks
+target/       a language model that was trained here, as a plain Hugging Face folder
+MANIFEST.json bytes and sha256 of config.yaml, model.json and the target
+checkpoints/  as checkpoint.py says              analysis/*.json, report.html
+"""
 
 import contextlib
 import json
@@ -24,11 +32,11 @@ CONTENTS = (
     *("checkpoints", "analysis", "report.html", "metrics.jsonl", "model.json", "target.safetensors", "target.json", "target"),
     *(MANIFEST, "config.yaml", "run.json", TRACKING),
 )
-"""What a run directory holds; anything else there is somebody else's."""
+"""What a run directory holds; other files in it belong to the user."""
 
 
 RUNS = "runs"
-"""Folder that runs go to unless told otherwise."""
+"""Default folder of runs."""
 
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -39,11 +47,11 @@ _STEP = re.compile(r"step-(\d{8})")
 
 
 MOST_ANALYSIS = 2**30
-"""Bytes, likewise of an analysis: the catalogue holds every active part at every shown token."""
+"""Maximum size of an analysis, in bytes; the catalogue holds every active subcomponent at every shown token."""
 
 
 def default_out(config: Config) -> Path:
-    """Where a run goes unless told otherwise."""
+    """Default directory of a run."""
     return Path(RUNS) / f"{config.name}-s{config.seed}"
 
 
@@ -57,7 +65,7 @@ def is_begun(path: Path) -> bool:
 
 
 def is_resumable(path: Path) -> bool:
-    """False for a copy for reading, pushed to the Hub without optimizer and generators, which its run.json says."""
+    """False for a copy that was pushed to the Hub without optimizer and random generators; its run.json says so."""
     with contextlib.suppress(RunDirError):
         return read_json(path / "run.json").get("resumable") is not False
     return True
@@ -69,14 +77,14 @@ def holds_toy(path: Path) -> bool:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` is no path here and has the form user/name; a mistyped path stays here: `user` is no folder, nor runs."""
+    """True if `name` looks like user/repo and cannot be a local path: neither it nor the folder `user` exists, and `user` is not runs."""
     if not HUB_ID.fullmatch(name):
         return False
     return not (Path(name).exists() or Path(name).parent.is_dir() or Path(name).parts[0] == RUNS)
 
 
 def require_path(path: Path) -> None:
-    """Raise `RunDirError` for a path that no file can have: too long, with a NUL character, or not in UTF-8, as file formats need it."""
+    """Raise `RunDirError` for a path that no file can have: too long, with a NUL character, or not in UTF-8."""
     try:
         str(path.absolute()).encode()
         path.lstat()
@@ -97,7 +105,7 @@ def require_run(path: Path) -> None:
 
 
 def require_free(path: Path, *, overwrite: bool) -> None:
-    """Raise `RunDirError` if `path` holds anything or cannot be written; with `overwrite`, only if that is no run directory."""
+    """Raise `RunDirError` if `path` cannot be written or is not empty; with `overwrite`, a run directory may be there."""
     require_path(path)
     standing = next(place for place in (path, *path.absolute().parents) if place.exists())
     if not standing.is_dir() or not os.access(standing, os.W_OK):
@@ -112,7 +120,7 @@ def require_free(path: Path, *, overwrite: bool) -> None:
 
 
 def clear(path: Path) -> None:
-    """Remove what a run directory holds, and nothing else that lies there."""
+    """Remove what a run directory holds, and no other file in it."""
     for name in CONTENTS:
         entry = path / name
         if entry.is_dir() and not entry.is_symlink():
@@ -154,7 +162,7 @@ def find_checkpoint(path: Path, step: int | None) -> Path:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of `metrics.jsonl`; a last line that was cut off is left out. Raises `RunDirError` for any other that is no JSON mapping."""
+    """Lines of `metrics.jsonl`, without a last line that was cut off. Raises `RunDirError` if another line is not a JSON mapping."""
     file = path / "metrics.jsonl"
     lines = read_text(file).splitlines() if file.exists() else []
     parsed: list[dict[str, Any]] = []

@@ -12,7 +12,7 @@ from paramlens.files.plain import json_line
 
 
 class MetricsFile:
-    """The writing side. A line that cannot be written is kept and written before the next; half a line is never left standing."""
+    """Writes metrics.jsonl. A line that cannot be written is kept and written before the next; half a line is never left."""
 
     def __init__(self, path: Path, *, content: bytes = b"") -> None:
         self.path, self._pending = path, b""

@@ -1,17 +1,6 @@
-"""The run directory: the only bridge between training and everything after it.
+"""A run directory opened for reading: `Run` and `open_run`. It is the only bridge between training and everything after it."""
 
-config.yaml   resolved, runnable again          run.json   versions, device, dtype, threads, seed, target, status, seconds
-model.json    format, sites, shapes, γ, target, task: all that loading needs
-metrics.jsonl one line per logged step           target.safetensors, target.json   toy targets: weights, training checks
-target/       a language model that was trained here, as a plain Hugging Face folder
-MANIFEST.json bytes and sha256 of config.yaml, model.json and the target
-checkpoints/  as checkpoint.py says              analysis/*.json, report.html
-"""
-
-import contextlib
-import hashlib
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -19,18 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-import paramlens
-from paramlens.config.file import dump_config, load_config
+from paramlens.config.file import load_config
 from paramlens.config.model import Config
 from paramlens.display.shown import Shown
 from paramlens.display.tables import Chart, Column, Line, Table, columns, metric, row
 from paramlens.display.verdicts import Verdict, verdict_table, verdicts
 from paramlens.errors import RunDirError
-from paramlens.files.manifest import MANIFEST, file_sha256, problems, write_manifest
-from paramlens.files.plain import json_line, read_json, write_json, write_text
-from paramlens.files.tensorfile import copy_into, require_fit
+from paramlens.files.plain import json_line, read_json, write_json
+from paramlens.files.tensorfile import require_fit
 from paramlens.method.batch import Batches
 from paramlens.method.decomposition import Decomposition
 from paramlens.method.importance.network import Importance
@@ -39,106 +26,18 @@ from paramlens.method.modes import default_modes
 from paramlens.method.sites import named_sites
 from paramlens.method.task import EvaluatedOn, TargetHistory, Task
 from paramlens.runs import targets
-from paramlens.runs.checkpoint import LOADED, CheckpointState, load_state, prune, require_whole, write_checkpoint
-from paramlens.runs.described import Described, describe, named_parameters, read_description, require_known_format
+from paramlens.runs.checkpoint import LOADED, load_parameters, require_whole
+from paramlens.runs.described import Described, read_description
 from paramlens.runs.hub import located
+from paramlens.runs.integrity import require_own, require_target, require_whole_run
 from paramlens.runs.layout import (
-    FORMAT,
     checkpoint_step,
-    checkpoints,
-    clear,
     find_checkpoint,
     read_metrics,
-    require_free,
     require_run,
-    sweep,
 )
-from paramlens.runs.metrics import MetricsFile
-from paramlens.tasks.base import FOLDER
+from paramlens.runs.sharing import push_to_hub
 from paramlens.tasks.batches import own_task
-
-
-class RunDirectory:
-    """The writing side of a run directory; one writer per run."""
-
-    def __init__(self, path: Path, *, metrics: MetricsFile | None = None) -> None:
-        self.path = path
-        self.metrics = metrics or MetricsFile(path / "metrics.jsonl")
-
-    @classmethod
-    def create(cls, path: str | Path, config: Config, *, overwrite: bool = False) -> "RunDirectory":
-        """A new directory holding `config.yaml` and `run.json`. Raises `RunDirError` as `layout.require_free` does."""
-        path = Path(path)
-        require_free(path, overwrite=overwrite)
-        try:
-            clear(path)
-            path.mkdir(parents=True, exist_ok=True)
-            write_text(path / "config.yaml", dump_config(config))
-            write_json(path / "run.json", {"format": FORMAT, "versions": versions()})
-        except OSError as error:
-            raise RunDirError(f"{path}: cannot be written ({error.strerror}); give another out") from None
-        return cls(path)
-
-    @classmethod
-    def reopen(cls, path: Path, state: CheckpointState | None) -> "RunDirectory":
-        """A directory taken up at a checkpoint, or at its beginning: leftovers removed, metrics cut back.
-
-        Raises `RunDirError` for metrics that are not what the checkpoint recorded.
-        """
-        sweep(path)
-        recorded, step = ({"bytes": 0, "sha256": hashlib.sha256().hexdigest()}, 0) if state is None else (state.metrics, state.step)
-        return cls(path, metrics=MetricsFile.cut(path / "metrics.jsonl", recorded, step=step))
-
-    def describe(self, config: Config, decomposition: Decomposition, importance: Importance, target: dict[str, Any]) -> None:
-        """Write `model.json`, and the manifest over all that stays as it is from now on."""
-        (self.path / "checkpoints").mkdir(exist_ok=True)
-        write_json(self.path / "model.json", describe(config, decomposition, importance, target))
-        self.seal()
-
-    def reconfigure(self, config: Config) -> None:
-        """Replace `config.yaml`."""
-        write_text(self.path / "config.yaml", dump_config(config))
-        self.seal()
-
-    def seal(self) -> None:
-        """Write `MANIFEST.json` over configuration, description and target."""
-        files = [self.path / name for name in ("config.yaml", "model.json", "target.safetensors", "target.json")]
-        files += sorted((self.path / FOLDER).glob("*"))
-        write_manifest(self.path, [file for file in files if file.is_file()])
-
-    @property
-    def info(self) -> dict[str, Any]:
-        """`run.json`."""
-        return read_json(self.path / "run.json")
-
-    def record(self, **fields: Any) -> None:
-        """Add fields to `run.json`."""
-        write_json(self.path / "run.json", self.info | fields)
-
-    def save_checkpoint(
-        self,
-        config: Config,
-        decomposition: Decomposition,
-        importance: Importance,
-        *,
-        step: int,
-        optimizer: Mapping[str, Tensor],
-        rng: Mapping[str, Tensor],
-    ) -> Path:
-        """Write one checkpoint, metrics first, then remove those that are not kept. Raises `OSError` if the disk does not take it."""
-        state = {
-            "format": FORMAT,
-            "step": step,
-            "threads": torch.get_num_threads(),
-            "metrics": self.metrics.flush(),
-            "model": file_sha256(self.path / "model.json"),
-            "config": config_sha256(config),
-        }
-        tensors = _parameters(decomposition, importance) | {"optimizer": optimizer, "rng": rng}
-        final = write_checkpoint(self.path, tensors, state)
-        with contextlib.suppress(OSError):  # one too many does no harm
-            prune(self.path, keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every)
-        return final
 
 
 @dataclass(frozen=True, repr=False)
@@ -151,6 +50,9 @@ class Run(Shown):
     decomposition: Decomposition
     importance: Importance
     task: Task | None
+
+    def __fspath__(self) -> str:
+        return str(self.path)
 
     @cached_property
     def config(self) -> Config:
@@ -169,7 +71,7 @@ class Run(Shown):
 
     @property
     def evaluated_on(self) -> EvaluatedOn:
-        """What the evaluations in `metrics.jsonl` looked at; runs of before this was recorded are told by their task."""
+        """The data of the evaluations in `metrics.jsonl`; in older runs, which do not record it, it follows from the task."""
         return self.info.get("evaluated_on", self.config.task.evaluated_on)
 
     @cached_property
@@ -179,13 +81,13 @@ class Run(Shown):
 
     @cached_property
     def target_history(self) -> TargetHistory | None:
-        """How a toy target was trained; none for any other."""
+        """How a toy target was trained; None for any other target."""
         return targets.history(read_description(self.path).rebuilt().task, self.path) if (self.path / "target.json").exists() else None
 
     @cached_property
     @torch.no_grad()
     def verdicts(self) -> tuple[Verdict, ...]:
-        """Whether the decomposition can be trusted, from the last evaluation up to the loaded checkpoint; `circuit` has more of them."""
+        """Whether the decomposition can be trusted, by the last evaluation before the loaded checkpoint; `circuit` has more verdicts."""
         measured = [line["evaluation"] for line in self.metrics if "evaluation" in line and line["step"] <= self.step]
         left_out = faithfulness(self.decomposition).item()
         now = {"faithfulness": left_out, "faithfulness_relative": left_out / mean_square(self.decomposition)}
@@ -244,7 +146,7 @@ class Run(Shown):
 
     def push_to_hub(self, repo: str, **how: Any) -> str:
         """Upload the run directory; `how` and what it raises as for `paramlens.push_to_hub`. Returns the commit's address."""
-        return paramlens.push_to_hub(self, repo, **how)
+        return push_to_hub(self, repo, **how)
 
     def save_analysis(self, name: str, document: Mapping[str, Any]) -> Path:
         """Write `analysis/<name>.json`."""
@@ -265,10 +167,10 @@ def open_run(
 ) -> Run:
     """Open a run directory at its newest checkpoint, or at step `checkpoint`.
 
-    A string user/name that is no path here is a repository on the Hugging Face Hub, fetched at the branch, tag or commit `revision`.
-    `model` is the target of a run on your own model, `batches` (as for `decompose`) what its analyses look at; toy targets and their
-    data are in the directory, and open on the CPU where the run's device is missing. Raises `RunDirError` if the path is no run,
-    holds no checkpoint, needs a model that is not given, or was made from another model.
+    A string user/name that is not a local path is a repository on the Hugging Face Hub, fetched at the branch, tag or commit `revision`.
+    model: the target of a run on your own model; batches: as for `decompose`, the data for its analyses. Toy targets and their data
+    are in the directory, and open on the CPU if the run's device is missing. Raises `RunDirError` if the path is not a run, holds no
+    checkpoint, needs a model that is not given, or was made from another model.
     """
     path = located(path, revision=revision)
     require_run(path)
@@ -295,9 +197,9 @@ def open_run(
 
 
 def _whole_checkpoint(path: Path, step: int | None, described: Described) -> Path:
-    """The newest checkpoint, or that of `step`, once it is known to be whole and of this run. Raises `RunDirError`.
+    """The newest checkpoint, or the one at `step`, checked to be whole and of this run. Raises `RunDirError`.
 
-    One that a run under way removes meanwhile, since it has written newer ones, is given up for those.
+    If a run under way removes it meanwhile, after it wrote newer ones, the newest of those is taken.
     """
     while True:
         folder = find_checkpoint(path, step)
@@ -313,84 +215,11 @@ def _whole_checkpoint(path: Path, step: int | None, described: Described) -> Pat
             return folder
 
 
-def require_whole_run(path: Path) -> Described:
-    """What `model.json` says, once configuration, description and target are as the run's manifest says, and run.json is of this run.
-
-    Runs of the first format have no manifest. Raises `RunDirError` naming the file that differs.
-    """
-    require_known_format(path)
-    require_unchanged(path)
-    described = read_description(path)
-    if described.format > 1 and not (path / MANIFEST).exists():
-        raise RunDirError(f"{path / MANIFEST}: missing; restore the file from a copy")
-    given, expected = read_json(path / "run.json").get("target"), described.target.sha256
-    if not isinstance(given, dict) or given.get("sha256") != expected:
-        raise RunDirError(f"{path / 'run.json'}: target {expected[:12]}… expected, another found; restore the file from a copy")
-    return described
-
-
-def require_unchanged(path: Path) -> None:
-    """Raise `RunDirError` naming the first file that is not as the directory's manifest says, where it has one."""
-    if (path / MANIFEST).exists() and (found := problems(path, required=("config.yaml",))):
-        more = f" (and {len(found) - 1} more)" if found[1:] else ""
-        raise RunDirError(f"{found[0]}{more}; it has changed since it was written: restore the file from a copy")
-
-
-def require_target(path: Path, described: Described, model: nn.Module) -> None:
-    """Raise `RunDirError` unless `model` has the weights that the run was made from."""
-    expected, found = described.target.sha256, model_sha256(model)
-    if expected != found:
-        raise RunDirError(
-            f"{path}: made from {described.target.id} with other weights than this model's "
-            f"(sha256 {expected[:12]}… expected, {found[:12]}… found); give the model it was made from"
-        )
-
-
 def build(described: Described, model: nn.Module) -> tuple[Decomposition, Importance]:
     """Decomposition and γ, still empty, as `model.json` describes them. Raises `SiteError` if the model lacks a site."""
     sites = named_sites(model, [site.name for site in described.sites])
     decomposition = Decomposition(model, sites, C=described.C, dtype=getattr(torch, described.dtype))
     return decomposition, described.importance().to(sites[0].W.device)
-
-
-@torch.no_grad()
-def load_parameters(folder: Path, decomposition: Decomposition, importance: Importance) -> None:
-    """Copy a checkpoint's U, V and γ in. Raises `RunDirError` naming the tensor that is missing, of another shape or type."""
-    for name, tensors in _parameters(decomposition, importance).items():
-        copy_into(folder / f"{name}.safetensors", tensors)
-
-
-def newest_state(path: Path, config: Config) -> CheckpointState | None:
-    """State of the newest checkpoint, checked whole and of this very run; none if there is no checkpoint yet. Raises `RunDirError`."""
-    if not (found := checkpoints(path)):
-        return None
-    require_whole(found[-1])
-    require_own(found[-1], path)
-    state = load_state(found[-1])
-    if state.config not in (None, config_sha256(config)):
-        raise RunDirError(f"{found[-1]}: of a run with another configuration than {path / 'config.yaml'}; remove it")
-    return state
-
-
-def require_own(folder: Path, path: Path) -> None:
-    """Raise `RunDirError` if a checkpoint was written by another run, whole as it may be."""
-    model = read_json(folder / "state.json").get("model")
-    if model not in (None, file_sha256(path / "model.json")):
-        raise RunDirError(f"{folder}: of another run, its state.json names another model.json; remove it, or put the run's own back")
-
-
-def config_sha256(config: Config) -> str:
-    """Hash of a configuration, its number of steps left out."""
-    return hashlib.sha256(dump_config(config.model_copy(update={"steps": 1})).encode()).hexdigest()
-
-
-def model_sha256(model: nn.Module) -> str:
-    """Hash of a model's state: names, shapes, types and bytes."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _rebuild_task(path: Path, config: Config) -> Task:
@@ -401,17 +230,3 @@ def _rebuild_task(path: Path, config: Config) -> Task:
         config = config.model_copy(update={"device": "cpu"})
     target = targets.load(config, path).to(config.device, config.dtype)
     return config.task.make(target, seed=config.seed, batch=config.batch)
-
-
-def _parameters(decomposition: Decomposition, importance: Importance) -> dict[str, Mapping[str, Tensor]]:
-    """File stem → tensor name → U, V and γ as a checkpoint holds them, as views."""
-    U, V = decomposition.U, decomposition.V
-    return {
-        "components": {f"{name}.U": U[name] for name in U} | {f"{name}.V": V[name] for name in V},
-        "importance": named_parameters(importance),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions that the bytes of a run may depend on."""
-    return {"paramlens": paramlens.__version__, "torch": torch.__version__, "python": platform.python_version()}

@@ -1,4 +1,4 @@
-"""When a run is saved, and what becomes of a save that fails: training goes on, and the next try comes soon."""
+"""When a run is saved; after a save that fails, training goes on and the save is tried again soon."""
 
 import contextlib
 import math
@@ -15,22 +15,22 @@ from paramlens.method.importance.network import Importance
 from paramlens.runs.budget import size_text
 from paramlens.runs.checkpoint import FILES
 from paramlens.runs.layout import checkpoint_path, checkpoint_step, checkpoints
-from paramlens.runs.rundir import RunDirectory
+from paramlens.runs.writer import RunDirectory
 
 TRIES = 5
-"""Saves that fail one after the other before a run stops."""
+"""Failed saves in a row after which a run stops."""
 
 PAUSES = (1.0, 2.0, 4.0)
 """Seconds before the next try of a save that cannot wait, at the end of a run or after a signal."""
 
 
 class Saver:
-    """A run's checkpoints and metrics on a disk that may fail; every failure is told, none costs what was saved before."""
+    """Writes a run's checkpoints and metrics to a disk that may fail; failures are reported, and what was saved before stays."""
 
     def __init__(self, directory: RunDirectory, *, every: int, message: Callable[[str], object]) -> None:
         self.directory, self.every, self.message = directory, every, message
         self.again: int | None = None
-        """Step at which a failed save is tried again."""
+        """Step at which a failed save is tried again; None if none failed."""
         self.failures = 0
         self.lines_wait = False
 
@@ -39,7 +39,7 @@ class Saver:
         return step % self.every == 0 or step == self.again
 
     def append(self, line: Mapping[str, Any]) -> None:
-        """Add a line to metrics.jsonl; one that the disk does not take is written with the next."""
+        """Add a line to metrics.jsonl; if the disk fails, it is written with the next line."""
         try:
             self.directory.metrics.append(line)
             self.lines_wait = False
@@ -49,7 +49,7 @@ class Saver:
             self.lines_wait = True
 
     def save(self, write: Callable[[], object], step: int, *, now: bool) -> None:
-        """Write the checkpoint of `step`; a failure is told and tried again, at a later step or, with `now`, after a pause.
+        """Write the checkpoint of `step`; a failure is reported and tried again, at a later step or, with `now`, after a pause.
 
         Raises `SaveError` when that has failed too often.
         """
@@ -76,7 +76,7 @@ class Saver:
                 return
 
     def record(self, **fields: Any) -> None:
-        """Add fields to run.json; a disk that does not take them is told of, and takes nothing else away."""
+        """Add fields to run.json; a failure is reported and changes nothing else."""
         try:
             self.directory.record(**fields)
         except (OSError, RunDirError) as error:
@@ -124,5 +124,5 @@ def require_space(
 
 
 def _held(path: Path) -> int:
-    """Bytes of the checkpoints that newer ones will take the place of."""
+    """Bytes of the checkpoints that newer ones will replace."""
     return sum(file.stat().st_size for folder in checkpoints(path) for file in folder.iterdir())

@@ -19,7 +19,7 @@ from paramlens.config.model import Config
 from paramlens.errors import ConfigError, ParamLensError, RunInterrupted, Terminated
 from paramlens.fields import expand_home
 from paramlens.files.plain import read_json, write_json
-from paramlens.kernels.machine import usable_cores
+from paramlens.kernels.resources import usable_cores
 from paramlens.runs.decompose import decompose_config
 from paramlens.runs.layout import default_out, holds_toy, is_begun, is_run, require_free
 from paramlens.tracking.signals import apart, ask_to_end, end_in_order, interrupts, termination
@@ -40,14 +40,15 @@ def decompose_seeds(
     overwrite: bool = False,
     track: Sequence[str] = (),
 ) -> list[Path]:
-    """Runs with seeds `config.seed` to `config.seed` + `count` - 1, as many at a time as the usable cores carry; returns their directories.
+    """Run `count` seeds, from `config.seed` on, as many at a time as the usable cores carry; returns their directories.
 
-    Each trains a target of its own, as it would alone, unless `target` names one for all, or with {seed} in it one for each. out: the
-    folder of the run directories `s<seed>`; none: runs/<name>-s<seed> each. threads: as configured, or one where several run at a time,
-    since threads that must wait for each other's cores lose more than they gain. resume: those that have begun go on, the others start.
-    track: names of trackers, as `trackers.chosen` takes them, that follow every seed beside the terminal.
-    A seed that fails does not stop the others; its error is raised when all are done. A Ctrl-C or SIGTERM ends all, those under way with
-    a checkpoint, a second one at once; so does this process's own end. Raises as `decompose_config` does.
+    target: as for `decompose_config`; with {seed} in it, one for each seed. Defaults to training one for each seed.
+    out: the folder of the run directories `s<seed>`. Defaults to runs/<name>-s<seed> for each.
+    resume: continue the runs that have begun, start the others.
+    track: names of trackers that follow every seed beside the terminal.
+    Where several run at a time and the configuration names no threads, each has one: waiting for each other's cores costs more than
+    threads gain. A seed that fails does not stop the others; its error is raised when all are done. A Ctrl-C or SIGTERM, or the end of
+    this process, ends all with a checkpoint; a second signal ends them at once. Raises as `decompose_config` does.
     """
     if count < 1:
         raise ConfigError(f"seeds {count}: give 1 or more")
@@ -82,7 +83,7 @@ class _Job:
 
 
 def _run_all(jobs: Sequence[_Job], workers: int) -> list[ParamLensError | None]:
-    """What went wrong in each job, at most `workers` of which run at a time. Raises `RunInterrupted` once all have ended for a signal."""
+    """The error of each job, or None; at most `workers` run at a time. Raises `RunInterrupted` once all have ended for a signal."""
     waiting, failures = list(range(len(jobs))), list[ParamLensError | None]([None] * len(jobs))
     running: dict[int, subprocess.Popen[str]] = {}
     told = False
@@ -111,7 +112,7 @@ def _run_all(jobs: Sequence[_Job], workers: int) -> list[ParamLensError | None]:
 
 
 def _start(job: _Job, file: Path) -> subprocess.Popen[str]:
-    """A job in a process and a session of its own, so that a terminal's Ctrl-C reaches it through this process alone."""
+    """Start a job in a process and a session of its own, so that a terminal's Ctrl-C reaches it through this process alone."""
     settings = {"path": str(job.path), "target": job.target, "resume": job.resume, "overwrite": job.overwrite, "track": job.track}
     write_json(file, {"config": job.config.model_dump(mode="json"), **settings})
     quietly = "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL)"  # a Ctrl-C while torch is imported ends in no traceback
@@ -132,7 +133,7 @@ def _failure(job: _Job, process: subprocess.Popen[str]) -> ParamLensError | None
 
 
 def run_job() -> None:
-    """One seed in its own process: what went wrong goes to the parent as JSON, and the parent's end is taken as SIGTERM."""
+    """Run one seed in this process: an error goes to the parent as JSON; if the parent ends, this process ends as by SIGTERM."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     job: dict[str, Any] = read_json(Path(sys.argv[1]))

@@ -1,14 +1,13 @@
 """`paramlens push`: a run directory as a repository on the Hugging Face Hub, with a card that says what it is and how to open it."""
 
 import fnmatch
-import json
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-import paramlens
 from paramlens.config.file import load_config
 from paramlens.errors import ConfigError, RunDirError
 from paramlens.files.hub_errors import hub_errors
@@ -17,10 +16,10 @@ from paramlens.files.manifest import MANIFEST
 from paramlens.files.plain import PART, json_text, read_json
 from paramlens.runs.checkpoint import RESUMED
 from paramlens.runs.described import Described, read_description
-from paramlens.runs.layout import CONTENTS, HUB_ID, checkpoints, require_run
-from paramlens.runs.rundir import Run
+from paramlens.runs.layout import CONTENTS, HUB_ID, checkpoint_step, checkpoints, require_run
 from paramlens.runs.verification import verify
 from paramlens.tracking import TRACKING
+from paramlens.version import __version__
 
 CARD = "README.md"
 
@@ -30,7 +29,7 @@ _SHARED = tuple(pattern for name in CONTENTS if name != TRACKING for pattern in 
 
 
 def push_to_hub(
-    run: Run | str | Path,
+    run: str | PathLike[str],
     repo: str,
     *,
     private: bool | None = None,
@@ -40,12 +39,13 @@ def push_to_hub(
 ) -> str:
     """Upload a run directory to the repository `repo` (user/name), made if it is missing, as one commit; returns the commit's address.
 
-    private: of a new repository; none: the account's default. revision: the branch, made if it is missing; none: main.
-    resumable: with the optimizer and the generators, three times the bytes; without them what is there is a copy for reading,
-    which says so. Files of an earlier push that the run no longer has go; locks, unfinished files and tracking stay here.
+    private: whether a new repository is private. Defaults to the account's setting. revision: the branch, made if it is missing.
+    Defaults to main. resumable: also upload the optimizer and the random generators, which triples the size; without them the copy
+    can be read but not resumed, and its card says so. Files of an earlier push that the run no longer has are deleted there; locks,
+    unfinished files and tracking are not uploaded.
     Raises `RunDirError` for a run that is damaged, has no checkpoint or is being written to, and for what the Hub refuses.
     """
-    path = run.path if isinstance(run, Run) else Path(run)
+    path = Path(run)
     require_run(path)
     if not HUB_ID.fullmatch(repo):
         raise ConfigError(f"{repo}: no id of a repository, which is user/name")
@@ -55,7 +55,7 @@ def push_to_hub(
         _require_pushable(path, resumable=resumable)
         files = _files(path, resumable=resumable)
         files[CARD] = card(path, repo, resumable=resumable).encode()
-        api = HfApi(library_name="paramlens", library_version=paramlens.__version__)
+        api = HfApi(library_name="paramlens", library_version=__version__)
         with hub_errors(repo, revision):
             api.create_repo(repo, private=private, exist_ok=True)
             if revision is not None and not revision.startswith("refs/"):
@@ -68,7 +68,7 @@ def push_to_hub(
                 *(CommitOperationAdd(name, content) for name, content in sorted(files.items())),
                 *(CommitOperationDelete(name) for name in gone),
             ]
-            title = message or f"{path.absolute().name} at step {_newest(path)}"
+            title = message or f"{path.absolute().name} at step {checkpoint_step(checkpoints(path)[-1])}"
             return str(api.create_commit(repo, operations, commit_message=title, revision=revision).commit_url)
 
 
@@ -84,7 +84,7 @@ def _require_pushable(path: Path, *, resumable: bool) -> None:
 
 
 def _files(path: Path, *, resumable: bool) -> dict[str, Path | bytes]:
-    """Name in the repository → file, or the bytes that stand there in its place."""
+    """Name in the repository → file, or the bytes to upload in its place."""
     found = {file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*")) if file.is_file() and not file.is_symlink()}
     kept: dict[str, Path | bytes] = {
         name: file for name, file in found.items() if PART not in name and any(fnmatch.fnmatchcase(name, each) for each in _SHARED)
@@ -101,7 +101,7 @@ def _files(path: Path, *, resumable: bool) -> dict[str, Path | bytes]:
 
 
 def card(path: Path, repo: str, *, resumable: bool) -> str:
-    """The repository's README.md: metadata, what was decomposed, the metrics of `circuit` where they lie there, how to open it."""
+    """The repository's README.md: metadata, what was decomposed, the metrics of `circuit` if it was run, how to open the run."""
     described, info = read_description(path), read_json(path / "run.json")
     config = load_config(path / "config.yaml")
     metadata: dict[str, Any] = {"library_name": "paramlens", "tags": ["paramlens", "parameter-decomposition", "interpretability"]}
@@ -111,7 +111,7 @@ def card(path: Path, repo: str, *, resumable: bool) -> str:
         *("---", yaml.safe_dump(metadata, sort_keys=False).strip(), "---", MARK, ""),
         *(f"# {config.name}, seed {config.seed}", ""),
         *(_what(described), ""),
-        *(f"Step {_newest(path)} of {config.steps}, {info['status']}; made with {_versions(info)}.", ""),
+        *(f"Step {checkpoint_step(checkpoints(path)[-1])} of {config.steps}, {info['status']}; made with {_versions(info)}.", ""),
         *_metrics(path),
         *("```python", "import paramlens", "", f'run = paramlens.open_run("{repo}")', "table = paramlens.circuit(run)", "```", ""),
         f"or `paramlens circuit {repo}`. Every file is listed with its sha256 in a `MANIFEST.json` and checked before it is read; "
@@ -145,7 +145,3 @@ def _metrics(path: Path) -> list[str]:
     found = read_json(file)
     rows = [f"| {name} | {value:.3g} |" for name, value in found["metrics"].items()]
     return [f"| {found.get('evaluated_on', 'metric')} | |", "|---|---:|", *rows, ""]
-
-
-def _newest(path: Path) -> int:
-    return json.loads((checkpoints(path)[-1] / "state.json").read_text(encoding="utf-8"))["step"]

@@ -20,11 +20,11 @@ from paramlens.method.losses.divergence import LossAt
 from paramlens.method.settings import Optim
 from paramlens.method.step import Step, Steps
 from paramlens.method.task import Task
-from paramlens.runs.checkpoint import CheckpointState
+from paramlens.runs.checkpoint import CheckpointState, load_parameters
 from paramlens.runs.described import named_parameters
 from paramlens.runs.randomness import rng_state, set_rng_state
-from paramlens.runs.rundir import RunDirectory, load_parameters
 from paramlens.runs.saving import Saver
+from paramlens.runs.writer import RunDirectory
 from paramlens.tracking.signals import interrupts
 from paramlens.tracking.tracker import LoggedStep, Tracker
 
@@ -92,9 +92,7 @@ def train(
                 if log:
                     saver.append(_logged(config, result, done, share, batch, tracker))
                 if measure:
-                    metrics = held_out(config, task, decomposition, importance)
-                    saver.append({"step": done, "evaluation": metrics})
-                    tracker.evaluated(done, metrics)
+                    saver.append(_evaluated(config, task, decomposition, importance, done, tracker))
                 stop = interrupted()
                 if saver.due(done) or last or stop:
                     steps.require_finite(result, step)
@@ -176,6 +174,15 @@ def _logged(config: Config, result: Step, done: int, share: float, batch: Batch,
     )
     tracker.update(logged)
     return {"step": done, "losses": logged.losses, "total": logged.total, "p": logged.p, "lr": logged.lr, "active": logged.active}
+
+
+def _evaluated(
+    config: Config, task: Task, decomposition: Decomposition, importance: Importance, done: int, tracker: Tracker
+) -> dict[str, Any]:
+    """The line of metrics.jsonl with what `held_out` measured, which the tracker is shown too."""
+    metrics = held_out(config, task, decomposition, importance)
+    tracker.evaluated(done, metrics)
+    return {"step": done, "evaluation": metrics}
 
 
 def _save(

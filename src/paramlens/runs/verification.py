@@ -12,23 +12,23 @@ from paramlens.files.plain import read_json
 from paramlens.files.tensorfile import require_fit
 from paramlens.runs.checkpoint import damage
 from paramlens.runs.described import Described
+from paramlens.runs.integrity import require_own, require_whole_run
 from paramlens.runs.layout import checkpoint_step, checkpoints, is_begun, is_resumable, read_metrics, require_run
 from paramlens.runs.metrics import recorded_part
-from paramlens.runs.rundir import require_own, require_whole_run
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """One checkpoint; problems: none if it is whole."""
+    """What is wrong with one checkpoint; no problems if it is whole."""
 
     step: int
     problems: tuple[str, ...]
 
     @property
     def whole(self) -> bool:
-        """Whether all of it can be read."""
+        """True if all of it can be read."""
         return not self.problems
 
 
@@ -38,21 +38,21 @@ class Verification(Shown):
 
     run: Path
     status: str | None
-    """As run.json has it; none if that cannot be read."""
+    """Status in run.json; None if it cannot be read."""
     problems: tuple[str, ...]
     """Of the run's own files, its metrics and its analyses."""
     checkpoints: tuple[CheckpointReport, ...]
     resumable: bool
-    """False for a copy for reading, which a push without optimizer and generators makes."""
+    """False for a copy that was pushed without optimizer and generators."""
 
     @property
     def whole(self) -> bool:
-        """Whether nothing at all is wrong."""
+        """True if nothing is wrong."""
         return not self.problems and all(each.whole for each in self.checkpoints)
 
     @property
     def last_good(self) -> int | None:
-        """Step of the newest checkpoint that is whole; none if there is none."""
+        """Step of the newest checkpoint that is whole; None if there is none."""
         return next((each.step for each in reversed(self.checkpoints) if each.whole), None)
 
     def summary(self) -> str:
@@ -81,7 +81,7 @@ class Verification(Shown):
 
 
 def verify(path: str | Path) -> Verification:
-    """Hold a run directory against its manifests, and its files against each other: formats, shapes, types, metrics, whose they are.
+    """Check a run directory against its manifests, and its files against each other: formats, shapes, types, metrics, run.
 
     Reads every byte once and loads nothing. Raises `RunDirError` if `path` is no run directory.
     """
@@ -116,7 +116,7 @@ def _report(folder: Path, path: Path, described: Described | None) -> Checkpoint
 
 
 def _attempt(found: list[str], check: Callable[[], T]) -> T | None:
-    """What `check` returns; its error goes to `found`."""
+    """What `check` returns; its error is added to `found`."""
     try:
         return check()
     except ParamLensError as error:

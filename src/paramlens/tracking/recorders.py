@@ -1,4 +1,4 @@
-"""The other side of `trackers.Beside`: a process that is told a run's numbers as lines of JSON and gives them to one library."""
+"""The other side of `trackers.Beside`: a process that reads a run's numbers as lines of JSON and passes them to one library."""
 
 import itertools
 import json
@@ -16,29 +16,30 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 
+from paramlens.fields import leaves
 from paramlens.files.plain import read_json, write_json
 
 PROJECT = "paramlens"
-"""Under which W&B and Trackio list the runs."""
+"""Project name in W&B and Trackio."""
 
 LOCK_PATIENCE = 30.0
 """Seconds that a resumed run's process waits for that of the run before, should it still be writing."""
 
 
 class Recorder(Protocol):
-    """What keeps a run's numbers. Made with its folder, the run's name, its configuration and the steps done before."""
+    """Records a run's numbers. It is given a folder, the run's name, its configuration and the steps done before."""
 
     def __init__(self, folder: Path, name: str, config: Mapping[str, Any], done: int) -> None: ...
 
     def record(self, step: int, values: Mapping[str, float], text: str) -> None:
-        """Everything of one step; text: what a person was told."""
+        """Record all values of one step, and the messages to the user as `text`."""
         ...
 
     def close(self) -> None: ...
 
 
 class TensorBoard:
-    """Event files. A run that goes on leaves them standing and marks what was logged after its checkpoint as void (a session's start)."""
+    """Event files. A resumed run adds a session start, with which TensorBoard drops what was logged after the checkpoint."""
 
     def __init__(self, folder: Path, name: str, config: Mapping[str, Any], done: int) -> None:  # noqa: ARG002
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
@@ -49,7 +50,7 @@ class TensorBoard:
         self._event, self._writer = Event, EventFileWriter(str(folder))
         self._writer.add_event(Event(wall_time=time.time(), step=done + 1, session_log=SessionLog(status=SessionLog.START)))
         if not begun:
-            self._add(0, hparams_pb(leaves(config)))
+            self._add(0, hparams_pb(hyperparameters(config)))
 
     def record(self, step: int, values: Mapping[str, float], text: str) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
@@ -69,9 +70,9 @@ class TensorBoard:
 
 
 class Appended:
-    """A library that cannot take steps back: its run's id and the last step it was told stand in `run.json` beside its files.
+    """A library that cannot remove steps; `run.json` beside its files has its run's id and the last recorded step.
 
-    A resumed run repeats steps to the same bytes, so those that were told before are left out.
+    A resumed run repeats steps with the same values, so recorded steps are skipped.
     """
 
     def __init__(self, folder: Path, name: str, config: Mapping[str, Any], done: int) -> None:  # noqa: ARG002  # the protocol's
@@ -126,7 +127,7 @@ class Trackio(Appended):
         os.environ |= {"TRACKIO_DIR": str(folder), "HF_HUB_OFFLINE": "1"}
         import trackio
 
-        warnings.showwarning = _raise  # how it tells that something could not be written
+        warnings.showwarning = _raise  # it warns if something cannot be written
         return trackio.init(PROJECT, name=name, config=config, resume="allow", embed=False, auto_log_gpu=False, auto_log_cpu=False)
 
 
@@ -134,7 +135,7 @@ RECORDERS: dict[str, type[Recorder]] = {"tensorboard": TensorBoard, "wandb": Wan
 
 
 def main() -> None:
-    """Record what comes on stdin until it ends, as it also does when the run is killed. Exits with 1, its last line saying why."""
+    """Record the lines of stdin until it ends, as it does when the run is killed too. On an error, print it and exit with 1."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     name, folder, run, done = sys.argv[1:]
     try:
@@ -153,15 +154,13 @@ def main() -> None:
         sys.exit(1)
 
 
-def leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
-    """A configuration's values under dotted names; lists as text, those that are none left out."""
-    found: dict[str, bool | int | float | str] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            found |= leaves(value, f"{prefix}{key}.")
-        elif value is not None:
-            found[f"{prefix}{key}"] = value if isinstance(value, bool | int | float | str) else json.dumps(value)
-    return found
+def hyperparameters(config: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
+    """A configuration's values under dotted names, as TensorBoard takes them: lists as text, no entry for None."""
+    return {
+        name: value if isinstance(value, bool | int | float | str) else json.dumps(value)
+        for name, value in leaves(config).items()
+        if value is not None
+    }
 
 
 def logged_in() -> bool:

@@ -32,14 +32,14 @@ def interrupts() -> Iterator[Callable[[], int | None]]:
 
 
 def apart() -> dict[str, Any]:
-    """How `subprocess.Popen` starts a process that a terminal's Ctrl-C does not reach: in a session, on Windows a group, of its own."""
+    """Options with which `subprocess.Popen` gives a process its own session (Windows: group), which a terminal's Ctrl-C does not reach."""
     if WINDOWS:
         return {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
     return {"start_new_session": True}
 
 
 def ask_to_end(process: subprocess.Popen[str], number: int) -> None:
-    """Have a process that watches its input save and end: by a signal, or on Windows, where one ends it at once, by its input's end."""
+    """Ask a process to save and end: by a signal; on Windows, where a signal ends it at once, by closing its input."""
     if not WINDOWS:
         process.send_signal(number)
         return
@@ -49,7 +49,7 @@ def ask_to_end(process: subprocess.Popen[str], number: int) -> None:
 
 
 def end_in_order() -> None:
-    """SIGTERM to this process, from any of its threads, so that its handler runs; on Windows `os.kill` would end it at once."""
+    """Send SIGTERM to this process, from any thread, so that its handler runs; on Windows `os.kill` would end it at once."""
     if WINDOWS:
         signal.raise_signal(signal.SIGTERM)
     else:

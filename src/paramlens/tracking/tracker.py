@@ -40,8 +40,8 @@ class LoggedStep:
 class Tracker(Protocol):
     """Follows a run: `start` once per phase, `update` at logged steps, `evaluated` with what an evaluation measured, `close` at the end.
 
-    `start` is told the run directory, the configuration and the steps done before; what was told of later steps is told again.
-    `message` is for what a person should read, and comes before `start` too.
+    `start` gets the run directory, the configuration and the steps done before; after a resume, later steps are reported again.
+    `message` gets texts for a person, and may come before `start`.
     """
 
     def start(self, phase: str, *, steps: int, done: int, path: Path, config: Config) -> None: ...
@@ -59,7 +59,7 @@ class Tracker(Protocol):
 class TargetTracker(Tracker, Protocol):
     """A tracker that follows the training of a toy target as well: `target` at its checks, between `start_target` and `close`.
 
-    A step that is not above the one before begins another attempt. Trackers without it are given each check as a message.
+    A step that is not above the last one begins another attempt. Other trackers get each check as a message.
     """
 
     def start_target(self, *, steps: int) -> None: ...
@@ -68,7 +68,7 @@ class TargetTracker(Tracker, Protocol):
 
 
 def tell_target(tracker: Tracker, step: int, text: str) -> None:
-    """A check of the target's training, as the tracker takes it."""
+    """Pass a check of the target's training to a tracker, as a message if it has no method for it."""
     if isinstance(tracker, TargetTracker):
         tracker.target(step, text)
     else:
@@ -76,7 +76,7 @@ def tell_target(tracker: Tracker, step: int, text: str) -> None:
 
 
 class Silent:
-    """Follows nothing."""
+    """A tracker that does nothing."""
 
     def start(self, phase: str, *, steps: int, done: int, path: Path, config: Config) -> None: ...
 
@@ -134,7 +134,7 @@ class Terminal:
         self._show(step, text.split("  "), name="target step")
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Evaluations are for metrics.jsonl; a person sees the losses."""
+        """Nothing: evaluations go to metrics.jsonl; the terminal shows the losses."""
 
     def message(self, text: str) -> None:
         if self._progress is not None:
@@ -177,7 +177,7 @@ class _Live(Progress):
 
 
 class Fanout:
-    """Several trackers as one. Whatever one of them raises is told once to those that are left, and the run goes on without it."""
+    """Several trackers as one. If one raises, the others get its error as a message, and the run goes on without it."""
 
     def __init__(self, *trackers: Tracker) -> None:
         self._trackers = {id(tracker): tracker for tracker in trackers}
@@ -204,15 +204,15 @@ class Fanout:
         self._each(lambda tracker: tracker.close())
 
     def _each(self, call: Callable[[Tracker], None]) -> bool:
-        """Whether any of them took it."""
+        """Call every tracker; True if at least one did not raise."""
         taken = False
         for key, tracker in tuple(self._trackers.items()):
-            if key not in self._trackers:  # it failed at being told that another one had
+            if key not in self._trackers:  # it raised when it got the message that another one had
                 continue
             try:
                 call(tracker)
                 taken = True
-            except Exception as error:  # whatever a tracker of anybody's raises
+            except Exception as error:  # a user's tracker may raise anything
                 del self._trackers[key]
                 name = type(tracker).__name__ if type(tracker).__str__ is object.__str__ else str(tracker)
                 text = f"{name}: {str(error) or type(error).__name__}; the run goes on without it"

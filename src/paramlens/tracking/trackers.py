@@ -1,7 +1,7 @@
 """TensorBoard, Weights & Biases and Trackio, each in a process of its own beside the run.
 
 These libraries draw random numbers, print, start threads, fix their folders when they are imported and wait for networks. In a process
-of their own none of that reaches the run: they are told its numbers through a pipe, and what they keep lies in `RUN/tracking`.
+of their own none of that reaches the run: they get its numbers through a pipe, and write to `RUN/tracking`.
 """
 
 import importlib.util
@@ -21,14 +21,14 @@ from paramlens.tracking.signals import apart
 from paramlens.tracking.tracker import Fanout, LoggedStep, Silent, Terminal, Tracker
 
 LIBRARIES = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "trackio": "Trackio"}
-"""Names that can be given; each is the library's, and that of the extra which installs it."""
+"""Name of a tracker, its package and its extra → the library's title."""
 
 PATIENCE = 60.0
-"""Seconds that a tracker gets at the end of a run for what it still has to write or send."""
+"""Seconds that a tracker may take at the end of a run to write or send what is left."""
 
 
 def chosen(names: str | Sequence[str], *, first: Tracker) -> Tracker:
-    """`first` and the trackers `names` beside it. Raises `ConfigError` for a name that is unknown or not installed."""
+    """`first`, together with the trackers called `names`. Raises `ConfigError` for a name that is unknown or not installed."""
     names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
     for name in names:
         if name not in LIBRARIES:
@@ -40,9 +40,9 @@ def chosen(names: str | Sequence[str], *, first: Tracker) -> Tracker:
 
 
 def as_tracker(tracker: Tracker | str | Sequence[str] | None) -> Tracker:
-    """What a caller gave as a tracker, so that nothing it raises reaches the run: none follows nothing, names stand beside the terminal.
+    """A caller's tracker, wrapped so that nothing it raises reaches the run. None is a silent one; names add to the terminal.
 
-    Raises `ConfigError` for a name that is unknown or not installed, and for what is no tracker.
+    Raises `ConfigError` for a name that is unknown or not installed, and for an object that is not a tracker.
     """
     if tracker is None:
         return Silent()
@@ -126,7 +126,7 @@ class Beside:
 
 
 def _feed(process: subprocess.Popen[str], settings: dict[str, Any], lines: "queue.SimpleQueue[dict[str, Any] | None]") -> None:
-    """Write lines to a process until there is none, or it has ended; the run itself never waits for a full pipe."""
+    """Write lines to a process until None comes or it has ended; the run itself never waits for a full pipe."""
     assert process.stdin is not None
     try:
         with process.stdin as stdin:
@@ -136,4 +136,4 @@ def _feed(process: subprocess.Popen[str], settings: dict[str, Any], lines: "queu
                 stdin.flush()
                 line = lines.get()
     except OSError:
-        return  # it has ended, which the next `_tell` says
+        return  # it has ended; the next `_tell` raises
