@@ -8,11 +8,12 @@ from conftest import tiny_with
 from paramlens.kernels import mlps, native
 from paramlens.method.decomposition import Decomposition, call
 from paramlens.method.generators import generator
+from paramlens.method.hooks import swapped_in
 from paramlens.method.importance import Importance, lower, upper
 from paramlens.method.losses import RECONSTRUCTIONS, faithfulness, minimality
 from paramlens.method.masks import Replacement, mask_noise
 from paramlens.method.settings import RECONSTRUCTION_NAMES, Init
-from paramlens.method.sites import at_rest, find_sites, swapped_in
+from paramlens.method.sites import at_rest, find_sites
 from paramlens.method.start import initialise
 from paramlens.method.step import training_step
 from paramlens.tasks.induction import InductionTransformer, induction_task

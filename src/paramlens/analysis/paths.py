@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paramlens.analysis.branches import hooked
 from paramlens.analysis.norms import Norm, factor, norm_of
 from paramlens.errors import SiteError
 from paramlens.method.batch import Inputs, map_tensors, tensors_of
 from paramlens.method.decomposition import call
 from paramlens.method.generators import generator
+from paramlens.method.hooks import hooked
 from paramlens.method.sites import Site, find_sites
 
 _POSITIONS = 16

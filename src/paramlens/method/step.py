@@ -46,7 +46,7 @@ def training_step(
     losses = config.losses
     with told(f"step {step}: the model fails on the batch"):
         target = decomposition.target_run(batch.inputs)  # 2: run the original model
-    pre = importance(target.inputs, decomposition.U, batch.present)  # 3: causal importances on this batch
+    pre = importance(target.seen, decomposition.U, batch.present)  # 3: causal importances on this batch
     g = {name: lower(value) for name, value in pre.items()}
     total, values = reconstruction_losses(  # 4, 5, 8: masks, masked runs, divergences
         decomposition,

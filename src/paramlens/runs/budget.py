@@ -98,7 +98,7 @@ def footprint(model: nn.Module, sites: Sequence[Site], inputs: Inputs, *, last: 
     try:
         with at_rest(model):
             target = probe.target_run(first)
-            plan = {name: Replacement(x.new_zeros(*x.shape[:-1], 1)) for name, x in target.inputs.items()}
+            plan = {name: Replacement(x.new_zeros(*x.shape[:-1], 1)) for name, x in target.seen.items()}
             with torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor):
                 probe.masked_run(first, [plan])
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, ParamLensError):
@@ -148,7 +148,7 @@ def diagnose(config: Config, sites: Sequence[Site], size: Footprint, *, target: 
 
 def _gamma_parameters(config: Config, sites: Sequence[Site], length: int) -> tuple[int, int]:
     """Parameters of γ, and those of the group of sites whose MLPs are rearranged for products, with their gradients, twice."""
-    shapes = {site.name: (site.d_in, config.C) for site in sites}
+    shapes = {site.name: (site.d_seen, config.C) for site in sites}
     try:
         with torch.device("meta"):
             gamma = Importance(shapes, config.gamma, max_length=length)
@@ -165,7 +165,9 @@ def _gamma_parameters(config: Config, sites: Sequence[Site], length: int) -> tup
 def _gamma_activations(config: Config, sites: Sequence[Site], size: Footprint) -> int:
     """Numbers: the sites' inputs, what γ makes of them and keeps, and pre-activations, importances and their gradients."""
     kind, positions, C = config.gamma.kind, size.rows * size.length, config.C
-    read = sum({"scalar": C, "vector": site.d_in, "attention": 9 * site.d_in, "shared": site.d_in}[kind] + site.d_in for site in sites)
+    read = sum(
+        {"scalar": C, "vector": site.d_seen, "attention": 9 * site.d_seen, "shared": site.d_seen}[kind] + site.d_seen for site in sites
+    )
     hidden = {"scalar": C, "vector": 0, "attention": 4 * size.length, "shared": 4 * config.gamma.d_gate}[kind]
     return (read + len(sites) * (hidden + 5 * C)) * positions
 

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from paramlens.errors import ConfigError, DivergedError
 from paramlens.method.batch import Batch
 from paramlens.method.generators import generator
+from paramlens.method.hooks import hooked
 from paramlens.method.task import Link, TargetHistory, Task
 from paramlens.tasks.settings import InductionTask, TargetTraining
 
@@ -151,19 +152,16 @@ def _without_position(model: InductionTransformer, projection: Literal["q", "k"]
     attention = model.blocks[0].get_submodule("attn")
     encoding = model.positions[: batch.roles.shape[1]] * (batch.roles == role)[..., None]
 
-    def before(_module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        return (args[0] - encoding,)
+    def before(_module: nn.Module, args: tuple[Tensor], kwargs: dict[str, Any]) -> tuple[tuple[Tensor], dict[str, Any]]:
+        return (args[0] - encoding,), kwargs
 
-    def after(_module: nn.Module, _args: tuple[Tensor], output: Tensor) -> Tensor:
+    def after(_module: nn.Module, _args: tuple[Tensor], _kwargs: dict[str, Any], output: Tensor) -> Tensor:
         return output - encoding
 
     module = attention.get_submodule(projection)
     added_before = attention.added == "before"
-    hook = module.register_forward_pre_hook(before) if added_before else module.register_forward_hook(after)
-    try:
+    with hooked(before=[(module, before)]) if added_before else hooked([(module, after)]):
         yield
-    finally:
-        hook.remove()
 
 
 @dataclass(frozen=True)
@@ -204,12 +202,8 @@ def check_target(model: InductionTransformer, task: InductionTask, *, seed: int,
 def _patterns(model: InductionTransformer) -> Iterator[list[Tensor]]:
     seen: list[Tensor] = []
     modules = [module for name, module in model.named_modules() if name.endswith(".pattern")]
-    handles = [module.register_forward_hook(lambda _module, _args, pattern: seen.append(pattern)) for module in modules]
-    try:
+    with hooked([(module, lambda _module, _args, _kwargs, pattern: seen.append(pattern)) for module in modules]):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def train_target(
