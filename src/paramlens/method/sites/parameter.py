@@ -47,7 +47,7 @@ class ParameterSite(Site):
 
     @property
     def stored(self) -> Tensor:
-        return self.place.module.get_parameter(self.parameter)
+        return dict(self.place.module.named_parameters(recurse=False))[self.parameter]  # whatever shadows it
 
     @property
     def W(self) -> Float[Tensor, "d_in d_out"]:
@@ -119,7 +119,7 @@ class ParameterPlace(Place, Holder):
         sites = [site for site in self._sites() if site.parameter == stand_in.parameter]
         known = (stand_in.key, key, *sites)
         if known not in self._known:
-            stored = self.module.get_parameter(stand_in.parameter)
+            stored = sites[0].stored
             addresses = torch.arange(stored.numel()).view(stored.shape)
             w = arranged(stand_in.replay(addresses))
             places = torch.full((stored.numel(),), -1)
