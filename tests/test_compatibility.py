@@ -339,8 +339,6 @@ def test_a_weight_used_without_its_module_is_a_site(short: Callable[..., Run]):
         def middle(self, hidden: torch.Tensor) -> torch.Tensor:
             h = hidden[..., :8]
             return torch.cat([self.attention(h, h, h)[0], hidden[..., 8:]], -1)
-                self.attention(hidden[..., :8], hidden[..., :8], hidden[..., :8])[0], (0, hidden.shape[-1] - 8)
-            )
 
     assert short(Model(), sites="attention.out_proj").decomposition.names == ("attention.out_proj",)
 
