@@ -306,7 +306,7 @@ def test_a_use_that_is_no_product_is_refused(how: str):
         lambda x, W: F.linear(x, W.swapaxes(0, 1)),
         lambda x, W: torch.baddbmm(torch.zeros(D), x.flatten(0, 1)[None], W.unsqueeze(0)).view(x.shape),
         lambda x, W: x @ W.view(D * D).unflatten(0, (D, D)),
-        lambda x, W: torch.einsum("...d,d e->...e", x, W.clone()),
+        lambda x, W: torch.einsum("...Z,Z A->...A", x, W.clone()),
         lambda x, W: (W.T @ x.mT).mT,
     ],
 )

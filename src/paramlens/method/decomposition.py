@@ -23,7 +23,7 @@ of the model alone enters the stack at its own first block, with the target's ac
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -58,14 +58,14 @@ class BlockRun:
 class TargetRun:
     """One run of the target: its logits [batch, pos, token] and each site's input [batch, pos, d_in], both without gradient.
 
-    seen: what γ sees of each input, [batch, pos, d_seen].
     blocks: of each block that `Decomposition.find_blocks` found.
+    seen: what γ sees of each input, [batch, pos, d_seen].
     """
 
     logits: Tensor
     inputs: dict[str, Tensor]
-    seen: dict[str, Tensor]
     blocks: tuple[BlockRun, ...] = ()
+    seen: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Decomposition(Shown, nn.Module):
@@ -143,7 +143,7 @@ class Decomposition(Shown, nn.Module):
                     f"Leave it out: add '!{name}' to sites"
                 )
         xs = {name: aligned(x, logits.shape[:-1]) for name, [x] in given.items()}
-        return TargetRun(logits, xs, self.seen(xs), tuple(blocks))
+        return TargetRun(logits, xs, tuple(blocks), self.seen(xs))
 
     def _inputs_of(self, kept: Kept, run: Callable[[], Tensor]) -> tuple[Tensor, dict[str, list[Tensor]]]:
         """What a run gives, and what every site is given in it, call by call."""

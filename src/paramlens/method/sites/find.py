@@ -54,11 +54,12 @@ def _offered(model: nn.Module) -> dict[str, Offer]:
     """Name → what it stands for, of every weight matrix that a kind of site offers, in the model's order."""
     offered: dict[str, Offer] = {}
     for name, module in model.named_modules():
-        taken: list[Tensor] = []
+        taken: dict[int, Tensor] = {}
         for kind in _KINDS:
-            own = [offer for offer in kind(model, name, module) if not any(offer.site.stored is tensor for tensor in taken)]
-            taken += [offer.site.stored for offer in own]
-            offered |= {offer.site.name: offer for offer in own}
+            own = [(offer, offer.site.stored) for offer in kind(model, name, module)]
+            own = [(offer, tensor) for offer, tensor in own if id(tensor) not in taken]
+            taken |= {id(tensor): tensor for _, tensor in own}
+            offered |= {offer.site.name: offer for offer, _ in own}
     return offered
 
 

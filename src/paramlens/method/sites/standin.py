@@ -267,15 +267,16 @@ def _summed(product: _Einsum) -> Tensor | None:
     assert isinstance(weight, StandIn)
     left, out = product.equation.split("->")
     labels = left.split(",")
-    spread = _LETTERS[-x.dim() :][: max(0, x.dim() - len(labels[1 - place].replace("...", "")))]
+    unused = [each for each in _LETTERS if each not in product.equation]
+    spread = "".join(unused[: max(0, x.dim() - len(labels[1 - place].replace("...", "")))])
     lx, lw, lo = (each.replace("...", spread) for each in (labels[1 - place], labels[place], out))
     shared = [each for each in lw if each in lx and each in lo]
     inner = [each for each in lw if each in lx and each not in lo]
     outer = [each for each in lw if each not in lx and each in lo]
     lead = [each for each in lx if each not in lw]
-    sizes = {**dict(zip(lw, weight.plain.shape, strict=True)), **dict(zip(lx, x.shape, strict=True))}
-    once = all(len(set(each)) == len(each) for each in (lx, lw, lo))
-    fits = all(sizes[each] == size for each, size in zip(lw, weight.plain.shape, strict=True))
+    sizes = {**dict(zip(lw, weight.plain.shape, strict=False)), **dict(zip(lx, x.shape, strict=True))}
+    once = all(len(set(each)) == len(each) for each in (lx, lw, lo)) and "." not in labels[place]
+    fits = [sizes.get(each) for each in lw] == list(weight.plain.shape)
     if not once or not fits or not inner or len(shared + inner + outer) != len(lw) or set(lead + shared + outer) != set(lo):
         raise weight.holder.refusal(weight, f"einsum {product.equation!r}, which is no product x @ W")
     b, i, o = (torch.Size([sizes[each] for each in part]).numel() for part in (shared, inner, outer))
