@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import paramlens
 import reference
+from paramlens.analysis.edit import Edit
 from paramlens.errors import ConfigError, SiteError
 from paramlens.method.decomposition import Decomposition
 from paramlens.method.entry import require_sound
@@ -335,3 +336,14 @@ def test_no_vector_of_the_vocabulary_is_made():
     assert torch.equal(run.seen["embed"], model.embed.weight[TOKENS])
     assert (site.d_in, site.d_out, site.d_seen) == (VOCABULARY, D, D)
     assert torch.equal(decomposition.inner("embed", run.inputs["embed"]), decomposition.U["embed"][TOKENS])
+
+
+def test_an_edited_expert_is_loaded_again_by_transformers(tmp_path: Path):
+    model = mixtral()
+    [site] = find_sites(model, ["*.1.*down_proj[2]"])
+    edit = Edit(model, None, (), "subtraction", {site.name: site.W * 0.5})
+    saved = edit.save(tmp_path / "edited")
+    with edit.applied() as edited:
+        expected = logits_of(edited.eval())
+    assert torch.equal(logits_of(transformers.AutoModelForCausalLM.from_pretrained(saved).eval()), expected)
+    assert not torch.equal(logits_of(model), expected)

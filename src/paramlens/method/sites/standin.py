@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from paramlens.errors import SiteError
-from paramlens.method.batch import map_tensors, tensors_of
+from paramlens.method.batch import map_leaves, map_tensors, tensors_of
 
 # fmt: off
 _QUESTIONS = {
@@ -156,7 +156,7 @@ def _copied(func: Callable[..., Any], name: str, weight: StandIn, args: Sequence
 
 
 def _rearranged(func: Callable[..., Any], name: str, weight: StandIn, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    args = map_tensors(_number, list(args))
+    args = map_leaves(Tensor, _number, list(args))
     if tensors_of(args):
         raise weight.holder.refusal(weight, "an index of several numbers, so that every token would have a weight of its own")
     if name == "view" and any(isinstance(each, torch.dtype) for each in args):
