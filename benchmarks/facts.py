@@ -311,7 +311,7 @@ def _gpt2_steps(fields: Mapping[str, object], folder: str) -> dict[str, Any]:
         decomposition = Decomposition(task.model, sites, C=config.C).to(config.device)
         initialise(decomposition, config.init, generator=generator(0, "init"))
         decomposition.find_blocks(batch.inputs)
-        importance = Importance({site.name: (site.d_in, config.C) for site in sites}, config.gamma)
+        importance = Importance({site.name: (site.d_seen, config.C) for site in sites}, config.gamma)
         importance.initialise(generator(0, "gamma"))
         importance = importance.to(config.device)
         steps = Steps(config, task, decomposition, importance, make_optimizer(config, decomposition, importance))

@@ -94,7 +94,7 @@ def test_slices_are_the_models_queries_keys_and_values(name: str):
 @pytest.mark.parametrize("name", ["gpt2", "gpt_bigcode", "falcon_new", "codegen", "minimax", "phi3", "persimmon"])
 @pytest.mark.parametrize("wrong", ["k q v", "q v k", "v k q", "shifted", "one column"])
 def test_a_wrong_split_is_never_taken(name: str, wrong: str, monkeypatch: pytest.MonkeyPatch):
-    from paramlens.method import fused, sites
+    from paramlens.method.sites import fused, linear
 
     def broken(*args: object, **kwargs: object) -> dict[str, torch.Tensor] | None:
         found = fused.fused_columns(*args, **kwargs)
@@ -112,7 +112,7 @@ def test_a_wrong_split_is_never_taken(name: str, wrong: str, monkeypatch: pytest
     if name == "minimax" and wrong == "q v k":
         pytest.skip("linear attention without a softmax is the same in keys and values")
     model = architectures.random_model(CONFIGS[name])
-    monkeypatch.setattr(sites, "fused_columns", broken)
+    monkeypatch.setattr(linear, "fused_columns", broken)
     taken = find_sites(model, [f"*.0.*{FUSED[name][0]}[*]"])
     with at_rest(model), pytest.raises(SiteError, match=r"its slices are not the queries, keys and values of its attention"):
         require_sound(Decomposition(model, taken, C=2), inputs())

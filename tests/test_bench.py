@@ -30,7 +30,7 @@ def test_the_naive_step_is_the_same_step(kind: str):
     model = InductionTransformer(config.task)
     sites = find_sites(model, config.sites)
     decomposition = Decomposition(model, sites, C=config.C)
-    importance = Importance({site.name: (site.d_in, config.C) for site in sites}, config.gamma, max_length=config.task.length)
+    importance = Importance({site.name: (site.d_seen, config.C) for site in sites}, config.gamma, max_length=config.task.length)
     initialise(decomposition, config.init, generator=generator("init"))
     importance.initialise(generator("gamma"))
     naive = NaiveStep(config, decomposition, importance, max_length=config.task.length)

@@ -15,7 +15,7 @@ from paramlens.method.losses.minimality import minimality
 from paramlens.method.losses.reconstruction import RECONSTRUCTIONS
 from paramlens.method.masks import Replacement, mask_noise
 from paramlens.method.settings import Init
-from paramlens.method.sites import at_rest, find_sites, swapped_in
+from paramlens.method.sites import at_rest, find_sites
 from paramlens.method.start import initialise
 from paramlens.method.step import training_step
 from paramlens.tasks.induction.model import InductionTransformer
@@ -47,7 +47,7 @@ def make(kind: str, relative: str, dtype: torch.dtype, **losses: float):
     sites = find_sites(model, config.sites)
     decomposition = Decomposition(model, sites, C=config.C, dtype=dtype)
     initialise(decomposition, Init(kind="random"), generator=generator("test"))
-    importance = Importance({site.name: (site.d_in, config.C) for site in sites}, config.gamma, max_length=config.task.length).to(dtype)
+    importance = Importance({site.name: (site.d_seen, config.C) for site in sites}, config.gamma, max_length=config.task.length).to(dtype)
     importance.initialise(generator("γ"))
     with torch.no_grad():
         for parameter in importance.parameters():

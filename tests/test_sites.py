@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from paramlens.errors import SiteError
-from paramlens.method.sites import at_rest, find_sites, swapped_in
+from paramlens.method.hooks import swapped_in
+from paramlens.method.sites import at_rest, find_sites
 from rounding import assert_near
 
 

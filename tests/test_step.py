@@ -39,7 +39,7 @@ def make(**fields: object) -> Steps:
     sites = find_sites(model, config.sites)
     decomposition = Decomposition(model, sites, C=config.C, dtype=dtype)
     initialise(decomposition, config.init, generator=generator("init"))
-    importance = Importance({site.name: (site.d_in, config.C) for site in sites}, config.gamma, max_length=config.task.length)
+    importance = Importance({site.name: (site.d_seen, config.C) for site in sites}, config.gamma, max_length=config.task.length)
     importance.initialise(generator("gamma"))
     importance.to(dtype)
     task = induction_task(config.task, model, seed=0, batch=config.batch)

@@ -316,7 +316,7 @@ def test_held_out_metrics_are_means_over_batches(tiny_run):
 def test_every_group_gets_its_own_rate(tiny_run):
     optim = {"name": "adamw", "lr": 1e-3, "gamma_lr": 1e-2, "betas": [0.8, 0.9], "weight_decay": 0.3}
     config = tiny_with(optim=optim, gamma={"kind": "attention", "d_gate": 3, "relative_lr": 5.0})
-    importance = Importance({site.name: (site.d_in, config.C) for site in tiny_run.decomposition.sites}, config.gamma, max_length=8)
+    importance = Importance({site.name: (site.d_seen, config.C) for site in tiny_run.decomposition.sites}, config.gamma, max_length=8)
     optimizer = train.make_optimizer(config, tiny_run.decomposition, importance)
     assert isinstance(optimizer, torch.optim.AdamW)
     assert [group["full_lr"] for group in optimizer.param_groups] == pytest.approx([1e-3, 1e-2, 5e-2])

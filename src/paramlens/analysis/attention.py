@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from paramlens.method.batch import Batch
 from paramlens.method.decomposition import Decomposition, Plan
+from paramlens.method.hooks import hooked
 from paramlens.method.task import Link
 
 
@@ -58,13 +59,9 @@ def attention_patterns(
 def captured(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     """While active, what the modules `names` put out is kept by name: the dictionary it yields."""
     seen: dict[str, Tensor] = {}
-    hooks = [model.get_submodule(name).register_forward_hook(partial(_keep, seen, name)) for name in names]
-    try:
+    with hooked([(model.get_submodule(name), partial(_keep, seen, name)) for name in names]):
         yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
-def _keep(seen: dict[str, Tensor], name: str, _module: nn.Module, _args: object, pattern: Tensor) -> None:
+def _keep(seen: dict[str, Tensor], name: str, _module: nn.Module, _args: object, _kwargs: object, pattern: Tensor) -> None:
     seen[name] = pattern.clone()  # the model may go on to write to it

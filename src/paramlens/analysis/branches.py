@@ -4,8 +4,7 @@ A module's own contribution is what it returns, or that minus one of its argumen
 zero the right one is the first with which the block hands on what it is given; norms that the stream itself passes may stand between.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -18,6 +17,7 @@ from paramlens.analysis.norms import factor, norm_of
 from paramlens.errors import BatchError, ConfigError
 from paramlens.method.batch import Inputs
 from paramlens.method.decomposition import call
+from paramlens.method.hooks import hooked
 
 Kind = Literal["mlp", "attention"]
 
@@ -63,7 +63,7 @@ def find_branches(model: nn.Module, blocks: Sequence[nn.Module], inputs: Inputs)
         named = {**dict(enumerate(args)), **kwargs}
         arguments[module] = [name for name, value in named.items() if _like(value, hidden_of(output))]
 
-    def enter(block: nn.Module, args: tuple[Any, ...]) -> None:
+    def enter(block: nn.Module, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
         given[block] = args[0].clone()
 
     with hooked([(module, keep) for found in modules.values() for module in found], [(block, enter) for block in blocks]):
@@ -109,8 +109,8 @@ def _silenced(
     returned: dict[nn.Module, Tensor] = {}
     passed: dict[nn.Module, list[_Passed]] = {block: [] for block in blocks}
 
-    def enter(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (given[block].clone(), *args[1:])
+    def enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (given[block].clone(), *args[1:]), kwargs
 
     def keep(module: nn.Module, args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> None:
         if args and isinstance(output, Tensor) and _like(args[0], output):
@@ -155,20 +155,3 @@ def with_hidden(output: Any, hidden: Tensor) -> Any:
 def without(branch: Branch, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     """The hook that puts a branch's contribution to zero."""
     return with_hidden(output, branch.rest(args, kwargs, output))
-
-
-@contextmanager
-def hooked(
-    hooks: Sequence[tuple[nn.Module, Callable[..., Any]]], before: Sequence[tuple[nn.Module, Callable[..., Any]]] = ()
-) -> Iterator[None]:
-    """While active, each function is a forward hook of its module, called with (module, args, kwargs, output).
-
-    before: hooks that are called with (module, args) ahead of it.
-    """
-    handles = [module.register_forward_hook(hook, with_kwargs=True) for module, hook in hooks]
-    handles += [module.register_forward_pre_hook(hook) for module, hook in before]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

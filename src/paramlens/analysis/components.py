@@ -248,8 +248,7 @@ def inspect_prompt(run: Run, prompt: str | None = None, *, threshold: float = AC
     elsewhere = _anywhere(sentences, range(1, len(sentences.texts)), threshold)
     found: list[Active] = []
     for site, on in active.items():
-        U, V = run.decomposition.U[site], run.decomposition.V[site]
-        inner = sentences.inputs[site][0] @ U
+        V, inner = run.decomposition.V[site], run.decomposition.inner(site, sentences.inputs[site][0])
         for position, c in on.nonzero().tolist():
             size = inner[position, c].item()
             importance = sentences.g[site][0, position, c].item()
@@ -303,7 +302,7 @@ def described(
     """`inspect_subcomponent` of several at one site."""
     chosen = list(subcomponents)
     u, v = run.decomposition.U[site][:, chosen], run.decomposition.V[site][chosen]
-    inner, g = shown.inputs[site] @ u, shown.g[site][..., chosen]
+    inner, g = run.decomposition.site(site).read(shown.inputs[site], u), shown.g[site][..., chosen]
     ends = zip(chosen, streams.reads(site, u, top=top), streams.writes(site, v, top=top), strict=True)
     return [
         Subcomponent(

@@ -107,7 +107,11 @@ def _places(run: Run, edit: Edit, fact: Fact) -> list[_Place]:
             continue
         own = [each.subcomponent for each in chosen]
         rest = [c for c in range(run.decomposition.C) if c not in own]
-        U, V, x = run.decomposition.U[site.name], run.decomposition.V[site.name], _activations(seen.inputs[site.name][0], chosen)
+        U, V, x = (
+            run.decomposition.U[site.name],
+            run.decomposition.V[site.name],
+            site.vectors(_activations(seen.inputs[site.name][0], chosen)),
+        )
         places.append(_Place(site.name, site.W, U, V, own, rest, x, edit.method))
     return places
 

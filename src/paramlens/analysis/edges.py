@@ -88,7 +88,7 @@ def edges(run: Run, *, threshold: float = ACTIVE, batches: int = 4) -> Edges:
 def _without(run: Run, held: HeldOut, site: str, active: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Every site's input, and g of it, in the target with the active subcomponents of `site` taken out."""
     inputs = run.decomposition.masked_inputs(held.batch.inputs, {site: Replacement(1 - active)})
-    pre = run.importance(inputs, run.decomposition.U, held.batch.present)
+    pre = run.importance(run.decomposition.seen(inputs), run.decomposition.U, held.batch.present)
     return inputs, {name: lower(value) for name, value in pre.items()}
 
 
@@ -102,8 +102,7 @@ def _changes(
     active: Float[Tensor, "*batch C"],
 ) -> Float[Tensor, "4"]:
     """Σ |a' - a|, Σ |a|, Σ g - Σ g', Σ g over what is active at `site`."""
-    U = run.decomposition.U[site]
-    a, a_after = before[site] @ U, after[site] @ U
+    a, a_after = (run.decomposition.inner(site, inputs[site]) for inputs in (before, after))
     terms = ((a_after - a).abs(), a.abs(), g - g_after, g)
     return torch.stack([(term * active).sum(dtype=torch.float64).cpu() for term in terms])
 

@@ -8,6 +8,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from paramlens.display.tables import Cell, Column, Table, figure, row, site_cell
 from paramlens.display.verdicts import failures
 from paramlens.errors import ConfigError
 from paramlens.kernels.machine import machine
-from paramlens.method.sites import at_rest, find_sites, named_sites
+from paramlens.method.sites import Product, Site, TargetRows, at_rest, find_sites, named_sites, replaced
 from paramlens.method.threshold import ACTIVE, require_threshold
 from paramlens.runs.rundir import Run
 from paramlens.tasks.facts.facts import Fact, fact_of, shipped_facts
@@ -271,7 +272,7 @@ def unique(
             continue
         here = active_in(seen, 0, threshold=threshold)[site]
         elsewhere = torch.stack([active_in(seen, i + 1, threshold=threshold)[site].any(0) for i in range(len(others))] or [here[0] & False])
-        inner = seen.inputs[site][0, : len(words)] @ run.decomposition.U[site]
+        inner = run.decomposition.inner(site, seen.inputs[site][0, : len(words)])
         adds = inner * (slopes[site][: len(words)] @ run.decomposition.V[site].T)  # (pos, C), nats
         g = seen.g[site][0, : len(words)]
         score = torch.where(here[: len(words)], g * adds, -torch.inf)[list(where)]
@@ -300,25 +301,17 @@ def answer_slopes(run: Run, fact: Fact) -> dict[str, Float[Tensor, "pos d_out"]]
     tokenizer, decomposition = tokenizer_of(run), run.decomposition
     before, answer = encode_fact(tokenizer, fact.prompt, fact.answer)
     ids = torch.tensor([before + answer], device=decomposition.device)
-    shifts: dict[nn.Module, Tensor] = {}
+    shifts: dict[Site, Tensor] = {}
 
-    def shifted(module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-        shifts[module] = torch.zeros_like(output, requires_grad=True)
-        return output + shifts[module]
+    def shifted(site: Site, x: Tensor, target: TargetRows) -> Tensor:
+        output = target(0, len(x))
+        shifts[site] = torch.zeros_like(output, requires_grad=True)
+        return output + shifts[site]
 
-    hooks = [module.register_forward_hook(shifted) for module in {site.module for site in decomposition.sites}]
-    try:
-        with torch.enable_grad():
-            log_probs = decomposition.model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
-            said = log_probs[len(before) - 1 : -1].gather(1, ids[0, len(before) :, None]).sum()
-            slopes = torch.autograd.grad(said, list(shifts.values()), allow_unused=True)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    by_module = dict(zip(shifts, slopes, strict=True))
-    found: dict[str, Tensor] = {}
-    for site in decomposition.sites:
-        slope = by_module[site.module]
-        slope = torch.zeros_like(shifts[site.module]) if slope is None else slope
-        found[site.name] = (slope if site.columns is None else slope[..., site.columns])[0]
-    return found
+    products = {site: Product(partial(shifted, site), leading=tuple(ids.shape)) for site in decomposition.sites}
+    with torch.enable_grad(), replaced(products):
+        log_probs = decomposition.model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+        said = log_probs[len(before) - 1 : -1].gather(1, ids[0, len(before) :, None]).sum()
+        slopes = torch.autograd.grad(said, list(shifts.values()), allow_unused=True)
+    found = zip(shifts, slopes, strict=True)
+    return {site.name: (torch.zeros_like(shifts[site]) if slope is None else slope)[0] for site, slope in found}

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paramlens.analysis.branches import hooked
 from paramlens.analysis.norms import Norm, factor, norm_of
 from paramlens.errors import SiteError
 from paramlens.method.batch import Inputs, map_tensors, tensors_of
 from paramlens.method.decomposition import call
 from paramlens.method.generators import generator
+from paramlens.method.hooks import hooked
 from paramlens.method.sites import Site, find_sites
 
 _POSITIONS = 16
@@ -125,7 +125,7 @@ class _Measured:
         expected = enters(embedding.output + by) - enters(embedding.output)
         found: dict[str, Reading] = {}
         for site in sites:
-            own = self.once.get(site.module)
+            own = self._call_of(site)
             made = self._maker(own.given, before=own) if own is not None else None
             given, c = made or (own, 1.0)
             if given is None or given.module not in moved or given.module is norm:
@@ -203,9 +203,13 @@ class _Measured:
         slopes = torch.autograd.grad(sums[0], list(cut.values()), allow_unused=True)
         return {module: slope for module, slope in zip(cut, slopes, strict=True) if slope is not None}, along
 
+    def _call_of(self, site: Site) -> "_Call | None":
+        """The one call of the module that is the site's product; None where it is called more than once, or where no module is."""
+        return None if site.module is None else self.once.get(site.module)
+
     def _to_end(self, site: Site, slopes: Mapping[nn.Module, Tensor], along: Tensor) -> Map | None:
         """What a site's output passes on its way to the end of the stream; none where it does not get there directly."""
-        own = self.once.get(site.module)
+        own = self._call_of(site)
         if own is None or site.columns is not None:
             return None
 
@@ -213,7 +217,7 @@ class _Measured:
             slope = slopes.get(module)
             return None if slope is None or slope.shape[-1] != len(along) else factor(slope, along.expand_as(slope))
 
-        c = adds(site.module)
+        c = adds(own.module)
         if c is not None:
             return _scaled(nn.Identity(), c)
         for each in self.calls[self.calls.index(own) :]:  # a norm may stand between, as after the MLP of Gemma 2
@@ -223,7 +227,7 @@ class _Measured:
 
     def _values_output(self, site: Site) -> Site | None:
         """The projection that takes heads back to the stream, of attention's values: the first position attends to itself alone."""
-        own = self.once.get(site.module)
+        own = self._call_of(site)
         if own is None or own.output.dim() != 3:
             return None
         values = own.output[:, 0] if site.columns is None else own.output[:, 0, site.columns]

@@ -9,13 +9,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from paramlens.analysis.branches import Branch, find_branches, hooked, with_hidden, without
+from paramlens.analysis.branches import Branch, find_branches, with_hidden, without
 from paramlens.analysis.branches import hidden_of as _hidden
 from paramlens.display.shown import Shown
 from paramlens.display.tables import Cell, Column, Table, columns, shaded, token_text
 from paramlens.errors import ConfigError
 from paramlens.method.decomposition import block_chains
 from paramlens.method.generators import generator
+from paramlens.method.hooks import hooked
 from paramlens.method.sites import at_rest
 from paramlens.tasks.language_models.encoding import encode_fact, model_inputs
 from paramlens.tasks.language_models.limits import require_tokens

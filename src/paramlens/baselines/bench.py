@@ -232,7 +232,7 @@ def training(config: Config, side: Literal["ours", "naive"]) -> Callable[[int], 
     task = config.task.make(Target(model.eval()), seed=0, batch=config.batch)
     sites = find_sites(model, config.sites)
     decomposition = Decomposition(model, sites, C=config.C)
-    importance = Importance({site.name: (site.d_in, config.C) for site in sites}, config.gamma, max_length=longest)
+    importance = Importance({site.name: (site.d_seen, config.C) for site in sites}, config.gamma, max_length=longest)
     initialise(decomposition, config.init, generator=generator(0, "init"))
     importance.initialise(generator(0, "gamma"))
     importance = importance.to(config.device)

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from paramlens.config.model import Config
 from paramlens.method.decomposition import Decomposition
+from paramlens.method.hooks import hooked, swapped_in
 from paramlens.method.importance.network import Importance
 from paramlens.method.losses.minimality import annealed_p
-from paramlens.method.sites import swapped_in
 
 LOSSES = ("stochastic_recon", "stochastic_recon_layerwise", "recon", "faithfulness", "minimality")
 
@@ -79,21 +79,17 @@ class NaiveStep(nn.Module):
         inputs: dict[str, Tensor] = {}
 
         def keep(name: str) -> Callable[..., None]:
-            return lambda _module, args: inputs.__setitem__(name, args[0])
+            return lambda _module, args, _kwargs: inputs.__setitem__(name, args[0])
 
-        hooks = [site.module.register_forward_pre_hook(keep(site.name)) for site in self.sites]
-        with torch.no_grad():
-            logits = self._target[0](tokens)
-        for hook in hooks:
-            hook.remove()
-        return logits, inputs
+        with torch.no_grad(), hooked(before=[(site.place.module, keep(site.name)) for site in self.sites]):
+            return self._target[0](tokens), inputs
 
     def _masked_run(self, tokens: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
         def forward(U: Tensor, V: Tensor, mask: Tensor) -> Callable[[Tensor], Tensor]:
             return lambda x: ((x @ U) * mask) @ V
 
         sites = zip(self.sites, self.U, self.V, strict=True)
-        with swapped_in({site.module: forward(U, V, masks[site.name]) for site, U, V in sites if site.name in masks}):
+        with swapped_in({site.place.module: forward(U, V, masks[site.name]) for site, U, V in sites if site.name in masks}):
             return self._target[0](tokens)
 
     def _pre(self, i: int, x: Tensor) -> Tensor:

@@ -22,8 +22,8 @@ of the model alone enters the stack at its own first block, with the target's ac
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -36,10 +36,11 @@ from paramlens.display.shown import Shown
 from paramlens.display.tables import Table, columns, row, site_cell
 from paramlens.errors import BatchError, SiteError
 from paramlens.method.batch import Inputs, map_tensors, row_count, tensors_of
+from paramlens.method.hooks import hooked, swapped_in
 from paramlens.method.kept import Kept
 from paramlens.method.masks import Replacement
-from paramlens.method.products import Product, aligned, joined, stacked_product
-from paramlens.method.sites import Site, given_input, swapped_in
+from paramlens.method.products import stacked_product
+from paramlens.method.sites import Product, Site, TargetRows, aligned, replaced, watched
 
 Plan = Mapping[str, Replacement]
 """Site name → replacement; sites left out run the target's own weight."""
@@ -58,11 +59,13 @@ class TargetRun:
     """One run of the target: its logits [batch, pos, token] and each site's input [batch, pos, d_in], both without gradient.
 
     blocks: of each block that `Decomposition.find_blocks` found.
+    seen: what γ sees of each input, [batch, pos, d_seen].
     """
 
     logits: Tensor
     inputs: dict[str, Tensor]
     blocks: tuple[BlockRun, ...] = ()
+    seen: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Decomposition(Shown, nn.Module):
@@ -75,7 +78,7 @@ class Decomposition(Shown, nn.Module):
         self.C = C
         self._blocks: tuple[nn.Module, ...] = ()
         self._home: dict[str, int] = {}  # site name → index of its block
-        self._copied: set[nn.Module] = set()  # whose input or output the model writes to later in a run
+        self._copied: set[Hashable] = set()  # whose input or output the model writes to later in a run
         device = self.sites[0].W.device
         self._U = nn.ParameterList(torch.zeros(site.d_in, C, dtype=dtype, device=device) for site in sites)
         self._V = nn.ParameterList(torch.zeros(C, site.d_out, dtype=dtype, device=device) for site in sites)
@@ -102,6 +105,18 @@ class Decomposition(Shown, nn.Module):
         """Site name → write directions."""
         return dict(zip(self.names, self._V, strict=True))
 
+    def site(self, name: str) -> Site:
+        """The site of that name."""
+        return self.sites[self.names.index(name)]
+
+    def inner(self, name: str, x: Tensor) -> Float[Tensor, "*batch C"]:
+        """Inner activations x @ U of an input x of the site `name`."""
+        return self.site(name).read(x, self.U[name])
+
+    def seen(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What γ sees of the sites' inputs."""
+        return {name: self.site(name).seen(x) for name, x in inputs.items()}
+
     def summary(self) -> str:
         return f"{len(self.sites)} sites, {self.C} subcomponents each"
 
@@ -116,35 +131,25 @@ class Decomposition(Shown, nn.Module):
     def target_run(self, inputs: Inputs) -> TargetRun:
         """The target as it is: logits bit-equal to calling it, and what every site was given, before the model wrote into that."""
         kept, blocks = Kept(self._copied), list[BlockRun]()
-        hooks = [block.register_forward_hook(partial(_keep_block, kept, blocks), with_kwargs=True) for block in self._blocks]
-        try:
-            with torch.no_grad():
-                logits, seen = self._inputs_of(kept, lambda: call(self.model, inputs))
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with torch.no_grad(), hooked([(block, partial(_keep_block, kept, blocks)) for block in self._blocks]):
+            logits, given = self._inputs_of(kept, lambda: call(self.model, inputs))
         if kept.written():  # what was kept is no longer what it was
             self._copied |= kept.written()
             return self.target_run(inputs)
-        for name, calls in seen.items():
+        for name, calls in given.items():
             if len(calls) != 1:
                 raise SiteError(
                     f"site {name}: the model calls it {len(calls)} times per run; a site must be called exactly once. "
                     f"Leave it out: add '!{name}' to sites"
                 )
-        return TargetRun(logits, {name: aligned(given, logits.shape[:-1]) for name, [given] in seen.items()}, tuple(blocks))
+        xs = {name: aligned(x, logits.shape[:-1]) for name, [x] in given.items()}
+        return TargetRun(logits, xs, tuple(blocks), self.seen(xs))
 
     def _inputs_of(self, kept: Kept, run: Callable[[], Tensor]) -> tuple[Tensor, dict[str, list[Tensor]]]:
         """What a run gives, and what every site is given in it, call by call."""
-        seen: dict[str, list[Tensor]] = {site.name: [] for site in self.sites}
-        hooks = [
-            site.module.register_forward_pre_hook(partial(_keep_input, kept, seen[site.name]), with_kwargs=True) for site in self.sites
-        ]
-        try:
-            return run(), seen
-        finally:
-            for hook in hooks:
-                hook.remove()
+        given: dict[str, list[Tensor]] = {site.name: [] for site in self.sites}
+        with watched(self.sites, lambda site, x: given[site.name].append(kept(site.place, x))):
+            return run(), given
 
     @torch.no_grad()
     def find_blocks(self, inputs: Inputs) -> None:
@@ -163,7 +168,7 @@ class Decomposition(Shown, nn.Module):
         if not starts:
             return False
         target = self.target_run(inputs)
-        off = {name: Replacement(target.inputs[name].new_zeros(*target.inputs[name].shape[:-1], self.C)) for name in self._home}
+        off = {name: Replacement(self._U[0].new_zeros(*target.inputs[name].shape[:-1], self.C)) for name in self._home}
         ends = {starts[0], starts[-1]}
         plans: list[Plan] = [{}, *({name: off[name] for name, home in self._home.items() if home == start} for start in ends)]
         try:
@@ -174,7 +179,7 @@ class Decomposition(Shown, nn.Module):
 
     def _homes(self, blocks: Sequence[nn.Module]) -> dict[str, int]:
         owners = {module: i for i, block in enumerate(blocks) for module in block.modules()}
-        return {site.name: owners[site.module] for site in self.sites if site.module in owners}
+        return {site.name: owners[site.place.module] for site in self.sites if site.place.module in owners}
 
     def entry(self, plan: Plan) -> int:
         """Index of the first block that a plan changes, where it can enter a run; 0 if it must run through the whole model."""
@@ -192,31 +197,19 @@ class Decomposition(Shown, nn.Module):
         order = sorted(range(len(plans)), key=starts.__getitem__)
         active = [sum(start <= i for start in starts) for i in range(len(self._blocks))]  # plans under way in each block
         plans = [plans[i] for i in order]
-        changed: dict[nn.Module, list[tuple[Site, Product]]] = {}
-        leading: dict[nn.Module, tuple[int, ...]] = {}
+        calls: Counter[Site] = Counter()
+        products: dict[Site, Product] = {}
         for site, U, V in zip(self.sites, self._U, self._V, strict=True):
             replacements = [plan.get(site.name) for plan in plans[: active[self._home[site.name]] if site.name in self._home else None]]
-            if given := [replacement.g.shape for replacement in replacements if replacement is not None]:
-                leading[site.module] = (len(replacements) * given[0][0], *given[0][1:-1])
-                changed.setdefault(site.module, []).append((site, stacked_product(site, U, V, replacements)))
-        forwards: dict[nn.Module, Callable[..., Any]] = {
-            module: joined(module, products, leading[module], copies=module in self._copied) for module, products in changed.items()
-        }
-        replaced = set(forwards)
-        if max(starts) > 0:
-            forwards |= _entering(self._blocks, runs, active)
+            if any(replacement is not None for replacement in replacements):
+                product = stacked_product(site, U, V, replacements, copies=site.place in self._copied)
+                products[site] = replace(product, compute=partial(_counted, calls, site, product.compute))
         stacked = inputs if len(plans) == 1 else _repeated(inputs, len(plans))
-        calls: Counter[nn.Module] = Counter()
-        hooks = [module.register_forward_pre_hook(partial(_count, calls)) for module in replaced]  # also keep fused fast paths off
-        try:
-            with swapped_in(forwards):
-                logits = call(self.model, stacked)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        for site in self.sites:
-            if site.module in replaced and calls[site.module] != 1:
-                raise SiteError(f"site {site.name}: called {calls[site.module]} times in a masked run; a site must be called exactly once")
+        with replaced(products), swapped_in(_entering(self._blocks, runs, active) if max(starts) > 0 else {}):
+            logits = call(self.model, stacked)
+        for site in products:
+            if calls[site] != 1:
+                raise SiteError(f"site {site.name}: called {calls[site]} times in a masked run; a site must be called exactly once")
         logits = logits.unflatten(0, (len(plans), -1))
         return logits if order == sorted(order) else logits[torch.tensor(order).argsort().to(logits.device)]
 
@@ -241,15 +234,11 @@ def block_chains(model: nn.Module, inputs: Inputs) -> list[tuple[nn.Module, ...]
     lists = [tuple(module) for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
     calls: list[tuple[nn.Module, Tensor | None, Tensor | None]] = []
 
-    def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def keep(module: nn.Module, args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> None:
         calls.append((module, _hidden(args), _hidden(output)))
 
-    hooks = [module.register_forward_hook(keep) for module in {module for chain in lists for module in chain}]
-    try:
+    with hooked([(module, keep) for module in {module for chain in lists for module in chain}]):
         call(model, inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
     chains = []
     for chain in lists:
         own = [each for each in calls if each[0] in chain]
@@ -306,12 +295,9 @@ def _entering(blocks: Sequence[nn.Module], runs: Sequence[BlockRun], active: Seq
     return {block: partial(forward, i, block.forward) for i, block in enumerate(blocks)}
 
 
-def _count(calls: "Counter[nn.Module]", module: nn.Module, _args: object) -> None:
-    calls[module] += 1
-
-
-def _keep_input(kept: Kept, seen: list[Tensor], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    seen.append(kept(module, given_input(args, kwargs)))
+def _counted(calls: "Counter[Site]", site: Site, compute: Callable[[Tensor, TargetRows], Tensor], x: Tensor, target: TargetRows) -> Tensor:
+    calls[site] += 1
+    return compute(x, target)
 
 
 def call(model: nn.Module, inputs: Inputs) -> Tensor:

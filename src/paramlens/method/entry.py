@@ -6,22 +6,20 @@ pass; plans stacked along the batch do not see each other; and no run changes a 
 """
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 
 from paramlens.errors import BatchError, ConfigError, DivergedError, ParamLensError, SiteError
 from paramlens.method.batch import Inputs, tensors_of
 from paramlens.method.decomposition import Decomposition, Plan, TargetRun, call
+from paramlens.method.hooks import hooked
 from paramlens.method.masks import Replacement
-from paramlens.method.sites import Site, given_input, swapped_in
+from paramlens.method.sites import Product, Site, TargetRows, by_place, replaced, watched
 from paramlens.method.slices import require_slices
 
 FAILURES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError, NotImplementedError)
@@ -111,7 +109,7 @@ def _require_logits(decomposition: Decomposition, inputs: Inputs, target: Target
             "the model returns probabilities: its outputs sum to 1. Softmax would be taken of them once more; return the logits before it"
         )
     for site in decomposition.sites:
-        given = target.inputs[site.name].dtype
+        given = target.seen[site.name].dtype
         if given != site.W.dtype:
             raise SiteError(
                 f"site {site.name}: the model gives it {str(given).removeprefix('torch.')}, its weight is "
@@ -123,19 +121,15 @@ def _is_squeezed(model: nn.Module, inputs: Inputs, logits: Tensor) -> bool:
     """Whether the logits are the outputs of a layer of one unit, without their last axis."""
     found: list[bool] = []
 
-    def look(_module: nn.Module, _args: object, output: object) -> None:
+    def look(_module: nn.Module, _args: object, _kwargs: object, output: object) -> None:
         if isinstance(output, Tensor) and output.shape == (*logits.shape, 1):
             found.append(bool(torch.equal(output[..., 0], logits)))
 
-    hooks = [module.register_forward_hook(look) for module in model.modules() if getattr(module, "out_features", None) == 1]
-    if not hooks:
+    ends = [(module, look) for module in model.modules() if getattr(module, "out_features", None) == 1]
+    if not ends:
         return False
-    try:
-        with torch.no_grad():
-            call(model, inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with torch.no_grad(), hooked(ends):
+        call(model, inputs)
     return any(found)
 
 
@@ -163,87 +157,69 @@ def _require_leading(inputs: Inputs, target: TargetRun) -> None:
 def _require_exact(decomposition: Decomposition, inputs: Inputs, target: TargetRun) -> None:
     """Raise unless exact factors, U the identity and V the weight, with masks of ones give the target's logits, and gradients reach them.
 
-    A weight asks for a gradient meanwhile, and must get none: it would be used beside its module.
+    A weight asks for a gradient meanwhile, and must get none: it would be used elsewhere as well.
     """
-    groups: dict[nn.Module, list[Site]] = {}
-    for site in decomposition.sites:
-        groups.setdefault(site.module, []).append(site)
-    probes: dict[nn.Module, Tensor] = {}
-    forwards = {module: partial(_exact, sites, module.forward, probes) for module, sites in groups.items()}
-    calls: Counter[nn.Module] = Counter()
-    hooks = [module.register_forward_pre_hook(partial(_count, calls)) for module in groups]
-    whole = {module: sites[0] for module, sites in groups.items() if sites[0].columns is None}
-    weights = {site.name: module.get_parameter("weight") for module, site in whole.items()}
+    sites, probes = decomposition.sites, dict[Site, list[Tensor]]()
+    products = {site: Product(partial(_exact, site, probes.setdefault(site, []))) for site in sites}
+    weights = {weight: own[0] for place, own in by_place(sites).items() for weight in place.replaced_weights(own)}
+    again: list[Site] = []
     try:
-        for weight in weights.values():
+        for weight in weights:
             weight.requires_grad_(True)
         with torch.enable_grad(), told("the model fails with its sites replaced by their own weights"):
-            with swapped_in(forwards):
+            with replaced(products):
                 logits = call(decomposition.model, inputs)
-            _require_called(groups, calls)
+            for site, found in probes.items():
+                if len(found) != 1:
+                    raise SiteError(f"site {site.name}: called {len(found)} times when replaced; a site must be called exactly once")
             try:
-                gradients = _gradients(logits, [*probes.values(), *weights.values()])
+                with watched(sites, lambda site, _x: again.append(site)):
+                    gradients = _gradients(logits, [*(probe for [probe] in probes.values()), *weights])
             finally:
-                _require_called(groups, calls, again=True)
+                if again:
+                    raise SiteError(
+                        f"site {again[0].name}: the model computes it again during the backward pass (activation checkpointing), when it "
+                        "is no longer replaced; turn checkpointing off"
+                    )
     finally:
-        for weight in weights.values():
+        for weight in weights:
             weight.requires_grad_(False)
-        for hook in hooks:
-            hook.remove()
     if not _close(logits.detach(), target.logits):
         raise SiteError("the model gives other logits where its sites compute x @ W + bias: a site's output also depends on something else")
-    reached, elsewhere = gradients[: len(probes)], gradients[len(probes) :]
-    for name, gradient in zip(weights, elsewhere, strict=True):
+    for site, gradient in zip(weights.values(), gradients[len(probes) :], strict=True):
         if gradient is not None:
             raise SiteError(
-                f"site {name}: the model uses its weight outside the module as well, where it would not be replaced. "
-                f"Leave it out: add '!{name}' to sites"
+                f"site {site.name}: the model uses its weight outside the module as well, where it would not be replaced. "
+                f"Leave it out: add '!{site.name}' to sites"
             )
-    for module, gradient in zip(probes, reached, strict=True):
-        for site in groups[module]:
-            own = gradient if gradient is None or site.columns is None else gradient[..., site.columns.to(gradient.device)]
-            if own is None or not own.any():
-                raise SiteError(
-                    f"site {site.name}: the logits of the first batch do not depend on what it makes, so nothing could be learned of it "
-                    f"(its output is detached, unused, or multiplied by zero). Leave it out: add '!{site.name}' to sites"
-                )
+    for site, gradient in zip(probes, gradients[: len(probes)], strict=True):
+        if gradient is None or not gradient.any():
+            raise SiteError(
+                f"site {site.name}: the logits of the first batch do not depend on what it makes, so nothing could be learned of it "
+                f"(its output is detached, unused, or multiplied by zero). Leave it out: add '!{site.name}' to sites"
+            )
 
 
-def _exact(sites: Sequence[Site], original: Callable[..., Tensor], probes: dict[nn.Module, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """What the sites of one module make of its input by their weights, once it is clear that the module makes the same of it.
+def _exact(site: Site, probes: list[Tensor], x: Tensor, target: TargetRows) -> Tensor:
+    """What a site makes of its input by its weight, once it is clear that the model makes the same of it.
 
     A tensor of zeros is added, whose gradient is that of the output.
     """
-    name, x = sites[0].name, given_input(args, kwargs)
     if not torch.is_grad_enabled():
         raise SiteError(
-            f"site {name}: the model calls it with gradients off (torch.no_grad, or a checkpoint with use_reentrant=True), so nothing "
+            f"site {site.name}: the model calls it with gradients off (torch.no_grad, or a checkpoint with use_reentrant=True), so nothing "
             "could be learned of it; take that out of the model's forward"
         )
     if torch.is_autocast_enabled(x.device.type):
-        raise SiteError(f"site {name}: the model calls it under torch.autocast; take that out of its forward, or leave the site out")
+        raise SiteError(f"site {site.name}: the model calls it under torch.autocast; take that out of its forward, or leave the site out")
     with torch.no_grad():
-        theirs = original(x)
-    y = theirs
-    for site in sites:
-        own = F.linear(x, site.W.detach().T, None if site.bias is None else site.bias.detach())
-        y = own if site.columns is None else y.index_copy(-1, site.columns.to(x.device), own)
-        if y.shape != theirs.shape or y.dtype != theirs.dtype or not _close(y.detach(), theirs, within=1e-3):
-            raise SiteError(f"site {site.name}: {type(site.module).__name__} makes something else of its input than x @ W + bias")
-    probe = torch.zeros_like(y, requires_grad=True)
-    probes[sites[0].module] = probe
-    return y + probe
-
-
-def _require_called(groups: dict[nn.Module, list[Site]], calls: Counter[nn.Module], *, again: bool = False) -> None:
-    for module, [site, *_] in groups.items():
-        if again and calls[module] != 1:
-            raise SiteError(
-                f"site {site.name}: the model computes it again during the backward pass (activation checkpointing), when it is no longer "
-                "replaced; turn checkpointing off"
-            )
-        if calls[module] != 1:
-            raise SiteError(f"site {site.name}: called {calls[module]} times when replaced; a site must be called exactly once")
+        theirs = target(0, len(x))
+    y = site.product(x) if site.bias is None else site.product(x) + site.bias.detach()
+    if y.shape != theirs.shape or y.dtype != theirs.dtype or not _close(y.detach(), theirs, within=1e-3):
+        maker = type(site.place.module).__name__
+        raise SiteError(f"site {site.name}: {maker} makes something else of its input than x @ W + bias")
+    probes.append(torch.zeros_like(y, requires_grad=True))
+    return y + probes[-1]
 
 
 def _gradients(logits: Tensor, wanted: list[Tensor]) -> tuple[Tensor | None, ...]:
@@ -277,10 +253,6 @@ def _close(a: Tensor, b: Tensor, *, within: float = _TOLERANCE) -> bool:
 def _fingerprints(model: nn.Module) -> dict[str, str]:
     """Parameter's name → a number, as text, that changes with any of its bits, nearly always; nan is the same as nan."""
     return {name: float(parameter.detach().sum(dtype=torch.float64)).hex() for name, parameter in model.named_parameters()}
-
-
-def _count(calls: Counter[nn.Module], module: nn.Module, _args: object) -> None:
-    calls[module] += 1
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from paramlens.method.threshold import ACTIVE
 def importances(decomposition: Decomposition, importance: Importance, batch: Batch) -> tuple[TargetRun, dict[str, Tensor]]:
     """The target's run on `batch`, and g (batch, pos, C) in [0, 1] for every site."""
     target = decomposition.target_run(batch.inputs)
-    return target, {name: lower(pre) for name, pre in importance(target.inputs, decomposition.U, batch.present).items()}
+    return target, {name: lower(pre) for name, pre in importance(target.seen, decomposition.U, batch.present).items()}
 
 
 @torch.no_grad()

@@ -101,8 +101,12 @@ def masked_linear(
         assert all(sink is None or sink.is_contiguous() for sink in sinks), "a sink is written to in rows of its own memory"
         product = _MaskedProduct.apply(x, U, V, keys, sinks, *gs)
         return product if bias is None else product + bias
-    masks = [g if key is None else stochastic_mask(g, mask_noise(key, g)) for g, key in zip(gs, keys, strict=True)]
-    return F.linear((x @ U) * torch.cat(masks), V.T, bias)
+    return F.linear((x @ U) * torch.cat(masks_of(replacements)), V.T, bias)
+
+
+def masks_of(replacements: Sequence[Replacement]) -> list[Float[Tensor, "*batch C"]]:
+    """The masks r of `replacements`."""
+    return [each.g if each.key is None else stochastic_mask(each.g, mask_noise(each.key, each.g)) for each in replacements]
 
 
 class _MaskedProduct(torch.autograd.Function):

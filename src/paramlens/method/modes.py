@@ -82,3 +82,26 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors hold the same, NaN counting as equal to itself."""
     return a.is_meta or bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+@contextmanager
+def at_rest(model: nn.Module) -> Iterator[None]:
+    """While active, the model is in evaluation mode, its parameters ask for no gradient, and torch is in its `default_modes`.
+
+    Restored whatever happens, the model's buffers included: they are as they were, bit for bit. Raises `ConfigError` if another thread
+    has the model at rest.
+    """
+    with one_thread(model):
+        training = [(module, module.training) for module in model.modules()]
+        asking = [parameter for parameter in model.parameters() if parameter.requires_grad and not parameter.is_inference()]
+        try:
+            with default_modes(), buffers_kept(model):
+                model.eval()
+                for parameter in asking:
+                    parameter.requires_grad_(False)
+                yield
+        finally:
+            for module, mode in training:
+                module.training = mode
+            for parameter in asking:
+                parameter.requires_grad_(True)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from paramlens.errors import SiteError
 from paramlens.method.batch import Inputs, map_tensors, tensors_of
 from paramlens.method.decomposition import Decomposition, call
-from paramlens.method.fused import PARTS
-from paramlens.method.sites import given_input, named_sites, swapped_in
+from paramlens.method.hooks import given_input, hooked, swapped_in
+from paramlens.method.sites import named_sites
+from paramlens.method.sites.fused import PARTS
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,8 @@ def _reaches(model: nn.Module, inputs: Inputs, columns: dict[str, dict[str, Tens
 
         return forward
 
-    def cut(name: str) -> Callable[[nn.Module, object, Any], Any]:
-        def hook(_module: nn.Module, _args: object, output: Any) -> Any:
+    def cut(name: str) -> Callable[..., Any]:
+        def hook(_module: nn.Module, _args: object, _kwargs: object, output: Any) -> Any:
             first = next(iter(tensors_of(output)), None)
             if first is not None:
                 returned[name] = first
@@ -92,14 +93,11 @@ def _reaches(model: nn.Module, inputs: Inputs, columns: dict[str, dict[str, Tens
         return hook
 
     modules = {name: model.get_submodule(name) for name in columns}
-    hooks = [model.get_submodule(name.rpartition(".")[0]).register_forward_hook(cut(name)) for name in columns]
-    try:
-        with torch.enable_grad(), swapped_in({module: fused(name, module.forward) for name, module in modules.items()}):
-            call(model, inputs)
-            return {name: found for name in columns if (found := _reach(returned.get(name), outputs.get(name))) is not None}
-    finally:
-        for hook in hooks:
-            hook.remove()
+    owners = [(model.get_submodule(name.rpartition(".")[0]), cut(name)) for name in columns]
+    forwards = {module: fused(name, module.forward) for name, module in modules.items()}
+    with torch.enable_grad(), hooked(owners), swapped_in(forwards):
+        call(model, inputs)
+        return {name: found for name in columns if (found := _reach(returned.get(name), outputs.get(name))) is not None}
 
 
 def _reach(returned: Tensor | None, y: Tensor | None) -> _Reach | None:

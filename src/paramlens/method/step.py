@@ -53,7 +53,7 @@ def training_step(
     """
     with told(f"step {step}: the model fails on the batch"):
         target = decomposition.target_run(batch.inputs)  # 2: run the original model
-    pre = importance(target.inputs, decomposition.U, batch.present)  # 3: causal importances on this batch
+    pre = importance(target.seen, decomposition.U, batch.present)  # 3: causal importances on this batch
     g = {name: lower(value) for name, value in pre.items()}
     p = annealed_p(config.losses, step, config.steps) if p is None else p
     known = LossInputs(config, task, decomposition, batch, target, pre, g, step, p)

@@ -101,7 +101,7 @@ def footprint(model: nn.Module, sites: Sequence[Site], inputs: Inputs, *, last: 
     try:
         with at_rest(model):
             target = probe.target_run(first)
-            plan = {name: Replacement(x.new_zeros(*x.shape[:-1], 1)) for name, x in target.inputs.items()}
+            plan = {name: Replacement(x.new_zeros(*x.shape[:-1], 1)) for name, x in target.seen.items()}
             with torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor):
                 probe(first, [plan])
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, ParamLensError):
@@ -153,7 +153,7 @@ def _gamma_parameters(config: Config, sites: Sequence[Site], length: int) -> tup
     """Parameters of γ, and those of the largest that a group of sites rearranges, with its gradient."""
     kind, table = kind_class(config.gamma.kind), config.gamma.max_length or length
     total = rearranged = 0
-    for d_in, count in Counter(site.d_in for site in sites).items():
+    for d_in, count in Counter(site.d_seen for site in sites).items():
         for parameter in kind.parameters_of_site(config.gamma, d_in=d_in, max_length=table).values():
             numbers = count * parameter.count(config.C)
             total += numbers
@@ -169,8 +169,8 @@ def _gamma_parameters(config: Config, sites: Sequence[Site], length: int) -> tup
 def _gamma_activations(config: Config, sites: Sequence[Site], size: Footprint) -> int:
     """Numbers: the sites' inputs, what γ makes of them and keeps, and pre-activations, importances and their gradients."""
     kind, C = kind_class(config.gamma.kind), config.C
-    kept = [kind.activations(config.gamma, d_in=site.d_in, C=C, length=size.length) for site in sites]
-    return (sum(kept) + sum(site.d_in + 5 * C for site in sites)) * size.rows * size.length
+    kept = [kind.activations(config.gamma, d_in=site.d_seen, C=C, length=size.length) for site in sites]
+    return (sum(kept) + sum(site.d_seen + 5 * C for site in sites)) * size.rows * size.length
 
 
 def _compiled(config: Config) -> bool:

@@ -257,6 +257,11 @@ def _built(config: Config, task: Task) -> tuple[Decomposition, Importance]:
     for site in sites:
         if site.W.dtype != dtype:
             raise ConfigError(f"dtype {config.dtype}: site {site.name} is {site.W.dtype}; convert the model or change dtype")
+        if config.gamma.kind == "scalar" and site.d_seen != site.d_in:
+            raise ConfigError(
+                f"gamma.kind scalar: at the embedding {site.name}, x @ U is the same wherever a token stands and cannot be read from what "
+                "γ sees of it; give gamma.kind vector, shared or attention"
+            )
     first = task.batch(0, "train").to(config.device)
     inputs = first.inputs
     size = footprint(task.model, sites, inputs, last=task.last_token is not None)
@@ -274,10 +279,10 @@ def _built(config: Config, task: Task) -> tuple[Decomposition, Importance]:
     if size is None:
         require_memory(config, sites, Footprint(target.logits.shape[0], longest, target.logits.shape[-1]))
     known = task.longest if task.longest is not None and first.columns == longest else longest
-    importance = Importance({site.name: (site.d_in, config.C) for site in sites}, config.gamma, max_length=max(known, longest))
+    importance = Importance({site.name: (site.d_seen, config.C) for site in sites}, config.gamma, max_length=max(known, longest))
     importance = importance.to(device=config.device, dtype=dtype)
     with torch.no_grad():
-        importance(target.inputs, decomposition.U, first.present)
+        importance(target.seen, decomposition.U, first.present)
     return decomposition, importance
 
 

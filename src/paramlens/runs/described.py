@@ -34,6 +34,8 @@ class SiteShape(_Checked):
     name: str
     d_in: Size
     d_out: Size
+    d_seen: Size | None = None
+    """Width of what γ sees; None: d_in."""
 
 
 class GammaShape(_Checked):
@@ -68,7 +70,7 @@ class Described(_Checked):
     def importance(self) -> Importance:
         """γ, still empty."""
         gamma = Gamma(kind=self.gamma.kind, d_gate=self.gamma.d_gate, relative=self.gamma.relative)
-        shapes = {site.name: (site.d_in, self.C) for site in self.sites}
+        shapes = {site.name: (site.d_seen or site.d_in, self.C) for site in self.sites}
         return Importance(shapes, gamma, max_length=self.gamma.max_length).to(getattr(torch, self.dtype))
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -87,7 +89,10 @@ def describe(config: Config, decomposition: Decomposition, importance: Importanc
         "format": FORMAT,
         "C": decomposition.C,
         "dtype": str(decomposition.U[decomposition.names[0]].dtype).removeprefix("torch."),
-        "sites": [{"name": site.name, "d_in": site.d_in, "d_out": site.d_out} for site in decomposition.sites],
+        "sites": [
+            {"name": site.name, "d_in": site.d_in, "d_out": site.d_out} | ({"d_seen": site.d_seen} if site.d_seen != site.d_in else {})
+            for site in decomposition.sites
+        ],
         "gamma": {"kind": gamma.kind, "d_gate": gamma.d_gate, "relative": gamma.relative, "max_length": importance.max_length},
         "target": target,
         "config": config.model_dump(mode="json", include=set(_REBUILT)),

@@ -25,9 +25,9 @@ def local_loss(
     for site in decomposition.sites:
         x, mask = target.inputs[site.name], g[site.name].detach()
         on = (mask > 0).any(-1) if present is None else (mask > 0).any(-1) & present
-        written = x @ site.W
-        missing = (written - (x @ U[site.name] * mask) @ V[site.name]) * on[..., None]
-        shares.append(missing.square().sum() / (written * on[..., None]).square().sum().clamp(min=torch.finfo(x.dtype).tiny))
+        written = site.product(x)
+        missing = (written - (site.read(x, U[site.name]) * mask) @ V[site.name]) * on[..., None]
+        shares.append(missing.square().sum() / (written * on[..., None]).square().sum().clamp(min=torch.finfo(written.dtype).tiny))
     return torch.stack(shares).mean()
 
 

@@ -7,13 +7,14 @@ token after the first s. The first s never stands directly before the last, wher
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from paramlens.method.batch import Batch
 from paramlens.method.generators import generator
+from paramlens.method.hooks import hooked
 from paramlens.method.task import Link, Task
 from paramlens.tasks.induction.model import InductionTransformer
 from paramlens.tasks.induction.task import InductionTask
@@ -69,16 +70,13 @@ def _without_position(model: InductionTransformer, projection: Literal["q", "k"]
     attention = model.blocks[0].get_submodule("attn")
     encoding = model.positions[: batch.roles.shape[1]] * (batch.roles == role)[..., None]
 
-    def before(_module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        return (args[0] - encoding,)
+    def before(_module: nn.Module, args: tuple[Tensor], kwargs: dict[str, Any]) -> tuple[tuple[Tensor], dict[str, Any]]:
+        return (args[0] - encoding,), kwargs
 
-    def after(_module: nn.Module, _args: tuple[Tensor], output: Tensor) -> Tensor:
+    def after(_module: nn.Module, _args: tuple[Tensor], _kwargs: dict[str, Any], output: Tensor) -> Tensor:
         return output - encoding
 
     module = attention.get_submodule(projection)
     added_before = attention.added == "before"
-    hook = module.register_forward_pre_hook(before) if added_before else module.register_forward_hook(after)
-    try:
+    with hooked(before=[(module, before)]) if added_before else hooked([(module, after)]):
         yield
-    finally:
-        hook.remove()

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from paramlens.errors import ConfigError, DivergedError
 from paramlens.method.generators import generator
+from paramlens.method.hooks import hooked
 from paramlens.method.task import TargetHistory
 from paramlens.tasks.base import OnCheck, OnGivenUp
 from paramlens.tasks.induction.model import InductionTransformer
@@ -43,12 +44,8 @@ def check_target(model: InductionTransformer, task: InductionTask, *, seed: int,
 def _patterns(model: InductionTransformer) -> Iterator[list[Tensor]]:
     seen: list[Tensor] = []
     modules = [module for name, module in model.named_modules() if name.endswith(".pattern")]
-    handles = [module.register_forward_hook(lambda _module, _args, pattern: seen.append(pattern)) for module in modules]
-    try:
+    with hooked([(module, lambda _module, _args, _kwargs, pattern: seen.append(pattern)) for module in modules]):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def train_target(
