@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from conftest import TINY, until
 from paramlens.cli.main import main, parsed
 from paramlens.cli.parameters import overrides
 from paramlens.config.file import dump_config, field_paths, load_config, make_config
-from paramlens.errors import SaveError, SiteError, Terminated
+from paramlens.errors import RunInterrupted, SaveError, SiteError, Terminated
 
 
 def run(*words: str, cwd=None) -> subprocess.CompletedProcess[str]:
@@ -142,15 +143,24 @@ def test_wrong_input_is_one_short_message(words, message, config, tmp_path, caps
 
 
 @pytest.mark.parametrize(
-    "words",
-    [["decompose", "induction-quick", "--optim.lrr", "1"], ["decompose", "induction-quick", "--out", "."], ["circuit", "nowhere"], []],
+    ("words", "returned"),
+    [
+        (["decompose", "induction-quick", "--optim.lrr", "1"], 2),
+        (["decompose", "induction-quick", "--out", "."], 2),
+        (["circuit", "nowhere"], 2),
+        ([], 0),
+        (["--help"], 0),
+        (["suppress", "--help"], 0),
+        (["decompose", "induction", "--help"], 0),
+        (["completion", "fish"], 0),
+    ],
 )
-def test_what_needs_no_torch_loads_none(words: list[str], tmp_path):
+def test_what_needs_no_torch_loads_none(words: list[str], returned: int, tmp_path):
     """The reason that such messages come in under a second: the most expensive import never happens."""
     (tmp_path / "something").write_text("")
     code = f"import sys\nfrom paramlens.cli.main import main\ncode = main({words!r})\nassert 'torch' not in sys.modules\nsys.exit(code)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == (2 if words else 0), done.stderr
+    assert done.returncode == returned, done.stderr
 
 
 def test_the_demo_speaks_before_its_expensive_imports(tmp_path):
@@ -404,6 +414,32 @@ def test_exit_codes_of_what_ends_a_command(raised, code, tiny_run, monkeypatch, 
     assert err.startswith("paramlens: ")
 
 
+@pytest.mark.parametrize(
+    ("words", "again"),
+    [
+        ("demo --seed 1 --overwrite --json", "demo --seed 1"),
+        ("decompose tiny.yaml --overwrite=true --track tensorboard", "decompose tiny.yaml --track tensorboard --resume"),
+        ("decompose --steps 7 tiny.yaml --resume --json", "decompose --steps 7 tiny.yaml --resume"),
+        ("decompose tiny.yaml --target toy --steps 7", "decompose tiny.yaml --steps 7 --resume"),
+        ("decompose tiny.yaml --target=toy", "decompose tiny.yaml --resume"),
+        ("decompose tiny.yaml --target toy --seeds 2", "decompose tiny.yaml --target toy --seeds 2 --resume"),
+        ("decompose tiny.yaml --target someone/model", "decompose tiny.yaml --target someone/model --resume"),
+    ],
+)
+def test_an_interrupted_command_says_how_it_goes_on(words, again, tmp_path, monkeypatch, capsys: pytest.CaptureFixture[str]):
+    def interrupted(*_args: object, **_options: object) -> None:
+        raise RunInterrupted()
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(dump_config(make_config(TINY)), encoding="utf-8")
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy" / "target.json").write_text("{}")
+    monkeypatch.setattr("paramlens.runs.decompose.decompose_config", interrupted)
+    monkeypatch.setattr("paramlens.runs.seeds.decompose_seeds", interrupted)
+    assert main(words.split()) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == f"paramlens: interrupted; resume with: paramlens {again}"
+
+
 def test_ctrl_c_ends_with_130_and_a_run_to_resume(config, tmp_path):
     place = tmp_path / "run"
     command = [sys.executable, "-c", "from paramlens.cli.main import entry; entry()", "decompose", config, "--out", str(place)]
@@ -412,7 +448,8 @@ def test_ctrl_c_ends_with_130_and_a_run_to_resume(config, tmp_path):
     os.kill(process.pid, signal.SIGINT)
     _, err = process.communicate()
     assert process.returncode == 130
-    assert f"interrupted; resume with: paramlens decompose {config} --resume" in err
+    out = ["--out", str(place), "--steps", "100000", "--log-every", "10"]
+    assert f"interrupted; resume with: {shlex.join(['paramlens', 'decompose', config, *out, '--resume'])}\n" in err
     info = json.loads((place / "run.json").read_text())
     assert info["status"] == "interrupted"
     assert (place / "checkpoints" / f"step-{info['steps']:08d}" / "MANIFEST.json").is_file()

@@ -1,7 +1,4 @@
-"""The commands that are no analysis, each a function: its parameters are the options, its docstring the help.
-
-They call the public Python functions of `paramlens`, which import what they need at the first call, torch above all.
-"""
+"""The commands that are no analysis, each a function: its parameters are the options, its docstring the help."""
 
 import dataclasses
 from collections.abc import Callable

@@ -3,7 +3,8 @@
 import inspect
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from paramlens.config.file import load_config
 from paramlens.display.streams import ErrorConsole, abandon, prepare_streams
 from paramlens.errors import ConfigError, ParamLensError, RunInterrupted, Terminated
 from paramlens.registry import ANALYSES
+from paramlens.runs.layout import holds_toy
 from paramlens.tracking.signals import termination
 
 OVERVIEW = f"""paramlens {__version__} takes a Transformer's weights apart: which parts matter where
@@ -60,7 +62,10 @@ def main(argv: Sequence[str]) -> int:
                 print(OVERVIEW)
                 return 0
             function, bound = parsed(argv)
-            return function(*bound.args, **bound.kwargs) or 0
+            try:
+                return function(*bound.args, **bound.kwargs) or 0
+            except RunInterrupted as stopped:
+                return _told(f"interrupted; resume with: {shlex.join(_again(argv, bound.arguments))}", stopped.exit_code, "yellow")
         except ParamLensError as error:
             return _told(str(error), error.exit_code, "red")
         except OSError as error:
@@ -68,8 +73,6 @@ def main(argv: Sequence[str]) -> int:
                 raise
             place = f"{error.filename}: " if error.filename else ""
             return _told(f"{place}{error.strerror or error}", 1, "red")
-        except RunInterrupted as stopped:
-            return _told(f"interrupted; resume with: {shlex.join(_again(argv))}", stopped.exit_code, "yellow")
         except KeyboardInterrupt as stopped:
             return _told("interrupted", stopped.exit_code if isinstance(stopped, Terminated) else 130, "yellow")
 
@@ -79,10 +82,12 @@ def _told(text: str, code: int, style: str) -> int:
     return code
 
 
-def _again(argv: Sequence[str]) -> list[str]:
-    """The command that goes on with an interrupted run: a demo does so by itself, `decompose` with --resume."""
-    kept = [word for word in argv[1:] if word not in ("--resume", "--overwrite", "--json")]
-    return ["paramlens", argv[0], *kept[:1], *(["--resume"] if argv[0] == "decompose" else []), *kept[1:]]
+def _again(argv: Sequence[str], given: Mapping[str, Any]) -> list[str]:
+    """The command that goes on with an interrupted run: a demo does so by itself; a run has its toy target, and refuses another."""
+    toy = given.get("seeds") is None and given.get("target") is not None and holds_toy(given["target"])
+    left_out = {"--resume", "--overwrite", "--json", *(["--target"] if toy else [])}
+    kept = [word for before, word in pairwise(["", *argv]) if word.partition("=")[0] not in left_out and not (toy and before == "--target")]
+    return ["paramlens", *kept, *(["--resume"] if argv[0] == "decompose" else [])]
 
 
 def parsed(argv: Sequence[str]) -> tuple[Callable[..., Any], inspect.BoundArguments]:
