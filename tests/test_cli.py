@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -9,10 +11,12 @@ import sys
 
 import pytest
 
+import paramlens
 from conftest import TINY, until
-from paramlens.cli.main import main
-from paramlens.config.file import dump_config, load_config, make_config
-from paramlens.errors import SaveError, SiteError, Terminated
+from paramlens.cli.main import main, parsed
+from paramlens.cli.parameters import overrides
+from paramlens.config.file import dump_config, field_paths, load_config, make_config
+from paramlens.errors import RunInterrupted, SaveError, SiteError, Terminated
 
 
 def run(*words: str, cwd=None) -> subprocess.CompletedProcess[str]:
@@ -37,53 +41,73 @@ def test_alone_it_explains_itself_in_ten_lines(capsys: pytest.CaptureFixture[str
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]):
-    from paramlens.cli.main import _COMMANDS
+    from paramlens.cli.commands import COMMANDS
+    from paramlens.registry import ANALYSES
 
-    assert main(["--help"]) == 0
-    text = capsys.readouterr().out
-    assert {line.split()[1] for line in text.splitlines() if line.startswith("  paramlens ")} == set(_COMMANDS)
+    texts = []
+    for words in (["--help"], ["-h"], ["help"]):
+        assert main(words) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] == texts[2]
+    named = {line.split()[0] for line in texts[0].splitlines() if re.match(r" {2}[a-z]", line)}
+    assert named == {*COMMANDS, *(analysis.name for analysis in ANALYSES), "completion"}
+    assert max(map(len, texts[0].splitlines())) <= 80
+
+
+def test_the_version_is_one_word(capsys: pytest.CaptureFixture[str]):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{paramlens.__version__}\n"
+
+
+def test_python_m_paramlens_is_the_command(tmp_path):
+    command = [sys.executable, "-m", "paramlens"]
+    done = subprocess.run([*command, "circuit", "nowhere"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "paramlens: nowhere: no such run; give the directory that decompose printed\n"
+    done = subprocess.run([*command, "--version"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{paramlens.__version__}\n"
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["frob"], "no command 'frob'. There are: demo,"),
-        (["decompos"], "no command 'decompos', did you mean decompose?"),
+        (["frob"], 'Unknown command "frob". Available commands: demo, train-target, decompose, '),
+        (["decompos"], 'Unknown command "decompos". Did you mean "decompose"?'),
         (["decompose", "nope"], "no configuration 'nope'. Give a YAML file or one of facts-edit, facts-small, gpt2-facts, induction, "),
-        (["decompose", "CONFIG", "--optim.lrr", "3"], "optim.lrr: unknown field; did you mean optim.lr?"),
+        (["decompose", "CONFIG", "--optim.lrr", "3"], "decompose: Unknown option: --optim.lrr. Did you mean --optim.lr?"),
         (["decompose", "CONFIG", "--C", "0"], "C: 0: give 1 or more"),
         (["decompose", "CONFIG", "--steps", "many"], "steps: 'many': give a whole number"),
         (["decompose", "CONFIG", "--optim.lr", "nan"], "optim.lr: 'nan': give a number"),
         (["decompose", "CONFIG", "--optim.lr=.inf"], "optim.lr: inf: give a finite number"),
         (["decompose", "CONFIG", "--losses.p-start", "0.01"], "losses: p_start 0.01 is below p_final 0.1"),
         (["decompose", "CONFIG", "--losses", "{}"], "no loss is enabled; give at least one of"),
-        (["decompose", "CONFIG", "--overwrit"], "decompose: unknown option --overwrit; did you mean --overwrite?"),
-        (["decompose", "CONFIG", "--steps=3", "extra"], "--steps: one value is needed, not 3 extra"),
-        (["decompose", "CONFIG", "--steps"], "--steps: give a value"),
+        (["decompose", "CONFIG", "--overwrit"], "decompose: Unknown option: --overwrit. Did you mean --overwrite?"),
+        (["decompose", "CONFIG", "--steps=3", "extra"], "decompose: unexpected argument 'extra'; options are written --name value"),
+        (["decompose", "CONFIG", "--steps"], "decompose: Parameter --steps requires an argument."),
         (["decompose", "CONFIG", "--device", "cuda"], "device cuda: torch"),
         (["train-target", "CONFIG", "--device", "cuda"], "device cuda: torch"),
         (["decompose", "CONFIG", "--resume", "--overwrite"], "resume and overwrite exclude each other"),
         (["decompose", "CONFIG", "--out", "CONFIG/x"], "tiny.yaml is no writable directory); give another out"),
         (
             ["decompose"],
-            "decompose: give a configuration, facts-edit, facts-small, gpt2-facts, induction, ",
+            "decompose: give CONFIG first, then options; CONFIG: facts-edit, facts-small, gpt2-facts, induction, ",
         ),
-        (["decompose", "--steps", "3", "CONFIG"], "decompose: give a configuration"),
-        (["circuit"], "circuit: give a run directory first, then options"),
-        (["circuit", "DIR", "--threshold", "abc"], "circuit: Error parsing --threshold: could not convert string to float: 'abc'"),
-        (["demo", "--seed", "x"], "demo: Error parsing --seed:"),
-        (["decompose", "CONFIG", "extra"], "unexpected argument 'extra'; fields are flags"),
+        (["decompose", "--sites", "a", "CONFIG"], "decompose: give CONFIG first, then options; CONFIG: facts-edit, "),
+        (["circuit"], "circuit: give RUN first, then options; RUN: Run directory."),
+        (["circuit", "DIR", "--threshold", "abc"], 'circuit: Invalid value for --threshold: unable to convert "abc" into float.'),
+        (["demo", "--seed", "x"], 'demo: Invalid value for --seed: unable to convert "x" into int.'),
+        (["decompose", "CONFIG", "extra"], "decompose: unexpected argument 'extra'; options are written --name value"),
         (["decompose", "CONFIG", "--out", "DIR"], "exists; overwrite replaces it, another out leaves it alone"),
         (["decompose", "CONFIG", "--out", "DIR", "--overwrite"], "is no run directory, so overwrite leaves it alone"),
         (["circuit", "DIR"], "not a run directory"),
         (["circuit", "DIR/none"], "no such run; give the directory that decompose printed"),
-        (["circuit", "DIR", "--treshold", "1"], "circuit: unknown option --treshold; did you mean --threshold?"),
+        (["circuit", "DIR", "--treshold", "1"], "circuit: Unknown option: --treshold. Did you mean --threshold?"),
         (["report", "DIR"], "not a run directory"),
-        (["report", "--example", "--out", "x.html"], "report: unknown option --out; there are --example, --budget, --open, --json"),
+        (["report", "--example", "--out", "x.html"], " There are --example, --budget, --open, --json."),
         (["report", "DIR", "other"], "report: unexpected argument 'other'"),
         (["decompose", "CONFIG", "--C="], "--C: give a value"),
-        (["decompose", "CONFIG", "--=3"], "unexpected argument '--=3'"),
-        (["decompose", "CONFIG", "--seeds", "x"], "decompose: Error parsing --seeds: 'x': give a whole number"),
+        (["decompose", "CONFIG", "--=3"], "decompose: Unknown option: --."),
+        (["decompose", "CONFIG", "--seeds", "x"], 'decompose: Invalid value for --seeds: unable to convert "x" into int'),
         (["circuit", "DIR/a\udcff"], "'DIR/a\\udcff': not text in UTF-8"),
         (["trace", "DIR", "--prompt", "a\udcff", "--subject", "a"], "'a\\udcff': not text in UTF-8"),
         (["bench", "--length", "0"], "bench: task.length: 0: give 1 or more"),
@@ -93,9 +117,18 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]):
         (["bench", "--repeats", "0"], "repeats 0, seconds 60: give 1 or more repeats"),
         (["bench", "--seconds", "-1"], "repeats 7, seconds -1: give 1 or more repeats, and seconds above 0"),
         (["bench", "--sites", "0"], "bench: task.blocks: 0: give 1 or more"),
-        (["circuit", "DIR", "--out", "x"], "circuit: unknown option --out; there are --threshold,"),
-        (["decompose", "CONFIG", "--gama.kind", "vector"], "gama: unknown field; did you mean gamma?"),
+        (["circuit", "DIR", "--out", "x"], "circuit: Unknown option: --out. There are --threshold, --batches, --adversary, --json."),
+        (["decompose", "CONFIG", "--gama.kind", "vector"], "decompose: Unknown option: --gama.kind. Did you mean --gamma.kind?"),
         (["train-target", "CONFIG", "--task.kind", "custom"], "task"),
+        (["decompose", "CONFIG", "--gamma.kind", "vektor"], 'Invalid value "vektor" for --gamma.kind. Choose from: "scalar", "vector", '),
+        (
+            ["decompose", "CONFIG", "--last-token-only", "true", "false"],
+            "decompose: Parameter --last-token-only accepts at most 1 element.",
+        ),
+        (["decompose", "CONFIG", "--steps", "3", "--steps", "4"], "decompose: Parameter --steps specified multiple times."),
+        (["decompose", "CONFIG", "--frob.x", "1"], "--resume, --extend-steps, --overwrite, --track, --json, and the fields of CONFIG."),
+        (["decompose", "nope", "--help"], "no configuration 'nope'. Give a YAML file or one of facts-edit, "),
+        (["push", "DIR"], "push: give REPO first, then options; REPO: Repository, user/name; made if it is missing."),
     ],
 )
 def test_wrong_input_is_one_short_message(words, message, config, tmp_path, capsys: pytest.CaptureFixture[str]):
@@ -110,15 +143,24 @@ def test_wrong_input_is_one_short_message(words, message, config, tmp_path, caps
 
 
 @pytest.mark.parametrize(
-    "words",
-    [["decompose", "induction-quick", "--optim.lrr", "1"], ["decompose", "induction-quick", "--out", "."], ["circuit", "nowhere"], []],
+    ("words", "returned"),
+    [
+        (["decompose", "induction-quick", "--optim.lrr", "1"], 2),
+        (["decompose", "induction-quick", "--out", "."], 2),
+        (["circuit", "nowhere"], 2),
+        ([], 0),
+        (["--help"], 0),
+        (["suppress", "--help"], 0),
+        (["decompose", "induction", "--help"], 0),
+        (["completion", "fish"], 0),
+    ],
 )
-def test_what_needs_no_torch_loads_none(words: list[str], tmp_path):
+def test_what_needs_no_torch_loads_none(words: list[str], returned: int, tmp_path):
     """The reason that such messages come in under a second: the most expensive import never happens."""
     (tmp_path / "something").write_text("")
     code = f"import sys\nfrom paramlens.cli.main import main\ncode = main({words!r})\nassert 'torch' not in sys.modules\nsys.exit(code)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == (2 if words else 0), done.stderr
+    assert done.returncode == returned, done.stderr
 
 
 def test_the_demo_speaks_before_its_expensive_imports(tmp_path):
@@ -149,14 +191,25 @@ def test_public_names_are_what_they_say(name: str):
     assert name in dir(paramlens)
 
 
-def test_help_shows_every_field(capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit) as done:
-        main(["decompose", "induction", "--help"])
-    assert done.value.code == 0
+def test_help_shows_every_field(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "160")  # a narrow terminal breaks long names
+    assert main(["decompose", "induction", "--help"]) == 0
     text = capsys.readouterr().out
-    assert "--optim.gamma-lr" in text
+    assert all(re.search(rf"(?m)^ {{2}}--{re.escape(path.replace('_', '-'))} ", text) for path in field_paths())
     assert "--resume" in text
     assert "Table 4" in text
+
+
+def test_help_shows_the_values_of_the_configuration(config, capsys: pytest.CaptureFixture[str]):
+    def shown(name: str, flag: str) -> str:
+        assert main(["decompose", name, "--help"]) == 0
+        text = " ".join(capsys.readouterr().out.split())
+        return text.partition(f" {flag} VALUE")[2].partition("[default: ")[2].partition("]")[0]
+
+    assert shown("induction", "--C") == "100"
+    assert shown("gpt2-facts", "--C") == "768"
+    assert shown(config, "--steps") == "12"
+    assert shown("induction", "--optim.betas") == "0.9 0.999"
 
 
 def test_the_whole_way(config, tmp_path):
@@ -191,19 +244,25 @@ def test_the_whole_way(config, tmp_path):
 
 
 def test_lists_and_switches_on_the_command_line(config, tmp_path):
-    from paramlens.cli.arguments import configuration
+    def configuration(*words: str):
+        _, bound = parsed(["doctor", *words])
+        return load_config(bound.args[0], overrides=overrides(bound.arguments))
 
-    made = configuration(config, ["--sites=a", "b", "--optim.betas", "0.9", "0.95", "--last-token-only", "--compile", "--steps=7"])
+    made = configuration(config, "--sites=a", "b", "--optim.betas", "0.9", "0.95", "--last-token-only", "--compile", "--steps=7")
     assert (made.sites, made.optim.betas, made.last_token_only, made.steps) == (("a", "b"), (0.9, 0.95), True, 7)
     assert made.compile
-    made = configuration(config, ["--sites", "[a, b]", "--optim.betas=[0.8, 0.9]", "--last_token_only", "false"])
+    made = configuration(config, "--sites", "[a, b]", "--optim.betas=[0.8, 0.9]", "--last_token_only", "false")
     assert (made.sites, made.optim.betas, made.last_token_only) == (("a", "b"), (0.8, 0.9), False)
+    made = configuration("--optim.lr", "0.5e-3", "--steps", "7", config, "--init.warmup-steps=3", "--threads", "none")
+    assert (made.optim.lr, made.steps, made.init.warmup_steps, made.threads) == (5e-4, 7, 3, None)  # options may come first
+    made = configuration(config, "--losses.recon", "2", "--losses", "{minimality: 1}")  # a section, then its fields, in whatever order
+    assert (made.losses.recon, made.losses.minimality, made.losses.faithfulness) == (2, 1, 0)
 
 
 def test_a_reader_that_leaves_early(config):
     command = f"{sys.executable} -c 'from paramlens.cli.main import entry; entry()' decompose {config} --help | head -1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
-    assert done.stdout.startswith("usage: paramlens decompose")
+    assert done.stdout.startswith("Usage: paramlens decompose")
     assert done.stderr == ""
 
 
@@ -314,9 +373,9 @@ def test_trace_reads_a_run_or_a_folder(facts, capsys: pytest.CaptureFixture[str]
         (["suppress", "RUN", "--unique-to", KOBE, "--evaluate", "nowhere.yaml"], "facts nowhere.yaml: cannot be read"),
         (["trace", "nobody/nothing", "--prompt", "a b", "--subject", "a"], "model nobody/nothing: no such folder"),
         (["trace", "RUN", "--prompt", "Kobe Bryant is", "--subject", "Tiger"], "'Tiger': not in"),
-        (["completion"], "completion: give a shell, bash, zsh or fish, first"),
-        (["trace"], "trace: give a run directory or a model first"),
-        (["train-target", "gpt2-facts"], "gpt2-facts: its target is no toy"),
+        (["completion"], "completion: give SHELL first, then options; SHELL: The shell that is to read it."),
+        (["trace"], "trace: give MODEL first, then options; MODEL: Run directory, local folder, or id on the Hugging Face Hub."),
+        (["train-target", "gpt2-facts"], "gpt2-facts: its target is pretrained, or a model of your own; there is nothing to train"),
         (["decompose", "facts-small", "--task.sentences", "Kobe", "--target", "RUN", "--out", "OUT"], "sentence 'Kobe': 1 token"),
         (["decompose", "facts-small", "--sites", "lm_head", "--out", "OUT"], "site lm_head: its weight is tied"),
         (["decompose", "facts-small", "--sites", "*.c_attn[x]", "--out", "OUT"], "matches no weight matrix"),
@@ -348,11 +407,37 @@ def test_exit_codes_of_what_ends_a_command(raised, code, tiny_run, monkeypatch, 
     def ends(*_args: object, **_options: object) -> None:
         raise error
 
-    monkeypatch.setattr("paramlens.cli.analysis_commands.saved_circuit", ends)
+    monkeypatch.setattr("paramlens.analysis.circuit.circuit", ends)
     assert main(["circuit", str(tiny_run.path)]) == code
     err = capsys.readouterr().err
     assert len(err.strip().splitlines()) == 1
     assert err.startswith("paramlens: ")
+
+
+@pytest.mark.parametrize(
+    ("words", "again"),
+    [
+        ("demo --seed 1 --overwrite --json", "demo --seed 1"),
+        ("decompose tiny.yaml --overwrite=true --track tensorboard", "decompose tiny.yaml --track tensorboard --resume"),
+        ("decompose --steps 7 tiny.yaml --resume --json", "decompose --steps 7 tiny.yaml --resume"),
+        ("decompose tiny.yaml --target toy --steps 7", "decompose tiny.yaml --steps 7 --resume"),
+        ("decompose tiny.yaml --target=toy", "decompose tiny.yaml --resume"),
+        ("decompose tiny.yaml --target toy --seeds 2", "decompose tiny.yaml --target toy --seeds 2 --resume"),
+        ("decompose tiny.yaml --target someone/model", "decompose tiny.yaml --target someone/model --resume"),
+    ],
+)
+def test_an_interrupted_command_says_how_it_goes_on(words, again, tmp_path, monkeypatch, capsys: pytest.CaptureFixture[str]):
+    def interrupted(*_args: object, **_options: object) -> None:
+        raise RunInterrupted()
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(dump_config(make_config(TINY)), encoding="utf-8")
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy" / "target.json").write_text("{}")
+    monkeypatch.setattr("paramlens.runs.decompose.decompose_config", interrupted)
+    monkeypatch.setattr("paramlens.runs.seeds.decompose_seeds", interrupted)
+    assert main(words.split()) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == f"paramlens: interrupted; resume with: paramlens {again}"
 
 
 def test_ctrl_c_ends_with_130_and_a_run_to_resume(config, tmp_path):
@@ -363,7 +448,8 @@ def test_ctrl_c_ends_with_130_and_a_run_to_resume(config, tmp_path):
     os.kill(process.pid, signal.SIGINT)
     _, err = process.communicate()
     assert process.returncode == 130
-    assert f"interrupted; resume with: paramlens decompose {config} --resume" in err
+    out = ["--out", str(place), "--steps", "100000", "--log-every", "10"]
+    assert f"interrupted; resume with: {shlex.join(['paramlens', 'decompose', config, *out, '--resume'])}\n" in err
     info = json.loads((place / "run.json").read_text())
     assert info["status"] == "interrupted"
     assert (place / "checkpoints" / f"step-{info['steps']:08d}" / "MANIFEST.json").is_file()

@@ -1,23 +1,29 @@
-"""Completion as a shell does it: the script is sourced, its function called."""
+"""Completion as a shell does it: the script that the library makes is sourced, its function called."""
 
-import dataclasses
 import shutil
 import subprocess
 
 import pytest
 
-from paramlens.cli.completion import script
-from paramlens.cli.main import _COMMANDS, main
-from paramlens.cli.options import Decompose
+from paramlens.cli.commands import COMMANDS
+from paramlens.cli.main import command_line, main
 from paramlens.config.file import field_paths, shipped_configs
+from paramlens.registry import ANALYSES
 
-OPTIONS = {name: command.options for name, command in _COMMANDS.items()}
+NAMES = [*COMMANDS, *(analysis.name for analysis in ANALYSES), "completion"]
+FIELDS = {f"--{path.replace('_', '-')}" for path in field_paths()}
+ALWAYS = {"--help", "-h", "--version"}
+
+
+def options(name: str) -> set[str]:
+    """Every option of a command that `--help` shows."""
+    return {each.name for each in command_line()[name].assemble_argument_collection() if each.show and each.name.startswith("-")}
 
 
 @pytest.fixture(scope="module")
 def bash(tmp_path_factory: pytest.TempPathFactory):
     file = tmp_path_factory.mktemp("completion") / "paramlens.bash"
-    file.write_text(script("bash", OPTIONS), encoding="utf-8")
+    file.write_text(command_line().generate_completion(shell="bash"), encoding="utf-8")
 
     def complete(*words: str, cwd=None) -> list[str]:
         """What is offered for the last of the words."""
@@ -30,16 +36,17 @@ def bash(tmp_path_factory: pytest.TempPathFactory):
 
 
 def test_commands(bash):
-    assert bash("") == sorted([*OPTIONS, "--help", "--version"])
+    assert bash("") == sorted(NAMES)
     assert bash("tr") == ["trace", "train-target"]
+    assert set(bash("-")) == ALWAYS
     assert bash("completion", "") == ["bash", "fish", "zsh"]
 
 
 def test_every_option_and_every_field(bash):
-    own = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(Decompose)} - {"--config"}
-    fields = {f"--{path.replace('_', '-')}" for path in field_paths()}
-    assert set(bash("decompose", "induction", "--")) == own | fields | {"--help"}
-    assert set(bash("doctor", "induction", "--")) == {"--json", "--help"} | fields
+    own = {"--target", "--seeds", "--out", "--resume", "--extend-steps", "--overwrite", "--track", "--json"}
+    assert options("decompose") == own | FIELDS
+    assert set(bash("decompose", "induction", "--")) == own | FIELDS | ALWAYS - {"-h"}
+    assert set(bash("doctor", "induction", "--")) == {"--json"} | FIELDS | ALWAYS - {"-h"}
     assert bash("decompose", "induction", "--seed", "1", "--optim.g") == ["--optim.gamma-lr"]
     assert bash("circuit", "runs", "--a") == ["--adversary"]
     assert "--optim.lr" not in bash("circuit", "runs", "--")
@@ -54,13 +61,11 @@ def test_values_where_only_some_are_right(bash):
 
 
 def test_configurations_and_run_directories(bash, tmp_path):
-    (tmp_path / "runs" / "with space").mkdir(parents=True)
-    for name in ("mine.yaml", "mine.txt"):
-        (tmp_path / name).write_text("")
-    assert bash("decompose", "", cwd=tmp_path) == sorted([*shipped_configs(), "mine.yaml", "runs"])
+    (tmp_path / "runs").mkdir()
+    assert bash("decompose", "", cwd=tmp_path) == shipped_configs()
     assert bash("decompose", "induction-", cwd=tmp_path) == ["induction-cpu", "induction-quick"]
-    assert bash("circuit", "", cwd=tmp_path) == ["runs"]
-    assert bash("inspect", "runs/", cwd=tmp_path) == ["runs/with space"]
+    for command in ("circuit", "trace", "report", "agreement"):
+        assert bash(command, "", cwd=tmp_path) == ["runs"]
     assert bash("agreement", "runs", "r", cwd=tmp_path) == ["runs"]
 
 
@@ -68,12 +73,9 @@ def test_configurations_and_run_directories(bash, tmp_path):
 def test_scripts_name_everything_and_are_read_by_their_shell(shell, capsys: pytest.CaptureFixture[str], tmp_path):
     assert main(["completion", shell]) == 0
     text = capsys.readouterr().out
-    for name, kind in OPTIONS.items():
+    for name in NAMES:
         assert name in text
-        first = {"config", "shell", "run", "runs", "model"}
-        assert all(field.name.replace("_", "-") in text for field in dataclasses.fields(kind) if field.name not in first)
-    for path in field_paths():
-        assert path.replace("_", "-") in text
+        assert all(option.removeprefix("--") in text for option in options(name))
     assert "induction-quick" in text
     if shutil.which(shell):
         (tmp_path / "script").write_text(text)
@@ -82,4 +84,4 @@ def test_scripts_name_everything_and_are_read_by_their_shell(shell, capsys: pyte
 
 def test_a_shell_that_is_none(capsys: pytest.CaptureFixture[str]):
     assert main(["completion", "tcsh"]) == 2
-    assert "bash" in capsys.readouterr().err
+    assert 'completion: Invalid value "tcsh" for SHELL. Choose from: "bash", "zsh", "fish".' in capsys.readouterr().err

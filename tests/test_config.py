@@ -3,10 +3,10 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from conftest import TINY
 from paramlens.cli.arguments import parse
 from paramlens.cli.options import Decompose
+
+from conftest import TINY
 from paramlens.config.file import dump_config, field_paths, list_fields, load_config, make_config, parse_value, shipped_configs, switches
 from paramlens.config.model import Config
 from paramlens.errors import ConfigError

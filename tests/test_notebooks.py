@@ -114,7 +114,7 @@ def test_a_notebooks_text_names_what_exists(path: Path, capsys):
             attribute = name.partition("(")[0].removeprefix("paramlens.")
             assert hasattr(importlib.import_module("paramlens"), attribute), name
         elif name.startswith("paramlens "):
-            assert f"paramlens {name.split()[1]} " in usage, name
+            assert f"\n  {name.split()[1]} " in usage, name
         else:
             fields = [part for field in field_paths() for part in (field, field.rsplit(".", 1)[-1])]
             assert name in code or name in shipped_configs() or name in fields, name

@@ -4,6 +4,7 @@ Needs no torch, so a wrong configuration is refused at once.
 """
 
 import difflib
+import functools
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from paramlens.config.model import Config
 from paramlens.errors import ConfigError
@@ -161,12 +163,13 @@ def _unknown(place: list[str], value: Any, *, kind: str | None) -> str:
 
 def field_paths() -> list[str]:
     """Every field of a configuration as a dotted path."""
-    return list(field_types())
+    return list(fields())
 
 
-def field_types() -> dict[str, list[Any]]:
-    """Every field of a configuration as a dotted path, and its type; of a field that several kinds of task have, their types."""
-    found: dict[str, list[Any]] = {}
+@functools.cache
+def fields() -> dict[str, list[FieldInfo]]:
+    """Every field of a configuration by its dotted path; a field that several kinds of task have, once for each."""
+    found: dict[str, list[FieldInfo]] = {}
 
     def walk(model: type[BaseModel], prefix: str) -> None:
         for name, field in model.model_fields.items():
@@ -174,20 +177,25 @@ def field_types() -> dict[str, list[Any]]:
             for kind in inner:
                 walk(kind, f"{prefix}{name}.")
             if not inner:
-                found.setdefault(f"{prefix}{name}", []).append(field.annotation)
+                found.setdefault(f"{prefix}{name}", []).append(field)
 
     walk(Config, "")
     return found
 
 
+def section_paths() -> list[str]:
+    """Every section of a configuration as a dotted path: what the fields' paths have before their last dot."""
+    return list(dict.fromkeys(path.rpartition(".")[0] for path in fields() if "." in path))
+
+
 def switches() -> list[str]:
     """Fields that are true or false; on the command line, the bare flag is true."""
-    return [path for path, hints in field_types().items() if hints == [bool]]
+    return [path for path, kinds in fields().items() if [field.annotation for field in kinds] == [bool]]
 
 
 def list_fields() -> list[str]:
     """Fields that hold several values; on the command line, values apart."""
-    return [path for path, hints in field_types().items() if any(get_origin(hint) is tuple for hint in hints)]
+    return [path for path, kinds in fields().items() if any(get_origin(field.annotation) is tuple for field in kinds)]
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

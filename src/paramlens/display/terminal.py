@@ -1,6 +1,6 @@
 """Tables in a terminal, whole at any width: what does not fit beside each other comes in blocks, one under the other."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from rich import box
 from rich.cells import cell_len
@@ -10,7 +10,6 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from paramlens.display.tables import Cell, Table, Tone, token_text, visible
-from paramlens.files.plain import json_line
 
 _TONES: dict[Tone, str] = {"plain": "", "faint": "dim", "strong": "bold", "good": "green", "warn": "yellow", "bad": "red"}
 _LIGHT, _DEEP = (222, 235, 247), (8, 69, 148)
@@ -22,20 +21,15 @@ _PROSE = 24
 """Columns that prose is given at least."""
 
 
-def emit(document: Mapping[str, object], tables: Sequence[Table], *, as_json: bool) -> None:
-    """A command's result on stdout: one JSON document, or its tables."""
-    if as_json:
-        print(json_line(document))
-    else:
-        print_tables(tables)
+def print_tables(tables: Sequence[Table], console: Console | None = None, *, after: bool = False) -> None:
+    """Print tables on `console`, by default stdout; no line is longer than it is wide, or than `_LEAST` columns, and no text is cut.
 
-
-def print_tables(tables: Sequence[Table], console: Console | None = None) -> None:
-    """Print tables on `console`, none: stdout; no line is longer than it is wide, or than `_LEAST` columns, and no text is cut."""
+    after: print a blank line before the first too.
+    """
     console = console or Console()
     console.width = max(_LEAST, console.width)
     for i, table in enumerate(tables):
-        if i:
+        if i or after:
             console.print()
         if table.title:
             _line(Cell(table.title, "strong"), console)

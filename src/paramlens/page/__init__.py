@@ -6,6 +6,7 @@ import re
 import shlex
 from base64 import b64encode
 from collections.abc import Iterator
+from dataclasses import dataclass
 from hashlib import sha256
 from importlib import resources
 from pathlib import Path
@@ -16,25 +17,14 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from paramlens.config.file import load_config
+from paramlens.display.figures import Figure
 from paramlens.display.verdicts import verdicts
 from paramlens.errors import ConfigError
 from paramlens.files.plain import read_json, with_nan, write_text
 from paramlens.page.analyses import Analyses
 from paramlens.page.document import pack
-from paramlens.page.figures import (
-    Figure,
-    active_figure,
-    agreement_figure,
-    attention_figure,
-    losses_figure,
-    patterns_figure,
-    role_attention_figure,
-    suppression_figure,
-    svd_figure,
-    target_figure,
-    trace_figure,
-    zero_figure,
-)
+from paramlens.page.training import training_figures
+from paramlens.registry import ANALYSES
 from paramlens.runs.layout import read_metrics, require_run
 
 if TYPE_CHECKING:
@@ -46,14 +36,15 @@ SCRIPTS = ("base", "map", "panel", "circuit", "plots", "main")
 BUDGET = 8.0
 """Size of a page in MB that is kept to where it can be."""
 
-SECTIONS = {
-    "attention": "Attention",
-    "edits": "Edits",
-    "tracing": "Tracing",
-    "baseline": "Beside SVD",
-    "seeds": "Agreement of seeds",
-    "training": "Training",
-}
+
+@dataclass(frozen=True)
+class _Section:
+    """A section as the template shows it. text: HTML above the figures."""
+
+    id: str
+    title: str
+    text: Markup
+    figures: list[Figure]
 
 
 def report(run: "Run | str | Path", *, budget: float = BUDGET) -> Path:
@@ -70,9 +61,10 @@ def report(run: "Run | str | Path", *, budget: float = BUDGET) -> Path:
     circuit, config = analyses["circuit"], load_config(path / "config.yaml")
     circuit |= {name: circuit[name] and with_nan(circuit[name]) for name in ("metrics", "off_data")}
     target = read_json(path / "target.json") if (path / "target.json").is_file() else None
-    found = list(_figures(circuit, read_metrics(path), target, analyses.kept))
-    scripts = [_offline(get_plotlyjs()), _own_scripts()]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    sections = list(_sections(environment, analyses))
+    sections.append(_Section("training", "Training", Markup(""), list(training_figures(read_metrics(path), target))))
+    scripts = [_offline(get_plotlyjs()), _own_scripts()]
     template = environment.from_string(_shipped("report.html.j2"))
     shown = {
         "circuit": circuit,
@@ -80,11 +72,10 @@ def report(run: "Run | str | Path", *, budget: float = BUDGET) -> Path:
         "evaluated_on": circuit.get("evaluated_on", config.task.evaluated_on),
         "config": config,
         "inspections": analyses["inspect"]["prompts"] if config.task.own_sentences else [],
-        "edits": (analyses.kept["suppress"] or {"edits": []})["edits"],
         "target": target,
         "verdicts": list(verdicts(circuit["metrics"], off_data=circuit["off_data"], target=target)),
-        "sections": list(_sections(found)),
-        "figures": _embedded({figure.name: _drawn(figure) for figure in found}),
+        "sections": sections,
+        "figures": _embedded({figure.name: _drawn(figure) for section in sections for figure in section.figures}),
         "style": Markup(_shipped("style.css")),
         "scripts": [Markup(script) for script in scripts],
         "policy": _policy(scripts),
@@ -103,47 +94,16 @@ def report(run: "Run | str | Path", *, budget: float = BUDGET) -> Path:
     return page
 
 
-def _figures(
-    circuit: dict[str, Any], metrics: list[dict[str, Any]], target: dict[str, Any] | None, analyses: dict[str, dict[str, Any] | None]
-) -> Iterator[Figure]:
-    """All that there are data for."""
-    if circuit["example"]["attention"]:
-        yield Figure("patterns", "attention", "Attention in one sequence: the target's, and the masked model's.", patterns_figure(circuit))
-    if circuit["attention_by_role"]:
-        caption = "Attention from a role (rows) to a role (columns): the target's, and the masked model's."
-        yield Figure("roleattention", "attention", caption, role_attention_figure(circuit))
-    if circuit["attention_kl"]:
-        yield Figure(
-            "attention", "attention", "How far attention moves in the masked model: KL in nats by query.", attention_figure(circuit)
-        )
-    for i, edit in enumerate((analyses["suppress"] or {"edits": []})["edits"]):
-        taken = f"{len(edit['selected'])} subcomponents taken out for “{edit['target']}” ({edit['method']})"
-        caption = f"{taken}: what every kind of fact keeps (Figures 3, 4)."
-        yield Figure(f"suppress-{i}", "edits", caption, suppression_figure(edit))
-    traces = (analyses["trace"] or {"traces": []})["traces"]
-    for i, trace in enumerate(traces):
-        text = f"{trace['prompt']} {trace['answer']}"
-        caption = f"Causal tracing of “{text}”: where restoring a state brings the answer back (Figures 7, 8)."
-        yield Figure(f"trace-{i}", "tracing", caption, trace_figure(trace))
-    if traces:
-        yield Figure("zero", "tracing", "One whole MLP put to zero (Figure 9).", zero_figure(traces))
-    if (svd := analyses["svd"]) is not None:
-        caption = "What is lost with how many rank-1 parts: SVD pruned greedily (Algorithm 2), and the decomposition (Figure 2)."
-        yield Figure("svd", "baseline", caption, svd_figure(svd))
-    if (agreement := analyses["agreement"]) is not None:
-        caption = f"How far {len(agreement['runs'])} runs of the same target agree, in [0, 1]; by chance: against a random rotation."
-        yield Figure("agreement", "seeds", caption, agreement_figure(agreement))
-    yield Figure("losses", "training", "Losses over training, logarithmic.", losses_figure(metrics))
-    yield Figure("active", "training", "Active subcomponents per position over training, by site.", active_figure(metrics))
-    if target is not None:
-        yield Figure("target", "training", "The target's training: its phase change (Figure 5).", target_figure(target))
-
-
-def _sections(figures: list[Figure]) -> Iterator[dict[str, Any]]:
-    for name, title in SECTIONS.items():
-        own = [figure for figure in figures if figure.section == name]
-        if own:
-            yield {"id": name, "title": title, "figures": own}
+def _sections(environment: jinja2.Environment, analyses: Analyses) -> Iterator[_Section]:
+    """The sections of the analyses that the run has, if there is something to show in them."""
+    for analysis in ANALYSES:
+        section = analysis.section
+        document = analyses.get(analysis.name) if section else None
+        if section is None or document is None:
+            continue
+        figures, text = list(analysis.figures(document)), environment.from_string(section.template).render(document=document)
+        if figures or text.strip():
+            yield _Section(section.id, section.title, Markup(text), figures)
 
 
 def _policy(scripts: list[str]) -> str:

@@ -19,9 +19,6 @@ _READ = {
 }
 """What the page reads of an analysis; one that has less, such as of an earlier version, is made again."""
 
-_SHOWN = ("svd", "suppress", "trace", "agreement")
-"""Shown where the run has them."""
-
 
 class Analyses:
     """A run's analyses by name; circuit, catalogue, edges and inspect are made where they are missing, older than the run or unlike.
@@ -34,7 +31,10 @@ class Analyses:
         newest = checkpoint_step(find_checkpoint(path, None))  # of which all that is shown is, though a run under way writes newer ones
         self._step = newest if isinstance(run, str | Path) else run.step
         self._read: dict[str, dict[str, Any]] = {}
-        self.kept = {name: self._current(name) for name in _SHOWN}
+
+    def get(self, name: str) -> dict[str, Any] | None:
+        """An analysis that the page needs, made if it is missing; of the others what the run has, None if it is missing or older."""
+        return self[name] if name in _READ else self._current(name)
 
     def __getitem__(self, name: str) -> dict[str, Any]:
         if name not in self._read:

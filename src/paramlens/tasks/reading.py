@@ -16,6 +16,11 @@ def read_text(path: Path, what: str) -> str:
         raise _unreadable(path, what, error) from None
 
 
+def read_lines(path: Path, what: str) -> list[str]:
+    """The lines of a text file that are not blank, without the space around them. Raises `ConfigError` as `read_text` does."""
+    return [line.strip() for line in read_text(path, what).split("\n") if line.strip()]
+
+
 def json_lines(path: Path, what: str) -> Iterator[tuple[int, Any]]:
     """The number and the value of every line that is not blank. Only a line feed ends a line: strings may hold U+2028 and the like.
 

@@ -1,0 +1,31 @@
+"""What a command has found: one JSON document, or tables and lines to read."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+
+from paramlens.display.tables import Table
+from paramlens.display.terminal import print_tables
+from paramlens.files.plain import json_line
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A command's result. shown: tables, and lines that a terminal wraps but never cuts."""
+
+    document: Mapping[str, Any]
+    shown: Sequence[Table | str] = ()
+    exit_code: int = 0
+
+    def print(self, *, as_json: bool) -> None:
+        """Print the document, or else what is shown, on stdout."""
+        if as_json:
+            print(json_line(self.document))
+            return
+        for i, part in enumerate(self.shown):
+            if isinstance(part, str):
+                Console().print(part, highlight=False, markup=False, soft_wrap=True)
+            else:
+                print_tables([part], after=i > 0)
