@@ -39,7 +39,7 @@ from paramlens.method.importance.network import Importance
 from paramlens.method.sites import at_rest, find_sites
 from paramlens.method.start import initialise
 from paramlens.method.step import Steps
-from paramlens.runs.forecast import foretell
+from paramlens.runs.forecast import diagnose_config
 from paramlens.runs.seeds import decompose_seeds
 from paramlens.runs.train import make_optimizer
 from paramlens.tasks.facts.facts import Fact, fact_of, shipped_facts
@@ -323,7 +323,7 @@ def _gpt2_steps(fields: Mapping[str, object], folder: str) -> dict[str, Any]:
             times.append(time.perf_counter() - start)
         threads = torch.get_num_threads()
     peak = torch.cuda.max_memory_allocated() if DEVICE != "cpu" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    foretold = foretell(config)
+    foretold = diagnose_config(config)
     return {
         "device": torch.cuda.get_device_name() if DEVICE != "cpu" else "cpu",
         "threads": threads,

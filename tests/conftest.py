@@ -22,7 +22,7 @@ SHAPED = (
         *("tasks.language_models.encoding", "tasks.language_models.limits", "tasks.language_models.loading", "tasks.reading"),
     ),
     *("runs.rundir", "runs.writer", "runs.integrity", "runs.resume"),
-    *("runs.described", "runs.checkpoint", "runs.randomness", "runs.train", "runs.budget"),
+    *("runs.description", "runs.checkpoint", "runs.randomness", "runs.train", "runs.budget"),
     "analysis",
     "baselines.svd",
 )

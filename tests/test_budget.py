@@ -18,7 +18,7 @@ from paramlens.method.sites import find_sites
 from paramlens.runs import budget
 from paramlens.runs.budget import Footprint, diagnose, footprint, require_memory
 from paramlens.runs.decompose import decompose, decompose_config
-from paramlens.runs.forecast import forecast, foretell, require_training_room
+from paramlens.runs.forecast import diagnose_config, forecast, require_training_room
 from paramlens.tasks.induction.model import InductionTransformer
 
 
@@ -213,7 +213,7 @@ def test_a_container_leaves_less_than_the_machine_has(tmp_path):
 
 def test_doctor_counts_target_and_libraries(monkeypatch):
     config = load_config("facts-small")
-    told = foretell(config).bytes
+    told = diagnose_config(config).bytes
     assert told["libraries"] > 100 * 2**20
     assert told["target"] > 4 * 1600 * 128
     assert told["total"] == sum(count for name, count in told.items() if name != "total")

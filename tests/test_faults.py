@@ -135,7 +135,7 @@ def require_told(code: int, lines: list[str], *words: str) -> None:
 # --- killed, stopped, interrupted ------------------------------------------------------------------------------------------------------
 
 MOMENTS: dict[str, Callable[[pytest.MonkeyPatch, int], None]] = {
-    "before the run's own files are whole": lambda patch, number: nth(patch, writer.RunDirectory, "seal", 1, before(number)),
+    "before the run's own files are whole": lambda patch, number: nth(patch, writer.RunWriter, "seal", 1, before(number)),
     "in a step": lambda patch, number: nth(patch, train.Steps, "run", 6, before(number)),
     "between a step and its log": lambda patch, number: nth(patch, train.Steps, "__call__", 6, after(number)),
     "half a line of metrics": lambda patch, number: nth(patch, metrics.MetricsFile, "_write", 3, half_a_line(number)),
@@ -233,7 +233,7 @@ def disk_is_full(patch: pytest.MonkeyPatch, file: str, *, times: int) -> None:
     elif file == "metrics.jsonl":
         full_for(patch, metrics.MetricsFile, "_write", lambda self: self._bytes > 300, times=times, size=320)
     else:
-        full_for(patch, writer.RunDirectory, "record", lambda _: True, times=times, size=20)
+        full_for(patch, writer.RunWriter, "record", lambda _: True, times=times, size=20)
 
 
 FILES_ON_DISK = (*_TENSORS, "state.json", "MANIFEST.json", "metrics.jsonl")
@@ -268,14 +268,14 @@ def test_a_disk_too_full_for_run_json(world, tmp_path, cell):
     path = tmp_path / "run"
 
     def fault(patch: pytest.MonkeyPatch) -> None:
-        original, calls = writer.RunDirectory.record, []
+        original, calls = writer.RunWriter.record, []
 
-        def record(self: writer.RunDirectory, **fields: Any) -> None:
+        def record(self: writer.RunWriter, **fields: Any) -> None:
             calls.append(fields)
             with faults.file_limit(20 if fields.get("status") == "finished" else 10**6):
                 original(self, **fields)
 
-        patch.setattr(writer.RunDirectory, "record", record)
+        patch.setattr(writer.RunWriter, "record", record)
 
     with cell("disk", "full for good", "run.json"):
         code, lines = strike(world, path, fault)
@@ -570,8 +570,8 @@ def test_what_is_not_finite(world, tmp_path, cell, what: str):
         updates: list[int] = []
         register_optimizer_step_post_hook(lambda *_: updates.append(0))
         nth(patch, owner, name, 6, how)
-        before_save = writer.RunDirectory.save_checkpoint
-        patch.setattr(writer.RunDirectory, "save_checkpoint", lambda *args, **kwargs: (before_save(*args, **kwargs), updates.clear()))
+        before_save = writer.RunWriter.save_checkpoint
+        patch.setattr(writer.RunWriter, "save_checkpoint", lambda *args, **kwargs: (before_save(*args, **kwargs), updates.clear()))
         patch.setattr(saving.Saver, "record", lambda self, **fields: self.message(f"updates since the save: {len(updates)}"))
 
     with cell("not finite", what.rpartition(", ")[2] if ", " in what else "nan or inf", what.partition(",")[0]):

@@ -254,15 +254,15 @@ def test_without_gnu_openmp_kernels_run_on_one_thread(tmp_path, monkeypatch: pyt
 def test_seeds_are_stopped_where_signals_end_a_process_at_once(tmp_path, monkeypatch: pytest.MonkeyPatch):
     """Windows: closing a seed's input is what tells it to save; here the whole way but for the system's own names."""
     monkeypatch.setattr(signals, "WINDOWS", True)
-    assert signals.apart() == {"creationflags": 0}
+    assert signals.own_session() == {"creationflags": 0}
     code = "import os, sys; sys.exit(len(os.read(0, 1)) + 5)"
     with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **signals.apart()
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **signals.own_session()
     ) as process:
-        signals.ask_to_end(process, signal.SIGINT)
-        signals.ask_to_end(process, signal.SIGINT)
+        signals.request_end(process, signal.SIGINT)
+        signals.request_end(process, signal.SIGINT)
         assert process.communicate() == ("", None)
     assert process.returncode == 5
     with pytest.raises(signals.Terminated), signals.termination():
-        signals.end_in_order()
+        signals.terminate_self()
     assert len(decompose_seeds(make_config(TINY | {"steps": 1}), 1, out=tmp_path / "seeds")) == 1

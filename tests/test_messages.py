@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from paramlens.cli.main import main
-from paramlens.display.shown import html
+from paramlens.display.result import html
 from paramlens.method.evaluate import evaluate
 from paramlens.runs.metrics import MetricsFile
 from paramlens.runs.rundir import open_run

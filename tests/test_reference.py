@@ -8,6 +8,7 @@ from conftest import tiny_with
 from paramlens.kernels import mlps, native
 from paramlens.method.decomposition import Decomposition, call
 from paramlens.method.generators import generator
+from paramlens.method.hooks import swapped_in
 from paramlens.method.importance.network import Importance
 from paramlens.method.importance.sigmoids import lower, upper
 from paramlens.method.losses.faithfulness import faithfulness

@@ -19,7 +19,7 @@ from paramlens.runs import rundir, targets, verification
 from paramlens.runs.decompose import decompose, decompose_config
 from paramlens.runs.layout import checkpoints
 from paramlens.runs.rundir import model_sha256, open_run
-from paramlens.runs.writer import RunDirectory
+from paramlens.runs.writer import RunWriter
 from paramlens.tasks.base import Target
 
 NAMES = ("components", "importance", "optimizer", "rng")
@@ -258,7 +258,7 @@ def test_overwrite_replaces_runs_and_nothing_else(tmp_path, tiny):
     (other / "chapter.txt").write_text("years of work")
     for overwrite in (False, True):
         with pytest.raises(RunDirError, match="thesis exists"):
-            RunDirectory.create(other, tiny, overwrite=overwrite)
+            RunWriter.create(other, tiny, overwrite=overwrite)
     assert (other / "chapter.txt").read_text() == "years of work"
     run = decompose_config(tiny, out=tmp_path / "run")
     (run.path / "notes.txt").write_text("kept")
@@ -297,4 +297,4 @@ def test_metrics_cut_in_their_last_line_still_read(copy):
 def test_unwritable_place(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunDirError, match=r"cannot be written \(.*file is no writable directory\); give another out"):
-        RunDirectory.create(tmp_path / "file" / "run", tiny_with())
+        RunWriter.create(tmp_path / "file" / "run", tiny_with())

@@ -26,7 +26,7 @@ from paramlens.runs.seeds import decompose_seeds
 from paramlens.runs.verification import verify
 from paramlens.tracking import recorders, trackers
 from paramlens.tracking.tracker import Fanout, LoggedStep, Silent, Terminal
-from paramlens.tracking.trackers import LIBRARIES, Beside, as_tracker, chosen
+from paramlens.tracking.trackers import LIBRARIES, SubprocessTracker, as_tracker, select_trackers
 
 
 class Notes(Silent):
@@ -55,7 +55,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def tracked(home: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Notes]:
     """The tiny run again, followed by all three; read only."""
     notes = Notes()
-    run = decompose_config(make_config(TINY), out=tmp_path_factory.mktemp("tracked") / "tiny", tracker=chosen(list(LIBRARIES), first=notes))
+    run = decompose_config(
+        make_config(TINY), out=tmp_path_factory.mktemp("tracked") / "tiny", tracker=select_trackers(list(LIBRARIES), first=notes)
+    )
     return run, notes
 
 
@@ -195,10 +197,10 @@ def test_a_resumed_run_goes_on_in_the_same_place(home, tmp_path):
     """Stopped two logged steps after its checkpoint: those come again, and stand there once."""
     config = tiny_with(log_every=1)
     with pytest.raises(Failure):
-        decompose_config(config, out=tmp_path / "run", tracker=chosen(list(LIBRARIES), first=Stop(7)))
+        decompose_config(config, out=tmp_path / "run", tracker=select_trackers(list(LIBRARIES), first=Stop(7)))
     identity = read_json(tmp_path / "run/tracking/wandb/run.json")
     assert identity["step"] == 6
-    run = decompose_config(config, out=tmp_path / "run", resume=True, tracker=chosen(list(LIBRARIES), first=Silent()))
+    run = decompose_config(config, out=tmp_path / "run", resume=True, tracker=select_trackers(list(LIBRARIES), first=Silent()))
     require_all(run)
     begun = [record.run.run_id for record in wandb_records(run) if record.WhichOneof("record_type") == "run"]
     assert set(begun) == {identity["id"]}
@@ -209,7 +211,7 @@ def test_a_resumed_run_goes_on_in_the_same_place(home, tmp_path):
 
 def test_a_run_that_is_killed_leaves_its_numbers(home, tmp_path):
     """The other side's end is the end of the lines: what was told before is kept."""
-    beside = Beside("trackio")
+    beside = SubprocessTracker("trackio")
     beside.start("decomposing", steps=9, done=0, path=tmp_path, config=make_config(TINY))
     beside.update(LoggedStep(3, {"recon": 0.5}, 0.5, 1.0, 0.1, {"a": 2.0}))
     process = beside._process
@@ -243,7 +245,7 @@ def test_a_tracker_that_fails_is_told_once_and_left_behind(tmp_path, tiny_run):
 class KillsAt(Notes):
     """Kills the process beside the run at its second logged step."""
 
-    beside: Beside
+    beside: SubprocessTracker
 
     def update(self, logged: LoggedStep) -> None:
         if logged.step == 6:
@@ -254,7 +256,7 @@ class KillsAt(Notes):
 
 def test_a_process_that_dies_is_told_once(home, tmp_path, tiny_run):
     notes = KillsAt()
-    notes.beside = Beside("tensorboard")
+    notes.beside = SubprocessTracker("tensorboard")
     run = decompose_config(make_config(TINY), out=tmp_path / "run", tracker=Fanout(notes, notes.beside))
     [told] = [text for text in notes.texts if "goes on without" in text]
     assert told.startswith("TensorBoard: ended with exit code -9 (see ")
@@ -265,7 +267,7 @@ def test_a_library_that_raises_says_why(home, tmp_path):
     """A file where W&B's folder is to be, which somebody put there."""
     (tmp_path / "tracking/trackio").mkdir(parents=True)
     (tmp_path / "tracking/trackio/run.json").write_text("{")
-    notes, beside = Notes(), Beside("trackio")
+    notes, beside = Notes(), SubprocessTracker("trackio")
     fan = Fanout(notes, beside)
     fan.start("decomposing", steps=9, done=0, path=tmp_path, config=make_config(TINY))
     fan.close()
@@ -278,7 +280,7 @@ def test_a_library_that_raises_says_why(home, tmp_path):
 def test_one_that_hangs_does_not_hold_the_run(home, tmp_path, monkeypatch):
     """Stopped in its tracks: more lines than a pipe takes are not waited for, nor is its end; else this test would not end."""
     monkeypatch.setattr(trackers, "PATIENCE", 0.5)
-    notes, beside = Notes(), Beside("tensorboard")
+    notes, beside = Notes(), SubprocessTracker("tensorboard")
     fan = Fanout(notes, beside)
     fan.start("decomposing", steps=9, done=0, path=tmp_path, config=make_config(TINY))
     process = beside._process
@@ -294,10 +296,10 @@ def test_one_that_hangs_does_not_hold_the_run(home, tmp_path, monkeypatch):
 
 def test_what_is_not_there_is_refused_with_a_remedy(monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match="track 'mlflow': no such tracker; there are tensorboard, wandb, trackio"):
-        chosen(["tensorboard", "mlflow"], first=Silent())
+        select_trackers(["tensorboard", "mlflow"], first=Silent())
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(ConfigError, match=r"track wandb: Weights & Biases is not installed; pip install 'paramlens\[wandb\]'"):
-        chosen("wandb", first=Silent())
+        select_trackers("wandb", first=Silent())
     monkeypatch.undo()
     assert main(["decompose", "induction-quick", "--out", str(tmp_path / "x"), "--track", "mlflow"]) == 2
     with pytest.raises(ConfigError, match="track 'mlflow'"):
@@ -313,7 +315,7 @@ def test_a_folder_of_the_same_name_is_no_library(monkeypatch, tmp_path):
     (tmp_path / "notalibrary").mkdir()
     monkeypatch.setitem(trackers.LIBRARIES, "notalibrary", "Nothing")
     with pytest.raises(ConfigError, match="Nothing is not installed"):
-        chosen("notalibrary", first=Silent())
+        select_trackers("notalibrary", first=Silent())
 
 
 def test_trackers_as_an_argument():
@@ -322,7 +324,7 @@ def test_trackers_as_an_argument():
     assert isinstance(fan := as_tracker(own), Fanout)
     assert as_tracker(fan) is fan
     assert isinstance(named := as_tracker(["wandb", "wandb"]), Fanout)
-    assert [type(each) for each in named._trackers.values()] == [Terminal, Beside]
+    assert [type(each) for each in named._trackers.values()] == [Terminal, SubprocessTracker]
 
 
 def test_the_command_and_seeds(home, tmp_path, tiny_run, capsys):

@@ -16,7 +16,7 @@ from paramlens.files.plain import read_json
 from paramlens.runs.decompose import decompose, decompose_config
 from paramlens.runs.rundir import Run
 from paramlens.tracking.tracker import Fanout, LoggedStep, Silent, TargetTracker, Terminal, Tracker
-from paramlens.tracking.trackers import Beside
+from paramlens.tracking.trackers import SubprocessTracker
 
 
 def logged(step: int) -> LoggedStep:
@@ -97,7 +97,7 @@ def test_training_of_the_target_shows_steps_and_time_left(terminal, monkeypatch)
         assert [line.split("left")[0] for line in text.splitlines()[1:]] == ["target step 200/400  0:20 ", "target step 100/400  0:30 "]
 
 
-@pytest.mark.parametrize("tracker", [Silent(), Terminal(Console(file=io.StringIO())), Fanout(Silent()), Beside("wandb")])
+@pytest.mark.parametrize("tracker", [Silent(), Terminal(Console(file=io.StringIO())), Fanout(Silent()), SubprocessTracker("wandb")])
 def test_all_follow_the_protocol(tracker):
     assert isinstance(tracker, Tracker)
 

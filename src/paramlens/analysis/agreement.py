@@ -10,7 +10,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from paramlens.analysis.held_out import HeldOut, data_of, held_out
-from paramlens.display.shown import Shown
+from paramlens.display.result import Result
 from paramlens.display.tables import Cell, Table, columns, figure, row, shaded, site_cell
 from paramlens.errors import ConfigError, RunDirError
 from paramlens.kernels.machine import machine
@@ -47,7 +47,7 @@ class SiteAgreement:
 
 
 @dataclass(frozen=True, repr=False)
-class Agreement(Shown):
+class Agreement(Result):
     """Agreement between runs that decompose the same target, at every site."""
 
     runs: list[str]

@@ -9,7 +9,7 @@ from torch import Tensor
 from paramlens.analysis.components import Sentences, Subcomponent, described, shown_sequences
 from paramlens.analysis.held_out import HeldOut, data_of, divergences, held_out
 from paramlens.analysis.streams import Streams
-from paramlens.display.shown import Shown
+from paramlens.display.result import Result
 from paramlens.display.tables import Table, columns, row
 from paramlens.kernels.machine import machine
 from paramlens.method.decomposition import Plan
@@ -44,7 +44,7 @@ class SiteParts:
 
 
 @dataclass(frozen=True, repr=False)
-class Catalogue(Shown):
+class Catalogue(Result):
     """All parts of a run that are active (g > threshold) at one evaluated or shown position at least; the others are active nowhere.
 
     tokens, roles: of every shown sequence, the same ones for all parts; roles is none where positions have none.

@@ -13,7 +13,7 @@ from paramlens.analysis.held_out import ALL_POSITIONS, HeldOut, data_of, held_ou
 from paramlens.analysis.interventions import Intervention, interventions
 from paramlens.analysis.maps import AlignedImportance, aligned_importance
 from paramlens.analysis.off_data import OffData, off_data
-from paramlens.display.shown import Shown
+from paramlens.display.result import Result
 from paramlens.display.tables import Cell, Table, columns, metric, row, shaded, site_cell
 from paramlens.display.verdicts import Verdict, verdict_table, verdicts
 from paramlens.errors import ConfigError
@@ -69,7 +69,7 @@ class ExampleSequence:
 
 
 @dataclass(frozen=True, repr=False)
-class Circuit(Shown):
+class Circuit(Result):
     """Table 1 of a run, and what its parts do (§6.1).
 
     metrics: faithfulness (eq. 1; relative: over the mean squared weight), reconstructions and attention_kl in nats, accuracies in

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from paramlens.analysis.held_out import data_of
 from paramlens.analysis.streams import TOP, Read, Streams
-from paramlens.display.shown import Shown
+from paramlens.display.result import Result
 from paramlens.display.tables import Cell, Column, Table, columns, row, shaded, site_cell
 from paramlens.errors import ConfigError, SiteError
 from paramlens.kernels.machine import machine
@@ -46,7 +46,7 @@ class Active:
 
 
 @dataclass(frozen=True, repr=False)
-class Inspection(Shown):
+class Inspection(Result):
     """Which subcomponents are active on which token of a sentence. unique: active in none of the other sentences of the run."""
 
     run: str
@@ -86,7 +86,7 @@ class Inspection(Shown):
 
 
 @dataclass(frozen=True, repr=False)
-class Subcomponent(Shown):
+class Subcomponent(Result):
     """One rank-1 part outer(u, v) of a site's weight.
 
     reads: tokens whose embedding, through the norm before the site, has the largest inner activation; positions: likewise; both empty for

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from paramlens.analysis.held_out import HeldOut, data_of, held_out
-from paramlens.display.shown import Shown
+from paramlens.display.result import Result
 from paramlens.display.tables import Cell, Table, columns, shaded
 from paramlens.kernels.machine import machine
 from paramlens.method.importance.sigmoids import lower
@@ -36,7 +36,7 @@ class Edge:
 
 
 @dataclass(frozen=True, repr=False)
-class Edges(Shown):
+class Edges(Result):
     """Effects between sites on the evaluated sequences; pairs without any effect are left out."""
 
     run: str

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from paramlens.analysis.components import active_in, require_subcomponent, run_sentences, tokenizer_of
 from paramlens.analysis.held_out import data_of
-from paramlens.display.shown import Shown
+from paramlens.display.result import Result
 from paramlens.display.tables import Cell, Column, Table, figure, row, site_cell, token_text
 from paramlens.display.verdicts import failures
 from paramlens.errors import ConfigError
@@ -49,7 +49,7 @@ class Selected:
 
 
 @dataclass(frozen=True, repr=False)
-class Edit(Shown):
+class Edit(Result):
     """New weights for some sites of a model. Nothing is changed until it is applied."""
 
     model: nn.Module

@@ -13,7 +13,7 @@ from paramlens.analysis.controls import CONTROLS, edit_slices
 from paramlens.analysis.controls import controls as controls_of
 from paramlens.analysis.edit import Edit, Selected, changed, find_fact, selected_table
 from paramlens.analysis.held_out import data_of
-from paramlens.display.shown import Shown
+from paramlens.display.result import Result
 from paramlens.display.tables import Cell, Table, columns, figure, row, shaded
 from paramlens.display.verdicts import Verdict, verdict_table
 from paramlens.errors import ConfigError
@@ -56,7 +56,7 @@ class Effect:
 
 
 @dataclass(frozen=True, repr=False)
-class Suppression(Shown):
+class Suppression(Result):
     """An edit, its effect on a fact set, and controls at the same sites.
 
     controls: as many random slices; as many of the weight's top singular slices; as many of the run's other subcomponents, drawn at

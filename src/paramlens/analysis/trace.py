@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from paramlens.analysis.branches import Branch, find_branches, with_hidden, without
 from paramlens.analysis.branches import hidden_of as _hidden
-from paramlens.display.shown import Shown
+from paramlens.display.result import Result
 from paramlens.display.tables import Cell, Column, Table, columns, shaded, token_text
 from paramlens.errors import ConfigError
 from paramlens.method.decomposition import block_chains
@@ -33,7 +33,7 @@ WINDOW = 3
 
 
 @dataclass(frozen=True, repr=False)
-class Trace(Shown):
+class Trace(Result):
     """The answer's probability, in [0, 1], mean over the draws of noise.
 
     hidden, mlp, attention: [block][position], with that block's state, or the outputs of the MLPs or attentions of `window` blocks around

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from paramlens.analysis.held_out import HeldOut, data_of, divergences, held_out
-from paramlens.display.shown import Shown
+from paramlens.display.result import Result
 from paramlens.display.tables import Cell, Chart, Column, Line, Table, columns, row, site_cell
 from paramlens.errors import ConfigError
 from paramlens.kernels.machine import machine
@@ -37,7 +37,7 @@ class Pruned:
 
 
 @dataclass(frozen=True)
-class Kept:
+class ThresholdPoint:
     """A point of the decomposition's curve: subcomponents with g > threshold, and what is lost with no others."""
 
     threshold: float
@@ -52,7 +52,7 @@ class Kept:
 
 
 @dataclass(frozen=True, repr=False)
-class SvdBaseline(Shown):
+class SvdBaseline(Result):
     """Algorithm 2 on a run's target, at the tolerance and along its whole path, and the decomposition on the same sequences."""
 
     run: str
@@ -68,7 +68,7 @@ class SvdBaseline(Shown):
     """From full rank down. Its KL need not grow at every step, and the pruning at a tolerance stops the first time it is exceeded."""
     recon: float
     """KL(target ‖ masked) in nats of the decomposition, masks g."""
-    decomposition: list[Kept]
+    decomposition: list[ThresholdPoint]
     """At each of `THRESHOLDS`."""
     factor_active: float | None
     """Rank that SVD keeps, over the subcomponents active (g > 0.1) at each site's busiest role, both summed over sites; none: none is."""
@@ -80,7 +80,7 @@ class SvdBaseline(Shown):
         return pruned_to(self.curve, tolerance).total
 
     @property
-    def counted(self) -> Kept:
+    def counted(self) -> ThresholdPoint:
         """The decomposition at Table 1's threshold."""
         return next(point for point in self.decomposition if point.threshold == ACTIVE)
 
@@ -154,7 +154,7 @@ def svd_baseline(run: Run, *, tolerance: float | None = None, batches: int = 16,
     with at_rest(decomposition.model), machine(run.config):
         data = held_out(run, batches=batches)
         divergence = _Divergence(run, data)
-        points = [_kept(decomposition, data, divergence, threshold) for threshold in THRESHOLDS]
+        points = [_threshold_point(decomposition, data, divergence, threshold) for threshold in THRESHOLDS]
         [at_g] = divergence(decomposition, lambda held: [held.masked])
         curve = _Pruning(decomposition, divergence, at_once).path()
     tolerance = at_g if tolerance is None else tolerance
@@ -193,7 +193,7 @@ class _Divergence:
         return [mean_over_batches(values, self.counts) for values in zip(*each, strict=True)]
 
 
-def _kept(decomposition: Decomposition, data: Sequence[HeldOut], divergence: _Divergence, threshold: float) -> Kept:
+def _threshold_point(decomposition: Decomposition, data: Sequence[HeldOut], divergence: _Divergence, threshold: float) -> ThresholdPoint:
     roles = torch.cat([held.roles.flatten() for held in data])
     active: dict[str, float] = {}
     ever: dict[str, Tensor] = {}
@@ -210,7 +210,7 @@ def _kept(decomposition: Decomposition, data: Sequence[HeldOut], divergence: _Di
         ]
 
     kl, kl_static = divergence(decomposition, plans)
-    return Kept(threshold, kl, active, {site: int(on.sum()) for site, on in ever.items()}, kl_static)
+    return ThresholdPoint(threshold, kl, active, {site: int(on.sum()) for site, on in ever.items()}, kl_static)
 
 
 class _Pruning:

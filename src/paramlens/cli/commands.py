@@ -64,7 +64,7 @@ def train_target(config: Config, /, *, out: Path | None = None, overwrite: bool 
     from paramlens.kernels.machine import machine
     from paramlens.runs import targets
     from paramlens.runs.decompose import trained_target
-    from paramlens.runs.writer import RunDirectory
+    from paramlens.runs.writer import RunWriter
     from paramlens.tracking.tracker import Terminal
     from paramlens.tracking.trackers import as_tracker
 
@@ -73,7 +73,7 @@ def train_target(config: Config, /, *, out: Path | None = None, overwrite: bool 
     with locked(path):
         with machine(config):
             target = trained_target(config, tracker=as_tracker(Terminal()))
-        directory = RunDirectory.create(path, config, overwrite=overwrite)
+        directory = RunWriter.create(path, config, overwrite=overwrite)
         targets.save(config.task, target, path)
         directory.seal()
     history = target.history
@@ -113,9 +113,9 @@ def decompose(
     if not resume:
         require_free(path, overwrite=overwrite)
     from paramlens.tracking.tracker import Terminal
-    from paramlens.tracking.trackers import chosen
+    from paramlens.tracking.trackers import select_trackers
 
-    run = paramlens.decompose_config(config, out=path, extend_steps=extend_steps, tracker=chosen(track, first=Terminal()), **how)
+    run = paramlens.decompose_config(config, out=path, extend_steps=extend_steps, tracker=select_trackers(track, first=Terminal()), **how)
     return Outcome(_run_document(run), [verdict_table(run.verdicts), f"\nrun: {path}"])
 
 
@@ -191,9 +191,9 @@ def push(
 
 def doctor(config: Config, /) -> Outcome:
     """Count parameters and memory by part, before anything starts."""
-    from paramlens.runs.forecast import foretell
+    from paramlens.runs.forecast import diagnose_config
 
-    diagnosis = foretell(config)
+    diagnosis = diagnose_config(config)
     return Outcome(diagnosis.to_json(), diagnosis.tables())
 
 

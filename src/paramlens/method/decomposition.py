@@ -32,7 +32,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from paramlens.display.shown import Shown
+from paramlens.display.result import Result
 from paramlens.display.tables import Table, columns, row, site_cell
 from paramlens.errors import BatchError, SiteError
 from paramlens.method.batch import Inputs, map_tensors, row_count, tensors_of
@@ -68,7 +68,7 @@ class TargetRun:
     seen: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Decomposition(Shown, nn.Module):
+class Decomposition(Result, nn.Module):
     """U and V of every site, and masked runs of the target `model`, which is never changed and never a submodule."""
 
     def __init__(self, model: nn.Module, sites: Sequence[Site], *, C: int, dtype: torch.dtype = torch.float32) -> None:

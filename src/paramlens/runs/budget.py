@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from paramlens.config.model import Config
-from paramlens.display.shown import Shown
+from paramlens.display.result import Result
 from paramlens.display.tables import Table, columns, row
 from paramlens.errors import ConfigError, ParamLensError
 from paramlens.kernels import native
@@ -40,7 +40,7 @@ COMPILED = 64 * 2**20
 
 
 @dataclass(frozen=True, repr=False)
-class Diagnosis(Shown):
+class Diagnosis(Result):
     """parameters, bytes: part → count. bytes holds libraries, weights, gradients, optimizer state, and an estimate of one step's needs."""
 
     sites: int

@@ -20,7 +20,7 @@ from paramlens.files.plain import PART, discard, read_json, sync, write_json
 from paramlens.files.tensorfile import copy_into, load_tensors, save_tensors
 from paramlens.method.decomposition import Decomposition
 from paramlens.method.importance.network import Importance
-from paramlens.runs.described import parameters
+from paramlens.runs.description import parameters
 from paramlens.runs.layout import checkpoint_path, checkpoint_step, checkpoints, is_resumable
 
 LOADED = ("components.safetensors", "importance.safetensors")

@@ -40,10 +40,10 @@ from paramlens.runs.resume import begin, recorded_threads, reopen
 from paramlens.runs.rundir import Run, open_run
 from paramlens.runs.saving import require_space
 from paramlens.runs.train import make_optimizer, restore, train
-from paramlens.runs.writer import RunDirectory
+from paramlens.runs.writer import RunWriter
 from paramlens.tasks.base import BaseTask, Target
 from paramlens.tasks.batches import own_task
-from paramlens.tracking.tracker import TargetTracker, Tracker, tell_target
+from paramlens.tracking.tracker import TargetTracker, Tracker, report_target
 from paramlens.tracking.trackers import as_tracker
 
 
@@ -179,7 +179,7 @@ def trained_target(config: Config, *, tracker: Tracker) -> Target:
     if isinstance(tracker, TargetTracker):
         tracker.start_target(steps=config.task.training_plan().steps)
     try:
-        return targets.train(config, on_message=tracker.message, on_check=partial(tell_target, tracker))
+        return targets.train(config, on_message=tracker.message, on_check=partial(report_target, tracker))
     finally:
         tracker.close()
 
@@ -229,7 +229,7 @@ def _run(
         if resume:
             directory = reopen(config, path, state, decomposition, importance, tracker=tracker)
         else:
-            directory = RunDirectory.create(path, config, overwrite=overwrite)
+            directory = RunWriter.create(path, config, overwrite=overwrite)
             if target.history is not None:
                 targets.save(config.task, target, path)
             directory.record(device=config.device, dtype=config.dtype, matmul=config.matmul, seed=config.seed, target=identity, seconds=0.0)

@@ -24,7 +24,7 @@ def forecast(config: Config) -> tuple[tuple[Site, ...], Footprint, int]:
     return tuple(sites), replace(size, rows=target.rows), sum(numbers.values()) * word
 
 
-def foretell(config: Config) -> Diagnosis:
+def diagnose_config(config: Config) -> Diagnosis:
     """Parameters and memory of a run, the target and the libraries included."""
     sites, size, target = forecast(config)
     libraries = psutil.Process().memory_info().rss + COMPILED * native.serves(torch.empty(0))

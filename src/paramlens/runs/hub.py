@@ -20,7 +20,7 @@ from paramlens.tracking import TRACKING
 from paramlens.version import __version__
 
 
-def located(run: str | Path, *, revision: str | None = None) -> Path:
+def locate(run: str | Path, *, revision: str | None = None) -> Path:
     """The directory of a run: a path as it is; for an id on the Hub, user/name, the fetched copy of a revision.
 
     Raises `ConfigError` if a revision is given for a path, and what `fetch` raises.

@@ -11,11 +11,11 @@ from paramlens.errors import RunDirError
 from paramlens.files.manifest import MANIFEST, file_sha256, problems
 from paramlens.files.plain import read_json, read_text
 from paramlens.runs.checkpoint import CheckpointState, load_state, require_whole
-from paramlens.runs.described import Described, read_description, require_known_format
+from paramlens.runs.description import ModelDescription, read_description, require_known_format
 from paramlens.runs.layout import checkpoints
 
 
-def require_whole_run(path: Path) -> Described:
+def require_whole_run(path: Path) -> ModelDescription:
     """Check configuration, description and target against the run's manifest, and run.json against them; return `model.json`.
 
     Runs of the first format have no manifest. Raises `RunDirError` naming the file that differs.
@@ -38,7 +38,7 @@ def require_unchanged(path: Path) -> None:
         raise RunDirError(f"{found[0]}{more}; it has changed since it was written: restore the file from a copy")
 
 
-def require_target(path: Path, described: Described, model: nn.Module) -> None:
+def require_target(path: Path, described: ModelDescription, model: nn.Module) -> None:
     """Raise `RunDirError` unless `model` has the weights that the run was made from."""
     expected, found = described.target.sha256, model_sha256(model)
     if expected != found:

@@ -177,7 +177,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return parsed
 
 
-def sweep(path: Path) -> None:
+def remove_unfinished(path: Path) -> None:
     """Remove what a writer that was killed left unfinished."""
     for folder in (path, path / "checkpoints", path / "analysis"):
         for entry in folder.glob(f"*{PART}"):

@@ -13,7 +13,7 @@ from paramlens.runs import targets
 from paramlens.runs.checkpoint import CheckpointState
 from paramlens.runs.integrity import require_target, require_whole_run
 from paramlens.runs.layout import FORMAT, is_begun, is_resumable, require_free
-from paramlens.runs.writer import RunDirectory, versions
+from paramlens.runs.writer import RunWriter, versions
 from paramlens.tracking.tracker import Tracker
 
 
@@ -89,11 +89,11 @@ def reopen(
     importance: Importance,
     *,
     tracker: Tracker,
-) -> RunDirectory:
+) -> RunWriter:
     """The directory of a run that continues, brought to the current format. Raises `RunDirError`."""
     described = require_whole_run(path)
     require_target(path, described, decomposition.model)
-    directory = RunDirectory.reopen(path, state)
+    directory = RunWriter.reopen(path, state)
     before, here = directory.info.get("versions"), versions()
     if before != here:
         tracker.message(f"{path}: begun with {before}, goes on with {here}; the same bytes are promised for the same versions alone")

@@ -12,7 +12,7 @@ from torch import nn
 
 from paramlens.config.file import load_config
 from paramlens.config.model import Config
-from paramlens.display.shown import Shown
+from paramlens.display.result import Result
 from paramlens.display.tables import Chart, Column, Line, Table, columns, metric, row
 from paramlens.display.verdicts import Verdict, verdict_table, verdicts
 from paramlens.errors import RunDirError
@@ -27,8 +27,8 @@ from paramlens.method.sites import named_sites
 from paramlens.method.task import EvaluatedOn, TargetHistory, Task
 from paramlens.runs import targets
 from paramlens.runs.checkpoint import LOADED, load_parameters, require_whole
-from paramlens.runs.described import Described, read_description
-from paramlens.runs.hub import located
+from paramlens.runs.description import ModelDescription, read_description
+from paramlens.runs.hub import locate
 from paramlens.runs.integrity import require_own, require_target, require_whole_run
 from paramlens.runs.layout import (
     checkpoint_step,
@@ -41,7 +41,7 @@ from paramlens.tasks.batches import own_task
 
 
 @dataclass(frozen=True, repr=False)
-class Run(Shown):
+class Run(Result):
     """A run directory opened for reading: the decomposition, γ, metrics, and the task where it can be rebuilt."""
 
     path: Path
@@ -172,7 +172,7 @@ def open_run(
     are in the directory, and open on the CPU if the run's device is missing. Raises `RunDirError` if the path is not a run, holds no
     checkpoint, needs a model that is not given, or was made from another model.
     """
-    path = located(path, revision=revision)
+    path = locate(path, revision=revision)
     require_run(path)
     find_checkpoint(path, checkpoint)  # before anything else is missed in a run that has only begun
     described = require_whole_run(path)
@@ -196,7 +196,7 @@ def open_run(
             return Run(path, checkpoint_step(folder), decomposition, importance, task)
 
 
-def _whole_checkpoint(path: Path, step: int | None, described: Described) -> Path:
+def _whole_checkpoint(path: Path, step: int | None, described: ModelDescription) -> Path:
     """The newest checkpoint, or the one at `step`, checked to be whole and of this run. Raises `RunDirError`.
 
     If a run under way removes it meanwhile, after it wrote newer ones, the newest of those is taken.
@@ -215,7 +215,7 @@ def _whole_checkpoint(path: Path, step: int | None, described: Described) -> Pat
             return folder
 
 
-def build(described: Described, model: nn.Module) -> tuple[Decomposition, Importance]:
+def build(described: ModelDescription, model: nn.Module) -> tuple[Decomposition, Importance]:
     """Decomposition and γ, still empty, as `model.json` describes them. Raises `SiteError` if the model lacks a site."""
     sites = named_sites(model, [site.name for site in described.sites])
     decomposition = Decomposition(model, sites, C=described.C, dtype=getattr(torch, described.dtype))

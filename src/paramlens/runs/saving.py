@@ -15,7 +15,7 @@ from paramlens.method.importance.network import Importance
 from paramlens.runs.budget import size_text
 from paramlens.runs.checkpoint import FILES
 from paramlens.runs.layout import checkpoint_path, checkpoint_step, checkpoints
-from paramlens.runs.writer import RunDirectory
+from paramlens.runs.writer import RunWriter
 
 TRIES = 5
 """Failed saves in a row after which a run stops."""
@@ -27,7 +27,7 @@ PAUSES = (1.0, 2.0, 4.0)
 class Saver:
     """Writes a run's checkpoints and metrics to a disk that may fail; failures are reported, and what was saved before stays."""
 
-    def __init__(self, directory: RunDirectory, *, every: int, message: Callable[[str], object]) -> None:
+    def __init__(self, directory: RunWriter, *, every: int, message: Callable[[str], object]) -> None:
         self.directory, self.every, self.message = directory, every, message
         self.again: int | None = None
         """Step at which a failed save is tried again; None if none failed."""

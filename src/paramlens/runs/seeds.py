@@ -22,9 +22,9 @@ from paramlens.files.plain import read_json, write_json
 from paramlens.kernels.resources import usable_cores
 from paramlens.runs.decompose import decompose_config
 from paramlens.runs.layout import default_out, holds_toy, is_begun, is_run, require_free
-from paramlens.tracking.signals import apart, ask_to_end, end_in_order, interrupts, termination
+from paramlens.tracking.signals import interrupts, own_session, request_end, terminate_self, termination
 from paramlens.tracking.tracker import Silent, Terminal
-from paramlens.tracking.trackers import chosen
+from paramlens.tracking.trackers import select_trackers
 
 PROGRESS = 30.0
 """Seconds between lines of progress of one seed."""
@@ -52,7 +52,7 @@ def decompose_seeds(
     """
     if count < 1:
         raise ConfigError(f"seeds {count}: give 1 or more")
-    chosen(track, first=Silent())
+    select_trackers(track, first=Silent())
     workers = min(count, max(1, usable_cores() // (config.threads or 1)))
     shared = {"threads": 1} if config.threads is None and workers > 1 else {}
     jobs: list[_Job] = []
@@ -94,7 +94,7 @@ def _run_all(jobs: Sequence[_Job], workers: int) -> list[ParamLensError | None]:
                 if number and not told:
                     waiting, told = [], True
                     for process in running.values():
-                        ask_to_end(process, number)
+                        request_end(process, number)
                 while waiting and len(running) < workers:
                     index = waiting.pop(0)
                     running[index] = _start(jobs[index], Path(folder) / f"{index}.json")
@@ -118,7 +118,7 @@ def _start(job: _Job, file: Path) -> subprocess.Popen[str]:
     quietly = "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL)"  # a Ctrl-C while torch is imported ends in no traceback
     command = [sys.executable, "-c", f"{quietly}; from paramlens.runs.seeds import run_job; run_job()", str(file)]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, **pipes, **apart())
+    return subprocess.Popen(command, **pipes, **own_session())
 
 
 def _failure(job: _Job, process: subprocess.Popen[str]) -> ParamLensError | None:
@@ -140,7 +140,7 @@ def run_job() -> None:
     config = make_config(job.pop("config"))
     terminal = Terminal(seconds=PROGRESS, label=f"seed {config.seed}: ")
     try:
-        tracker = chosen(job.pop("track"), first=terminal)
+        tracker = select_trackers(job.pop("track"), first=terminal)
         with termination():
             decompose_config(config, out=job.pop("path"), tracker=tracker, **job)
     except ParamLensError as error:
@@ -153,4 +153,4 @@ def run_job() -> None:
 def _end_with_parent() -> None:
     while os.read(0, 1):  # ends when the parent's side of the pipe does
         pass
-    end_in_order()
+    terminate_self()

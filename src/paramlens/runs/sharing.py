@@ -15,7 +15,7 @@ from paramlens.files.lock import locked
 from paramlens.files.manifest import MANIFEST
 from paramlens.files.plain import PART, json_text, read_json
 from paramlens.runs.checkpoint import RESUMED
-from paramlens.runs.described import Described, read_description
+from paramlens.runs.description import ModelDescription, read_description
 from paramlens.runs.layout import CONTENTS, HUB_ID, checkpoint_step, checkpoints, require_run
 from paramlens.runs.verification import verify
 from paramlens.tracking import TRACKING
@@ -125,7 +125,7 @@ def card(path: Path, repo: str, *, resumable: bool) -> str:
     return "\n".join(lines)
 
 
-def _what(described: Described) -> str:
+def _what(described: ModelDescription) -> str:
     target, sites = described.target, [site.name for site in described.sites]
     named = f"{target.id} at {target.revision}" if target.revision else target.id
     return (

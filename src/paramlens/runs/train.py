@@ -21,10 +21,10 @@ from paramlens.method.settings import Optim
 from paramlens.method.step import Step, Steps
 from paramlens.method.task import Task
 from paramlens.runs.checkpoint import CheckpointState, load_parameters
-from paramlens.runs.described import named_parameters
+from paramlens.runs.description import named_parameters
 from paramlens.runs.randomness import rng_state, set_rng_state
 from paramlens.runs.saving import Saver
-from paramlens.runs.writer import RunDirectory
+from paramlens.runs.writer import RunWriter
 from paramlens.tracking.signals import interrupts
 from paramlens.tracking.tracker import LoggedStep, Tracker
 
@@ -59,7 +59,7 @@ def train(
     decomposition: Decomposition,
     importance: Importance,
     optimizer: torch.optim.Optimizer,
-    directory: RunDirectory,
+    directory: RunWriter,
     *,
     start: int,
     tracker: Tracker,
@@ -190,7 +190,7 @@ def _save(
     decomposition: Decomposition,
     importance: Importance,
     optimizer: torch.optim.Optimizer,
-    directory: RunDirectory,
+    directory: RunWriter,
     step: int,
 ) -> None:
     moments = {

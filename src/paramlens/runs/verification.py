@@ -5,13 +5,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from paramlens.display.shown import Shown
+from paramlens.display.result import Result
 from paramlens.display.tables import Cell, Column, Table
 from paramlens.errors import ParamLensError
 from paramlens.files.plain import read_json
 from paramlens.files.tensorfile import require_fit
 from paramlens.runs.checkpoint import damage
-from paramlens.runs.described import Described
+from paramlens.runs.description import ModelDescription
 from paramlens.runs.integrity import require_own, require_whole_run
 from paramlens.runs.layout import checkpoint_step, checkpoints, is_begun, is_resumable, read_metrics, require_run
 from paramlens.runs.metrics import recorded_part
@@ -33,7 +33,7 @@ class CheckpointReport:
 
 
 @dataclass(frozen=True, repr=False)
-class Verification(Shown):
+class Verification(Result):
     """What `verify` found. Problems name the file, what was expected and what was found."""
 
     run: Path
@@ -106,7 +106,7 @@ def verify(path: str | Path) -> Verification:
     return Verification(path, info.get("status"), tuple(found), tuple(reports), is_resumable(path))
 
 
-def _report(folder: Path, path: Path, described: Described | None) -> CheckpointReport:
+def _report(folder: Path, path: Path, described: ModelDescription | None) -> CheckpointReport:
     found = damage(folder)
     if not found and described is not None:
         _attempt(found, lambda: require_own(folder, path))

@@ -18,15 +18,15 @@ from paramlens.files.plain import read_json, read_text, write_json, write_text
 from paramlens.method.decomposition import Decomposition
 from paramlens.method.importance.network import Importance
 from paramlens.runs.checkpoint import CheckpointState, prune, write_checkpoint
-from paramlens.runs.described import describe, parameters
+from paramlens.runs.description import describe, parameters
 from paramlens.runs.integrity import config_sha256, with_steps
-from paramlens.runs.layout import FORMAT, clear, require_free, sweep
+from paramlens.runs.layout import FORMAT, clear, remove_unfinished, require_free
 from paramlens.runs.metrics import MetricsFile
 from paramlens.tasks.base import FOLDER
 from paramlens.version import __version__
 
 
-class RunDirectory:
+class RunWriter:
     """Writes a run directory; one writer per run."""
 
     def __init__(self, path: Path, *, metrics: MetricsFile | None = None) -> None:
@@ -34,7 +34,7 @@ class RunDirectory:
         self.metrics = metrics or MetricsFile(path / "metrics.jsonl")
 
     @classmethod
-    def create(cls, path: str | Path, config: Config, *, overwrite: bool = False) -> "RunDirectory":
+    def create(cls, path: str | Path, config: Config, *, overwrite: bool = False) -> "RunWriter":
         """A new directory holding `config.yaml` and `run.json`. Raises `RunDirError` as `layout.require_free` does."""
         path = Path(path)
         require_free(path, overwrite=overwrite)
@@ -48,12 +48,12 @@ class RunDirectory:
         return cls(path)
 
     @classmethod
-    def reopen(cls, path: Path, state: CheckpointState | None) -> "RunDirectory":
+    def reopen(cls, path: Path, state: CheckpointState | None) -> "RunWriter":
         """A directory to continue from a checkpoint, or from step 0: unfinished files are removed, metrics cut back.
 
         Raises `RunDirError` if the metrics are not those that the checkpoint recorded.
         """
-        sweep(path)
+        remove_unfinished(path)
         recorded, step = ({"bytes": 0, "sha256": hashlib.sha256().hexdigest()}, 0) if state is None else (state.metrics, state.step)
         return cls(path, metrics=MetricsFile.cut(path / "metrics.jsonl", recorded, step=step))
 

@@ -1,4 +1,4 @@
-"""The other side of `trackers.Beside`: a process that reads a run's numbers as lines of JSON and passes them to one library."""
+"""The other side of `trackers.SubprocessTracker`: a process that reads a run's numbers as lines of JSON and passes them to one library."""
 
 import itertools
 import json
@@ -69,7 +69,7 @@ class TensorBoard:
         self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=summary))
 
 
-class Appended:
+class AppendingRecorder:
     """A library that cannot remove steps; `run.json` beside its files has its run's id and the last recorded step.
 
     A resumed run repeats steps with the same values, so recorded steps are skipped.
@@ -95,7 +95,7 @@ class Appended:
         self._run.finish()
 
 
-class WandB(Appended):
+class WandB(AppendingRecorder):
     """Weights & Biases: offline unless WANDB_MODE says otherwise or somebody is logged in. No console, code, packages or machine."""
 
     def begin(self, folder: Path, name: str, config: dict[str, Any]) -> Any:
@@ -118,7 +118,7 @@ class WandB(Appended):
         )
 
 
-class Trackio(Appended):
+class Trackio(AppendingRecorder):
     """Trackio's database in the folder, whatever Space or server the environment names."""
 
     def begin(self, folder: Path, name: str, config: dict[str, Any]) -> Any:

@@ -31,14 +31,14 @@ def interrupts() -> Iterator[Callable[[], int | None]]:
         yield lambda: seen[0] if seen else None
 
 
-def apart() -> dict[str, Any]:
+def own_session() -> dict[str, Any]:
     """Options with which `subprocess.Popen` gives a process its own session (Windows: group), which a terminal's Ctrl-C does not reach."""
     if WINDOWS:
         return {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
     return {"start_new_session": True}
 
 
-def ask_to_end(process: subprocess.Popen[str], number: int) -> None:
+def request_end(process: subprocess.Popen[str], number: int) -> None:
     """Ask a process to save and end: by a signal; on Windows, where a signal ends it at once, by closing its input."""
     if not WINDOWS:
         process.send_signal(number)
@@ -48,7 +48,7 @@ def ask_to_end(process: subprocess.Popen[str], number: int) -> None:
         stdin.close()
 
 
-def end_in_order() -> None:
+def terminate_self() -> None:
     """Send SIGTERM to this process, from any thread, so that its handler runs; on Windows `os.kill` would end it at once."""
     if WINDOWS:
         signal.raise_signal(signal.SIGTERM)

@@ -67,7 +67,7 @@ class TargetTracker(Tracker, Protocol):
     def target(self, step: int, text: str) -> None: ...
 
 
-def tell_target(tracker: Tracker, step: int, text: str) -> None:
+def report_target(tracker: Tracker, step: int, text: str) -> None:
     """Pass a check of the target's training to a tracker, as a message if it has no method for it."""
     if isinstance(tracker, TargetTracker):
         tracker.target(step, text)
@@ -189,7 +189,7 @@ class Fanout:
         self._each(lambda tracker: tracker.start_target(steps=steps) if isinstance(tracker, TargetTracker) else None)
 
     def target(self, step: int, text: str) -> None:
-        self._each(lambda tracker: tell_target(tracker, step, text))
+        self._each(lambda tracker: report_target(tracker, step, text))
 
     def update(self, logged: LoggedStep) -> None:
         self._each(lambda tracker: tracker.update(logged))

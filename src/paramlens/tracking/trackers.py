@@ -17,7 +17,7 @@ from typing import Any
 from paramlens.config.model import Config
 from paramlens.errors import ConfigError, TrackerError
 from paramlens.tracking import TRACKING
-from paramlens.tracking.signals import apart
+from paramlens.tracking.signals import own_session
 from paramlens.tracking.tracker import Fanout, LoggedStep, Silent, Terminal, Tracker
 
 LIBRARIES = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "trackio": "Trackio"}
@@ -27,7 +27,7 @@ PATIENCE = 60.0
 """Seconds that a tracker may take at the end of a run to write or send what is left."""
 
 
-def chosen(names: str | Sequence[str], *, first: Tracker) -> Tracker:
+def select_trackers(names: str | Sequence[str], *, first: Tracker) -> Tracker:
     """`first`, together with the trackers called `names`. Raises `ConfigError` for a name that is unknown or not installed."""
     names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
     for name in names:
@@ -36,7 +36,7 @@ def chosen(names: str | Sequence[str], *, first: Tracker) -> Tracker:
         found = importlib.util.find_spec(name)
         if found is None or found.origin is None:  # no origin: a folder of that name, such as W&B's own
             raise ConfigError(f"track {name}: {LIBRARIES[name]} is not installed; pip install 'paramlens[{name}]'")
-    return Fanout(first, *(Beside(name) for name in names)) if names else first
+    return Fanout(first, *(SubprocessTracker(name) for name in names)) if names else first
 
 
 def as_tracker(tracker: Tracker | str | Sequence[str] | None) -> Tracker:
@@ -47,7 +47,7 @@ def as_tracker(tracker: Tracker | str | Sequence[str] | None) -> Tracker:
     if tracker is None:
         return Silent()
     if isinstance(tracker, str | Sequence):
-        return chosen(tracker, first=Terminal())
+        return select_trackers(tracker, first=Terminal())
     if not isinstance(tracker, Tracker):
         needed = "start, update, evaluated, message and close"
         raise ConfigError(
@@ -56,7 +56,7 @@ def as_tracker(tracker: Tracker | str | Sequence[str] | None) -> Tracker:
     return tracker if isinstance(tracker, Fanout) else Fanout(tracker)
 
 
-class Beside:
+class SubprocessTracker:
     """One of `LIBRARIES` in a process of its own; raises `TrackerError` once that has ended, and never waits for it before `close`."""
 
     def __init__(self, name: str) -> None:
@@ -83,7 +83,7 @@ class Beside:
                 stderr=log,
                 text=True,
                 encoding="utf-8",
-                **apart(),
+                **own_session(),
             )
         settings = {"config": config.model_dump(mode="json")}
         threading.Thread(target=_feed, args=(self._process, settings, self._lines), daemon=True).start()

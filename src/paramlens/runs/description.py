@@ -51,7 +51,7 @@ class TargetIdentity(_Checked):
     sha256: str
 
 
-class Described(_Checked):
+class ModelDescription(_Checked):
     """The content of `model.json`."""
 
     format: Count
@@ -110,7 +110,7 @@ def require_known_format(path: Path) -> int:
     return version
 
 
-def read_description(path: Path) -> Described:
+def read_description(path: Path) -> ModelDescription:
     """A run directory's `model.json`. Raises `RunDirError` for a newer format and for invalid content."""
     file = path / "model.json"
     version, document = require_known_format(path), read_json(file)
@@ -118,7 +118,7 @@ def read_description(path: Path) -> Described:
         tree = read_tree(path / "config.yaml")[1]
         document |= {"target": read_json(path / "run.json").get("target"), "config": {key: tree[key] for key in _REBUILT if key in tree}}
     try:
-        return Described.model_validate(document)
+        return ModelDescription.model_validate(document)
     except ValidationError as error:
         raise RunDirError(f"{explain(error, source=str(file))}; restore the file from a copy") from None
 

@@ -20,7 +20,7 @@ _POINTS = 240
 """Maximum number of points drawn of a curve."""
 
 
-class Shown:
+class Result:
     """A result: one line as text, tables and charts in a notebook."""
 
     def summary(self) -> str:

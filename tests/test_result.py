@@ -22,7 +22,7 @@ from paramlens.analysis.trace import trace
 from paramlens.baselines import bench
 from paramlens.baselines.svd import svd_baseline
 from paramlens.cli.main import main
-from paramlens.display.shown import Shown, html
+from paramlens.display.result import Result, html
 from paramlens.display.tables import Cell, Chart, Column, Line, Table, columns, row, shaded, visible
 from paramlens.display.terminal import print_tables
 from paramlens.runs.budget import Footprint, diagnose
@@ -34,7 +34,7 @@ FC = "transformer.h.0.mlp.c_fc"
 
 
 @pytest.fixture(scope="module")
-def results(tiny_run, facts_run) -> dict[str, Shown]:
+def results(tiny_run, facts_run) -> dict[str, Result]:
     edit = suppress(facts_run, unique_to=KOBE, threshold=0.3)
     task = facts_run.task
     return {
