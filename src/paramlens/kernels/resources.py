@@ -13,7 +13,7 @@ _GROUPS, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 def usable_cores() -> int:
     """Cores that this process may run on, or the fewer that its control groups let it keep busy; at least 1."""
     process = psutil.Process()
-    allowed = len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else psutil.cpu_count() or 1  # macOS has no affinity
+    allowed = len(process.cpu_affinity() or ()) if hasattr(process, "cpu_affinity") else psutil.cpu_count() or 1  # macOS has no affinity
     return max(1, min(allowed, int(min(_cpu_quotas(), default=allowed))))
 
 
