@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from jaxtyping import install_import_hook
+from jaxtyping import config, install_import_hook
 
 import audit
 import paramlens  # noqa: F401  # before torch, whose idle threads are to sleep
@@ -26,6 +26,14 @@ SHAPED = (
     "analysis",
     "baselines.svd",
 )
+"""Whose shape annotations are checked."""
+
+UNSHAPED = (
+    *("test_faults", "test_resume", "test_rundir", "test_seeds", "test_sharing", "test_shipped", "test_machine", "test_tracking"),
+    *("test_trackers", "test_cli", "test_streams", "test_messages", "test_result", "test_page", "test_page_inputs"),
+)
+"""Tests of files, processes and pages: their runs pass through the same functions as those of other tests, and take a third of the time."""
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the commands that tests start, too
 install_import_hook([f"paramlens.{name}" for name in SHAPED], "beartype.beartype")
 
@@ -48,6 +56,14 @@ def until(condition: Callable[[], bool], *alive: subprocess.Popen[str]) -> None:
         for process in alive:
             assert process.poll() is None, f"ended with exit code {process.returncode}"
         time.sleep(0.02)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shapes(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Shapes are checked, unless the module is one of `UNSHAPED`."""
+    config.update("jaxtyping_disable", request.path.stem in UNSHAPED)
+    yield
+    config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session", autouse=True)
