@@ -267,10 +267,10 @@ def _keep_block(kept: Kept, blocks: list[BlockRun], module: nn.Module, args: tup
 
 
 def _entering(blocks: Sequence[nn.Module], runs: Sequence[BlockRun], active: Sequence[int]) -> dict[nn.Module, Callable[..., Any]]:
-    """Forwards of the blocks when the first `active[i]` of the stacked plans run through block i.
+    """Forwards of the blocks when only the first `active[i]` of the stacked plans run through block i.
 
-    The plans that start there enter with the target's activations; a block in which none is under way is skipped. Further arguments
-    that grow with the batch are cut to the plans under way.
+    Plans that start at a block get the target's activations there. A block that no plan runs through is skipped. Other arguments with a
+    batch axis are cut to the plans that run.
     """
     plans = active[-1]
 

@@ -88,7 +88,7 @@ def masked_linear(
     replacements: Sequence[Replacement],
     bias: Float[Tensor, "d_out"] | None,
 ) -> Float[Tensor, "*batch d_out"]:
-    """`((x @ U) * r) @ V + bias`, r being the masks of `replacements`, one after the other along the first axis.
+    """`((x @ U) * r) @ V + bias`, where r is the masks of `replacements` joined along the first axis.
 
     Raises `BatchError` if masks and input disagree on the leading axes.
     """
