@@ -47,7 +47,7 @@ def _head_by_head(owner: Any, width: int) -> _Layout:
 
 
 def _grouped(owner: Any, width: int) -> _Layout:
-    """All queries, then all keys, then all values, with fewer heads of keys and values than of queries."""
+    """All queries, then all keys, then all values; keys and values can have fewer heads."""
     shared = owner.num_key_value_heads * owner.head_dim
     return 1, (("q", width - 2 * shared), ("k", shared), ("v", shared))
 
