@@ -235,7 +235,7 @@ def mask_forward(d: Any, first: int, last: int) -> None:
 
 
 def mask_backward(d: Any, first: int, last: int) -> None:
-    """`inner` becomes masked, `grad` changes from the masked activation's gradient to the inner one's, g's gradient is added to `grad_g`."""
+    """`inner` becomes the masked activation, `grad` turns from its gradient into that of `inner`, and `grad_g` gets g's gradient added."""
     start, noisy, (origin, stride) = first * BLOCK, d[6], stream(d[7])
     n = i32(min(last * BLOCK, d[5]) - start)
     inner, grad, place = floats(d[1] + 4 * start, (n,)), floats(d[2] + 4 * start, (n,)), np.uint32(d[8] + start)

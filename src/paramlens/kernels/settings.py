@@ -13,7 +13,7 @@ class MachineSettings(Section):
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?|mps(:\d+)?)$")] = "cpu"
     """Device of the run: cpu, cuda, cuda:N or mps."""
     dtype: Literal["float32", "float64"] = "float32"
-    """Floating-point type of U, V and γ."""
+    """Floating-point type of the target, U, V and γ."""
     matmul: Literal["fp32", "tf32", "bf16"] = "fp32"
     """Precision inside float32 matrix products: fp32, or TF32 or bfloat16 if the device has them (results stay float32)."""
     compile: bool = False
