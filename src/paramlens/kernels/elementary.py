@@ -137,7 +137,7 @@ def uniform_of(x: Any) -> Any:
 
 @njit(inline="always")
 def _ordered(bits: Any) -> Any:
-    """The bits of a float as an integer that sorts like the float; applied twice, the bits again."""
+    """The bits of a float as an integer that sorts like the float; its own inverse."""
     return i32(bits ^ ((bits >> i32(31)) & i32(0x7FFFFFFF)))
 
 

@@ -52,8 +52,8 @@ def waiting() -> Waiting:
 def crowd() -> None:
     """Make GNU's idle threads sleep although torch is already loaded, unless the user has set one of the variables.
 
-    The library lets no thread spin for long if it has more threads than the machine has cores. So a Python thread starts that many
-    threads, which sleep until the process ends. With more than `MOST_CROWDED` cores, or at a second call, nothing is done.
+    The library lets no thread spin for long if it has more threads than the machine has cores. So a Python thread starts more threads
+    than cores, which sleep until the process ends. With more than `MOST_CROWDED` cores, or at a second call, nothing is done.
     """
     global _crowded
     cores, openmp = os.cpu_count() or 1, library()

@@ -141,7 +141,7 @@ class _MaskedProduct(torch.autograd.Function):
         wanted = ctx.needs_input_grad[0]
         grad_rows = torch.empty_like(rows if wanted else rows[:, :0])
         grad_U, grad_V = torch.zeros_like(U), torch.zeros_like(V)
-        grad_gs = {id(g): torch.zeros_like(g) for g, sink in zip(gs, ctx.sinks, strict=True) if sink is None}  # shared with g by plans
+        grad_gs = {id(g): torch.zeros_like(g) for g, sink in zip(gs, ctx.sinks, strict=True) if sink is None}  # plans with one g share it
         to_gs = [grad_gs[id(g)] if sink is None else sink for g, sink in zip(gs, ctx.sinks, strict=True)]
         size = _chunk_rows(rows, U)
         inner, below = rows.new_empty(2, size, U.shape[1])

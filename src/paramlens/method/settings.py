@@ -63,7 +63,7 @@ class Losses(Section):
     layerwise_sites: Count | Literal["all"] = "all"
     """Sites that a layerwise loss replaces in one step, each alone: all, or this many, drawn at random in each step (unbiased)."""
     partial_scope: Literal["forward", "sequence", "position"] = "forward"
-    """The subset M of a partial loss is drawn once per forward pass (as in the paper), sequence or position."""
+    """The subset M of a partial loss is drawn once per forward pass (how we read the paper), sequence or position."""
 
     @model_validator(mode="after")
     def _something_to_minimise(self) -> "Losses":

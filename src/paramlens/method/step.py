@@ -60,7 +60,7 @@ def training_step(
     losses = enabled(config.losses)
     # 4, 5, 8: masks, masked runs, divergences
     values, to_g = reconstruction_backward(known, [loss for loss in losses if isinstance(loss, Reconstruction)])
-    values |= {loss.name: loss.value(known) for loss in losses if isinstance(loss, DirectLoss)}  # and the other losses
+    values |= {loss.name: loss.value(known) for loss in losses if isinstance(loss, DirectLoss)}  # and all other losses
     total = torch.stack([getattr(config.losses, name) * value for name, value in values.items()]).sum()  # 9
     roots: list[tuple[Tensor, Tensor | None]] = [(total, None)] if total.requires_grad else []
     roots += [(g[site], gradient) for site, gradient in to_g.items() if g[site].requires_grad]
@@ -133,7 +133,7 @@ class Steps:
             ("γ's pre-activation at", broken(result.pre)),
             ("the gradient of", broken(gradients)),
         ]
-        where = next((f"{what} {names}" for what, names in causes if names), "every site finite")  # the first is the origin
+        where = next((f"{what} {names}" for what, names in causes if names), "every site finite")  # the first match is the origin
         when = "" if self.waits else "by "
         kinds = {f"loss {losses}": losses, "an importance": broken(result.pre), "the batch": floats}
         what = next((kind for kind, holds in kinds.items() if holds), "a gradient")

@@ -32,7 +32,7 @@ class Parameter:
 
     @property
     def C_axis(self) -> int | None:
-        """The axis along which subcomponents can be removed; None if all of them share the parameter."""
+        """The axis along which subcomponents can be removed. None: all of them share the parameter."""
         return self.shape.index("C") if "C" in self.shape else None
 
     def sizes(self, C: int) -> tuple[int, ...]:

@@ -45,7 +45,7 @@ class LossAt:
         return self.logits(logits)[..., 0].numel() if where is None else int(where.sum())
 
     def _where(self, log_probs: Float[Tensor, "*batch token"]) -> Tensor | None:
-        """The loss positions that count. None: all, if the logits are one per sequence or of the last position."""
+        """The loss positions that count. None: all, as when there is one per sequence."""
         whole = self.last_token_only or log_probs.dim() == 2
         return None if whole else self.present
 
@@ -59,7 +59,7 @@ def kl_divergence(
 
 
 class _Divergence(torch.autograd.Function):
-    """KL(target ‖ masked) at every loss position; the backward pass needs the logits and one more number per position."""
+    """KL(target ‖ masked) at every loss position; keeps logits, target probabilities and one number per position for the gradient."""
 
     @staticmethod
     def forward(ctx: Any, logits: Float[Tensor, "plan *batch token"], target: Tensor) -> Float[Tensor, "plan *batch"]:
