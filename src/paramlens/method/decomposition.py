@@ -50,7 +50,7 @@ Plan = Mapping[str, Replacement]
 class BlockRun:
     """The output of one block in the target's run.
 
-    batched: for each tensor among its other arguments, whether the first axis is the batch.
+    batched: for each tensor among the block's other arguments, whether the first axis is the batch.
     """
 
     output: Any

@@ -55,7 +55,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class DirectLoss(Loss):
-    """A loss that is computed without plans; `value` returns a scalar, with gradient to U, V and γ."""
+    """A loss with its own function `value`, which returns a scalar with gradient to U, V and γ."""
 
     value: Callable[[LossInputs], Float[Tensor, ""]]
 
