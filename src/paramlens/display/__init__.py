@@ -1,5 +1,5 @@
-"""Results as people see them: tables, in a terminal, in a notebook.
+"""Display of results as tables in a terminal or a notebook.
 
-`tables` holds the table itself, `result` gives result objects their text and HTML form, `verdicts` says which metrics pass and fail.
-`terminal` and `streams` print them and keep stdout and stderr safe to use.
+`tables` has the tables as data, `result` the text and HTML form of results, `verdicts` the limits at which metrics pass or fail.
+`terminal` prints tables, and `streams` makes stdout and stderr safe to use.
 """

@@ -1,4 +1,4 @@
-"""Figures of a page, in Plotly: what they are made of. `meta` of a trace is its number among the theme's colours."""
+"""Functions that build the figures of a page in Plotly. `meta` of a trace is the number of its colour in the page's theme."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,19 +8,19 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 NEUTRAL = 7
-"""The neutral one of the theme's colours."""
+"""Number of the theme's neutral colour."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of a page: its name, unique on the page, what it shows, and its data as a table."""
+    """A figure of a page: its name, unique on the page, its caption, and its plot."""
 
     name: str
     caption: str
     plot: go.Figure
 
     def table(self) -> tuple[list[str], list[list[Any]]]:
-        """Columns and rows, one for each point or cell."""
+        """The figure's data as columns and rows, one row per point or cell."""
         traces: list[dict[str, Any]] = self.plot.to_plotly_json()["data"]
         if all(trace["type"] == "heatmap" for trace in traces):
             titles = [each.text for each in self.plot.layout.annotations] or [""] * len(traces)
@@ -37,7 +37,7 @@ class Figure:
 def pairs_figure(
     pairs: Mapping[str, Any], *, x: Sequence[Any], y: Sequence[Any], hover: str, height: int, texts: bool = False
 ) -> go.Figure:
-    """Target on the left, masked model on the right, one row for each entry of `pairs`."""
+    """The target on the left and the masked model on the right, one row per entry of `pairs`."""
     titles = [f"{name}, {side}" for name in pairs for side in ("target", "masked")]
     figure = make_subplots(len(pairs), 2, subplot_titles=titles, horizontal_spacing=0.1, vertical_spacing=0.12 if len(pairs) > 1 else 0)
     for row, pair in enumerate(pairs.values(), 1):
@@ -59,7 +59,7 @@ def heatmap(
     highest: float | None = None,
     scale: bool = True,
 ) -> go.Heatmap:
-    """Cells z [row][column] on the scale from 0 to `highest`, by default the largest."""
+    """Cells z [row][column] on a colour scale from 0 to `highest`. Defaults to the largest value."""
     return go.Heatmap(
         z=z,
         x=list(x),
@@ -75,12 +75,12 @@ def heatmap(
 
 
 def add_line(figure: go.Figure, name: str, x: list[int], y: list[float], colour: int, *, axis: str = "y", dash: str = "solid") -> None:
-    """Draw a line of the theme's colour number `colour`."""
+    """Draw a line in the theme's colour number `colour`."""
     figure.add_scatter(x=x, y=y, name=name, mode="lines", line={"width": 1.5, "dash": dash}, yaxis=axis, meta=colour)
 
 
 def styled(figure: go.Figure, *, height: int, top: int = 10) -> go.Figure:
-    """The figure in the page's fonts, margins and transparent grounds; height, top: pixels."""
+    """The figure with the page's font, margins and transparent background; height, top: pixels."""
     figure.update_layout(
         height=height,
         margin={"l": 10, "r": 10, "t": top, "b": 10},

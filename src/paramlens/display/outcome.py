@@ -1,4 +1,4 @@
-"""What a command has found: one JSON document, or tables and lines to read."""
+"""The result of a command: one JSON document, or tables and lines of text."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from paramlens.files.plain import json_line
 
 @dataclass(frozen=True)
 class Outcome:
-    """A command's result. shown: tables, and lines that a terminal wraps but never cuts."""
+    """The result of a command. shown: tables, and lines that a terminal wraps but never cuts."""
 
     document: Mapping[str, Any]
     shown: Sequence[Table | str] = ()
     exit_code: int = 0
 
     def print(self, *, as_json: bool) -> None:
-        """Print the document, or else what is shown, on stdout."""
+        """Print `document` or `shown` on stdout."""
         if as_json:
             print(json_line(self.document))
             return

@@ -1,4 +1,4 @@
-"""Results in a notebook: tables and charts as HTML that loads nothing, readable in light and dark themes."""
+"""Results in a notebook: tables and charts as HTML that loads no other files and is readable in light and dark themes."""
 
 import math
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ _TONES: dict[Tone, str] = {
 _COLOURS = ("#4d80bf", "#cc6633", "#339966", "#a05cb8", "#d0487a", "#8f8f3d", "#2299bb", "#888888")
 _FONT = "font:13px system-ui,sans-serif;font-variant-numeric:tabular-nums;"
 _POINTS = 240
-"""Maximum number of points drawn of a curve."""
+"""Curves with more points are thinned to about this number."""
 
 
 class Result:
@@ -32,7 +32,7 @@ class Result:
         raise NotImplementedError
 
     def charts(self) -> tuple[Chart, ...]:
-        """The result's charts. Defaults to none."""
+        """The result as charts. Defaults to no charts."""
         return ()
 
     def __repr__(self) -> str:
@@ -43,7 +43,7 @@ class Result:
 
 
 def html(tables: Sequence[Table], charts: Sequence[Chart] = ()) -> str:
-    """Tables and charts as one element: inline styles alone, nothing loaded, all text escaped."""
+    """Tables and charts as one HTML element, with inline styles and escaped text; it loads no other files."""
     parts = [*(_strip(table) if table.strip else _table(table) for table in tables), *(_chart(chart) for chart in charts)]
     return f'<div style="{_FONT}color:inherit">{"".join(parts)}</div>'
 
@@ -90,7 +90,7 @@ def _notes(notes: Sequence[Cell]) -> str:
 
 
 def _strip(table: Table) -> str:
-    """Tokens as spans, each with its values under the pointer."""
+    """Tokens as spans; the tooltip of each shows its values."""
     names = [cells[0].text for cells in table.rows]
     spans = ""
     for i, column in enumerate(table.columns[table.keys :], table.keys):
@@ -102,7 +102,7 @@ def _strip(table: Table) -> str:
 
 
 def _chart(chart: Chart) -> str:
-    """Curves as a small SVG, y on a logarithmic scale; what is not above 0 has no place on it and is left out."""
+    """Curves as a small SVG with y on a logarithmic scale, without values of 0 or below."""
     lines = [(line, _thinned(line)) for line in chart.lines]
     points = [point for _, kept in lines for point in kept]
     if len({x for x, _ in points}) < 2:

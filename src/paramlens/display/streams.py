@@ -1,4 +1,4 @@
-"""What a command prints to: encodings that lack a letter, readers that have gone, streams that were closed before it started."""
+"""Standard streams of a command: encodings that lack a character, readers that have closed, streams closed before the start."""
 
 import contextlib
 import io
@@ -10,22 +10,22 @@ from rich.console import Console
 
 
 class ErrorConsole(Console):
-    """A console on stderr. Once nobody reads it any more it goes quiet, and neither the work nor the result on stdout suffers."""
+    """A console on stderr. If its reader closes, it prints nothing more; the work and the result on stdout are not affected."""
 
     def __init__(self) -> None:
         super().__init__(stderr=True)
 
     def on_broken_pipe(self) -> None:
-        """Print nothing from now on, neither here nor elsewhere on stderr."""
+        """Print nothing more, here and elsewhere on stderr."""
         self.quiet = True
         abandon(sys.stderr)
 
 
 def prepare_streams() -> None:
-    """Make the standard streams safe to use: open, and able to write every letter.
+    """Make sure that the standard streams are open and can write every character.
 
-    One that was closed before the start leads nowhere; its place would otherwise go to the next file that is opened. A letter that the
-    encoding lacks is written as its escape sequence, γ as \\u03b3.
+    A stream that was closed before the start is opened on the null device; otherwise the next opened file would get its descriptor. A
+    character that the encoding lacks is written as its escape sequence, γ as \\u03b3.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
@@ -36,7 +36,7 @@ def prepare_streams() -> None:
 
 
 def abandon(stream: TextIO | None) -> None:
-    """Let what is still to be written to a broken stream go nowhere, so that the end of the process does not fail on it."""
+    """Send further output of a broken stream to the null device, so that the process can end without an error."""
     with contextlib.suppress(OSError, ValueError):
         if stream is not None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

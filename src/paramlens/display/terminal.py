@@ -1,4 +1,4 @@
-"""Tables in a terminal, whole at any width: what does not fit beside each other comes in blocks, one under the other."""
+"""Tables in a terminal, complete at any width: columns that do not fit side by side are printed in blocks, one below the other."""
 
 from collections.abc import Iterator, Sequence
 
@@ -14,17 +14,17 @@ from paramlens.display.tables import Cell, Table, Tone, token_text, visible
 _TONES: dict[Tone, str] = {"plain": "", "faint": "dim", "strong": "bold", "good": "green", "warn": "yellow", "bad": "red"}
 _LIGHT, _DEEP = (222, 235, 247), (8, 69, 148)
 _KEY = 36
-"""Columns of the terminal that the names of rows take at most."""
+"""Maximum width of the names of rows, in characters."""
 _LEAST = 20
-"""Columns that a terminal is taken to have at least, whatever it says."""
+"""Minimum width that a terminal is assumed to have, in characters."""
 _PROSE = 24
-"""Columns that prose is given at least."""
+"""Minimum width of a column of prose, in characters."""
 
 
 def print_tables(tables: Sequence[Table], console: Console | None = None, *, after: bool = False) -> None:
-    """Print tables on `console`, by default stdout; no line is longer than it is wide, or than `_LEAST` columns, and no text is cut.
+    """Print tables on `console`. Defaults to stdout. No text is cut, and no line is wider than the console (at least `_LEAST`).
 
-    after: print a blank line before the first too.
+    after: print a blank line before the first table too.
     """
     console = console or Console()
     console.width = max(_LEAST, console.width)
@@ -47,9 +47,9 @@ def _line(cell: Cell, console: Console) -> None:
 
 
 def _blocks(table: Table, width: int) -> Iterator[tuple[list[int], list[int], int]]:
-    """Columns that stand beside each other, their widths and the gap between them: all of them if they fit, else as many as do.
+    """Blocks of columns printed side by side, with their widths and the gap between them; one block if all columns fit.
 
-    Two spaces between columns or one, heads on one line or on several, whatever is the first to fit.
+    To fit all columns, it tries heads on one line, then on several lines, then one space between columns instead of two.
     """
     every = list(range(len(table.columns)))
     if any(column.wraps for column in table.columns):
@@ -74,7 +74,7 @@ def _blocks(table: Table, width: int) -> Iterator[tuple[list[int], list[int], in
 
 
 def _width(table: Table, index: int, width: int, *, whole: bool) -> int:
-    """Of a column: its longest cell, and its head on one line, or its longest word."""
+    """Width of a column: of its longest cell, and of its head (whole) or the head's longest word."""
     name = token_text(visible(table.columns[index].name)) if table.headed else ""
     head = [name] if whole else name.split()
     natural = max(cell_len(text) for text in ["", *head, *(visible(cells[index].text) for cells in table.rows)])
@@ -82,7 +82,7 @@ def _width(table: Table, index: int, width: int, *, whole: bool) -> int:
 
 
 def _with_prose(table: Table, width: int) -> list[int]:
-    """Widths where some columns are prose, which share what the others leave."""
+    """Widths for a table with columns of prose, which share the width that the other columns leave."""
     widths = [_width(table, i, width, whole=False) for i in range(len(table.columns))]
     prose = [i for i, column in enumerate(table.columns) if column.wraps]
     others = [i for i in range(len(widths)) if i not in prose]
@@ -110,7 +110,7 @@ def _rich(table: Table, block: Sequence[int], widths: Sequence[int], gap: int) -
 
 
 _RULE = box.Box("    \n    \n ── \n    \n    \n    \n    \n    \n")
-"""A rule under the heads, and one space between columns."""
+"""Rich's box style with a line under the heads and one space between columns."""
 
 
 def _cell(cell: Cell, width: int, *, wraps: bool) -> Text:
@@ -126,7 +126,7 @@ def _style(cell: Cell) -> Style:
 
 
 def _broken(text: str, width: int) -> str:
-    """A name that is too long, a line begun after a dot, slash, underscore or space where there is one."""
+    """A long name broken into lines, after a dot, slash, underscore or space if possible."""
     lines = list[str]()
     while cell_len(text) > width:
         cut = next((i for i in range(width, width // 2, -1) if text[i - 1] in "./_ "), width)

@@ -1,4 +1,4 @@
-"""Whether a decomposition can be trusted, in plain words with figures: the same on the page, in the commands and in Python."""
+"""Verdicts on whether a decomposition can be trusted, in words and numbers; used by the page, the commands and Python."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -9,18 +9,18 @@ from paramlens.display.tables import Cell, Column, Table, Tone
 Standing = Literal["holds", "partly", "fails"]
 
 NATS = (0.01, 0.1)
-"""KL up to which a verdict holds, and up to which it partly holds; nats per position that the loss sees."""
+"""Maximum KL at which a verdict holds, and at which it partly holds; in nats per position of the loss."""
 
 WEIGHTS = (1e-4, 1e-2)
-"""Share of the weights' squared norm that U V leaves out, likewise."""
+"""The same for the share of the weights' squared norm that U V leaves out."""
 
 ACCURACY = (0.005, 0.05)
-"""Share of the right answers that is lost, likewise."""
+"""The same for the share of right answers that is lost."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One question, how it stands, the figure, and what it means."""
+    """The verdict on one question: its name, its standing, its number and their meaning."""
 
     name: str
     standing: Standing
@@ -31,7 +31,7 @@ class Verdict:
 def verdicts(
     metrics: Mapping[str, float], *, off_data: Mapping[str, Any] | None = None, target: Mapping[str, Any] | None = None
 ) -> Iterator[Verdict]:
-    """The verdicts that the given metrics allow.
+    """The verdicts for the given metrics.
 
     metrics: of a circuit or an evaluation, by name.
     off_data: as in `circuit.json`. Defaults to None: not measured.
@@ -74,7 +74,7 @@ def _off_data(found: Mapping[str, Any]) -> str:
 
 
 def verdict_table(found: Iterable[Verdict]) -> Table:
-    """Verdicts as a table: the question, the figure, how it stands and what that means."""
+    """Verdicts as a table: name, number, standing and meaning."""
     tones: dict[Standing, Tone] = {"holds": "good", "partly": "warn", "fails": "bad"}
     heads = (Column("verdict", right=False), Column("figure"), Column("meaning", right=False, wraps=True))
     rows = tuple(
@@ -84,7 +84,7 @@ def verdict_table(found: Iterable[Verdict]) -> Table:
 
 
 def failures(found: Iterable[Verdict]) -> str:
-    """The verdicts that fail, with their figures; empty if none does."""
+    """The verdicts that fail, with their numbers; empty if none does."""
     return ", ".join(f"{each.name} {each.figure}" for each in found if each.standing == "fails")
 
 
@@ -93,7 +93,7 @@ def _kl(name: str, value: float, text: str) -> Verdict:
 
 
 def _standing(value: float, bounds: tuple[float, float]) -> Standing:
-    """NaN fails."""
+    """The standing of a value; NaN fails."""
     return "holds" if value <= bounds[0] else "partly" if value <= bounds[1] else "fails"
 
 

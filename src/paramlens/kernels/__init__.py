@@ -1,7 +1,6 @@
-"""How the machine is used: inner loops for the CPU, and the settings of threads, precision and compilation.
+"""Use of the machine: compiled loops for the CPU, and settings of threads, precision and compilation.
 
-Read `native` first: it says which functions have a compiled loop and when the PyTorch version runs instead. `loops` holds the loops,
-`elementary` the functions of one number that they are written with, `mlps` the small networks of γ, `flex` attention with a bias per
-offset on a GPU. `machine` applies `settings` for the time of a run, `resources` counts the cores and the memory it may use, and
-`openmp` keeps idle CPU threads from spinning.
+Read `native` first: it lists the functions that have a compiled loop, and when PyTorch's version runs instead. `loops` has the loops,
+`elementary` the scalar functions that they use, `mlps` the MLPs of γ, `flex` attention with a bias per offset on a GPU. `machine` applies
+`settings` during a run, `resources` counts the cores and the memory that a run may use, and `openmp` keeps idle CPU threads from spinning.
 """

@@ -1,4 +1,4 @@
-"""What the bodies in `loops` compute with: arrays at an address, and functions of one number that the compiler turns into vectors."""
+"""Functions that the bodies in `loops` use: arrays at an address, and scalar functions that the compiler vectorises."""
 
 import math
 from typing import Any
@@ -31,7 +31,7 @@ def floats(address: Any, shape: Any) -> Any:
 
 @njit(inline="always", **OPTIONS)
 def half_erf(v: Any) -> Any:
-    """erf(v / √2) / 2: the normal distribution function less one half, to 2e-7; minimax rational fit on |v| <= 5.2, ±1/2 beyond."""
+    """erf(v / √2) / 2, the normal distribution function minus 1/2, with error 2e-7. Rational minimax fit on |v| <= 5.2, ±1/2 beyond."""
     t = min(v * v, f32(27.04))
     p = f32(5.84073621e-06)
     p = p * t + f32(0.000314269348)
@@ -48,7 +48,7 @@ def half_erf(v: Any) -> Any:
 
 @njit(inline="always", **OPTIONS)
 def exp(v: Any) -> Any:
-    """e^v for v <= 88, to 2e-7 of itself; 0 or next to it below -87. Minimax fit of the mantissa."""
+    """e^v for v <= 88, with relative error 2e-7; 0 or almost 0 below -87. Minimax fit of the mantissa."""
     x = max(v, f32(-87))
     k = np.rint(x * LOG2_E)
     f = (x - k * LN2_HIGH) - k * LN2_LOW
@@ -63,7 +63,7 @@ def exp(v: Any) -> Any:
 
 @njit(inline="always", **OPTIONS)
 def normal_density(v: Any) -> Any:
-    """The normal density at v, e^(-v²/2) / √(2π), to 2e-7 of its maximum."""
+    """The normal density at v, e^(-v²/2) / √(2π), with error 2e-7 of its maximum."""
     y = max(v * (v * (-HALF * LOG2_E)), f32(-100))
     k = np.rint(y)
     f = y - k
@@ -78,7 +78,7 @@ def normal_density(v: Any) -> Any:
 
 @njit(inline="always", **OPTIONS)
 def normal_share(v: Any, density: Any) -> Any:
-    """The normal distribution function at v to 1e-7, given the density there (Abramowitz and Stegun, 26.2.17)."""
+    """The normal distribution function at v with error 1e-7, from the density at v (Abramowitz and Stegun, 26.2.17)."""
     t = ONE / (ONE + f32(0.2316419) * abs(v))
     q = f32(1.330274429)
     q = q * t + f32(-1.821255978)
@@ -91,7 +91,7 @@ def normal_share(v: Any, density: Any) -> Any:
 
 @njit(inline="always", **OPTIONS)
 def log(x: Any) -> Any:
-    """Natural logarithm of a normal number > 0, to 2e-7: log m = 2 artanh((m - 1) / (m + 1)) for the mantissa m near 1."""
+    """Natural logarithm of a normal float > 0, with error 2e-7: log m = 2 artanh((m - 1) / (m + 1)) for the mantissa m near 1."""
     bits = f32(x).view(np.int32)
     exponent = i32((bits - i32(0x3F3504F3)) >> i32(23))
     m = i32(bits - i32(exponent << i32(23))).view(np.float32)
@@ -107,7 +107,7 @@ def log(x: Any) -> Any:
 
 @njit(inline="always")
 def _mixed(x: Any) -> Any:
-    """A bijection of 64-bit numbers in which every bit of the argument moves every bit of the result (the finalizer of splitmix64)."""
+    """A bijection of 64-bit numbers in which every bit of the argument affects every bit of the result (the finalizer of splitmix64)."""
     x = np.uint64(x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = np.uint64(x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return np.uint64(x ^ (x >> np.uint64(31)))
@@ -115,9 +115,9 @@ def _mixed(x: Any) -> Any:
 
 @njit(inline="always")
 def stream(key: Any) -> Any:
-    """A key's walk through the 32-bit numbers: where it starts and its odd stride, both of the key mixed.
+    """A key's sequence of 32-bit numbers: its start and its odd stride, both mixed from the key.
 
-    Streams that differ in the start alone would be one sequence, shifted; with strides of their own, two of them meet in single places.
+    With one common stride, all streams would be one sequence, shifted; with different strides, two streams share only single numbers.
     """
     words = _mixed(np.uint64(key) + np.uint64(0x9E3779B97F4A7C15))
     return np.uint32(words), np.uint32(np.uint32(words >> np.uint64(32)) | np.uint32(1))
@@ -125,9 +125,9 @@ def stream(key: Any) -> Any:
 
 @njit(inline="always")
 def uniform_of(x: Any) -> Any:
-    """A 32-bit number made uniform on the multiples of 2^-24 in [0, 1).
+    """Turn a 32-bit number into a uniform multiple of 2^-24 in [0, 1).
 
-    A bijection of 32-bit numbers (multiply and shift) in which every bit of its argument moves every bit of its result.
+    It uses a bijection of 32-bit numbers (multiply and shift) in which every bit of the argument affects every bit of the result.
     """
     x = np.uint32(np.uint32(x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D))
     x = np.uint32(np.uint32(x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B))
@@ -137,13 +137,13 @@ def uniform_of(x: Any) -> Any:
 
 @njit(inline="always")
 def _ordered(bits: Any) -> Any:
-    """The bits of a float as a whole number of the same order, and back."""
+    """The bits of a float as an integer that sorts like the float; its own inverse."""
     return i32(bits ^ ((bits >> i32(31)) & i32(0x7FFFFFFF)))
 
 
 @njit(inline="always", **OPTIONS)
 def highest(z: Any) -> Any:
-    """Largest number of a row, found among whole numbers, whose maximum is a vector operation."""
+    """Largest number of a row, computed with integers, for which the compiler vectorises the maximum."""
     bits = z.view(np.int32)
     top = _ordered(bits[0])
     for t in range(len(bits)):

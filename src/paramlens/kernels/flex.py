@@ -1,4 +1,4 @@
-"""γ's attention on CUDA for long sequences: PyTorch's flex attention, which never holds the (pos, pos) scores."""
+"""γ's attention on CUDA for long sequences: PyTorch's flex attention, which never stores the (pos, pos) scores."""
 
 from functools import cache
 from typing import Any, cast
@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 FLEX_LENGTH = 1024
-"""Positions from which on γ's attention on CUDA runs as flex attention, which holds no (pos, pos) scores."""
+"""Minimum number of positions for which γ's attention on CUDA runs as flex attention."""
 
 
 def flex_by_offset(
@@ -20,7 +20,7 @@ def flex_by_offset(
     *,
     compiled: bool,
 ) -> Float[Tensor, "site batch pos d"]:
-    """softmax((q k^T + r) / sqrt(d)) v over the present keys, r being one number per offset of key from query; sites go as heads."""
+    """softmax((q k^T + r) / sqrt(d)) v over the present keys; r is one number per offset (key - query). Sites are passed as heads."""
     from torch.nn.attention.flex_attention import flex_attention
 
     half, root = relative.shape[-1] // 2, q.shape[-1] ** 0.5

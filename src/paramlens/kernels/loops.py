@@ -1,8 +1,8 @@
-"""Bodies of the compiled loops of `native`; imported only where Numba is.
+"""Bodies of the compiled loops of `native`; imported only if Numba is installed.
 
-A body takes `d`, the addresses and whole numbers that its caller packed (floats as their bits), and does units `first` to `last`;
-its first lines unpack `d`. Loops over rows or numbers are innermost and contiguous, so that the compiler makes them vectors.
-Sums may be reassociated, but NaN and infinity keep their meaning: a step that is not finite must be seen to be so.
+A body takes `d`, the addresses and integers that its caller packed (floats as their bits), and computes units `first` to `last`;
+its first lines unpack `d`. Loops over rows or numbers are innermost and contiguous, so that the compiler vectorises them.
+Sums may be reassociated, but NaN and infinity keep their meaning, so that a step that is not finite is detected.
 """
 
 import ctypes
@@ -33,9 +33,9 @@ from paramlens.kernels.elementary import (
 )
 
 SLOTS = 24
-"""Numbers in the packed argument."""
+"""Number of 64-bit words in the packed argument."""
 BLOCK = 4096
-"""Numbers in one unit of an elementwise kernel."""
+"""How many numbers one unit of an elementwise kernel has."""
 
 
 def enabled() -> bool:
@@ -43,16 +43,16 @@ def enabled() -> bool:
 
 
 def prefer_wide_vectors() -> None:
-    """Have LLVM use 512-bit vectors where the processor has them; left to itself it stops at 256, and γ's loops take a fifth longer.
+    """Let LLVM use 512-bit vectors if the processor has them; by default it uses 256 bits, and γ's loops take a fifth longer.
 
-    Holds for all that this process compiles with Numba from now on; NUMBA_CPU_NAME and NUMBA_CPU_FEATURES, where set, are obeyed.
+    This applies to everything that this process compiles with Numba afterwards. NUMBA_CPU_NAME and NUMBA_CPU_FEATURES have priority.
     """
     config: Any = numba.config
     if config.CPU_NAME or config.CPU_FEATURES:
         return
     try:
         features = llvm.get_host_cpu_features()
-    except RuntimeError:  # LLVM cannot tell on this system
+    except RuntimeError:  # LLVM does not know this processor's features
         return
     if features.get("avx512f"):
         config.CPU_NAME, config.CPU_FEATURES = llvm.get_host_cpu_name(), features.flatten() + ",-prefer-256-bit"
@@ -69,7 +69,7 @@ def _one() -> int:
 
 
 def compiled(name: str, openmp: ctypes.CDLL | None) -> Any:
-    """The body `name` as a C function of one packed argument, which does its thread's share of the units."""
+    """The body `name` as a C function of one packed argument, which computes its thread's share of the units."""
     body = njit(**OPTIONS)(globals()[name])
     thread, threads = (_first, _one) if openmp is None else (openmp.omp_get_thread_num, openmp.omp_get_num_threads)
 
@@ -100,7 +100,7 @@ def mlps_forward(d: Any, first: int, last: int) -> None:
 
 
 def mlps_backward(d: Any, first: int, last: int) -> None:
-    """Gradients of `mlps_forward` from that of its result, `above` (rows, C): into z (overwritten), b, w and b_out (added to)."""
+    """Gradients of `mlps_forward` from that of its result, `above` (rows, C): written into z, added to those of b, w and b_out."""
     rows, C, h = d[8], d[9], d[10]
     z, b, w = floats(d[1], (C * h, rows)), floats(d[2], (C * h,)), floats(d[3], (C, h))
     above = floats(d[4], (rows, C))
@@ -128,7 +128,7 @@ def mlps_backward(d: Any, first: int, last: int) -> None:
 
 
 def scalar_mlps_forward(d: Any, first: int, last: int) -> None:
-    """Σ_h gelu(x w_in + b) w + b_out for each subcomponent (unit) and row, x being that subcomponent's own number; all (rows, C)."""
+    """Σ_h gelu(x w_in + b) w + b_out for each subcomponent (unit) and row; x is the subcomponent's own number, x and `out` (rows, C)."""
     rows, C, h = d[7], d[8], d[9]
     x, out = floats(d[1], (rows, C)), floats(d[6], (rows, C))
     w_in, b, w, b_out = floats(d[2], (C, h)), floats(d[3], (C, h)), floats(d[4], (C, h)), floats(d[5], (C,))
@@ -147,7 +147,7 @@ def scalar_mlps_forward(d: Any, first: int, last: int) -> None:
 
 
 def scalar_mlps_backward(d: Any, first: int, last: int) -> None:
-    """Gradients of `scalar_mlps_forward` from that of its result, `above`: into `to_x`, and added to those of the parameters."""
+    """Gradients of `scalar_mlps_forward` from that of its result, `above`: written into `to_x`, added to those of the parameters."""
     rows, C, h = d[11], d[12], d[13]
     x, above, to_x = floats(d[1], (rows, C)), floats(d[5], (rows, C)), floats(d[6], (rows, C))
     w_in, b, w = floats(d[2], (C, h)), floats(d[3], (C, h)), floats(d[4], (C, h))
@@ -179,7 +179,7 @@ def scalar_mlps_backward(d: Any, first: int, last: int) -> None:
 
 
 def lower_backward(d: Any, first: int, last: int) -> None:
-    """`out` = gradient of `importance.lower` at `pre` for `grad`; a unit is BLOCK numbers."""
+    """`out` = `grad` times the slope of `lower` at `pre`; a unit is BLOCK numbers."""
     start = first * BLOCK
     n = min(last * BLOCK, d[4]) - start
     pre, grad, out = floats(d[1] + 4 * start, (n,)), floats(d[2] + 4 * start, (n,)), floats(d[3] + 4 * start, (n,))
@@ -191,7 +191,7 @@ def lower_backward(d: Any, first: int, last: int) -> None:
 
 
 def minimality(d: Any, first: int, last: int) -> None:
-    """`out`[unit] = Σ (upper(pre) + ε)^p - ε^p over its BLOCK numbers, those with pre <= 0 adding 0; `slope` = its derivative by pre."""
+    """`out`[unit] = Σ ((upper(pre) + ε)^p - ε^p) over its BLOCK numbers, 0 where pre <= 0; `slope` = the derivative by pre."""
     reals = d.view(np.float64)
     out, p, eps = floats(d[3], (d[0],)), f32(reals[5]), f32(reals[6])
     offset = f32(reals[6] ** reals[5])
@@ -212,7 +212,7 @@ def minimality(d: Any, first: int, last: int) -> None:
 
 
 def uniform(d: Any, first: int, last: int) -> None:
-    """`out`[i] = the noise of place i under a key; a unit is BLOCK numbers."""
+    """`out`[i] = the noise of a key at index i; a unit is BLOCK numbers."""
     start, (origin, stride) = first * BLOCK, stream(d[3])
     n = i32(min(last * BLOCK, d[2]) - start)
     out, place = floats(d[1] + 4 * start, (n,)), np.uint32(start)
@@ -221,7 +221,7 @@ def uniform(d: Any, first: int, last: int) -> None:
 
 
 def mask_forward(d: Any, first: int, last: int) -> None:
-    """`inner` *= g, or g + (1 - g) u with u the noise of its place, from `origin` on, under a key; in place."""
+    """`inner` *= g, or with a key g + (1 - g) u, where u is the key's noise at its index; in place."""
     start, noisy, (origin, stride) = first * BLOCK, d[4], stream(d[5])
     n = i32(min(last * BLOCK, d[3]) - start)
     inner, g, place = floats(d[1] + 4 * start, (n,)), floats(d[2] + 4 * start, (n,)), np.uint32(d[6] + start)
@@ -235,7 +235,7 @@ def mask_forward(d: Any, first: int, last: int) -> None:
 
 
 def mask_backward(d: Any, first: int, last: int) -> None:
-    """From inner activations and the gradient above the mask: `inner` becomes the masked one, `grad` that of the inner, g's is added to."""
+    """`inner` becomes the masked activation, `grad` turns from its gradient into that of `inner`, and `grad_g` gets g's gradient added."""
     start, noisy, (origin, stride) = first * BLOCK, d[6], stream(d[7])
     n = i32(min(last * BLOCK, d[5]) - start)
     inner, grad, place = floats(d[1] + 4 * start, (n,)), floats(d[2] + 4 * start, (n,)), np.uint32(d[8] + start)
@@ -255,7 +255,7 @@ def mask_backward(d: Any, first: int, last: int) -> None:
 
 
 def divergence_forward(d: Any, first: int, last: int) -> None:
-    """KL of each row (unit) of `logits` from its target row, those repeating every `period` rows; `lse` = log Σ exp of the row."""
+    """KL of each row (unit) of `logits` from its target row; target rows repeat every `period` rows. `lse` = log Σ exp of the row."""
     tokens, period = d[6], d[7]
     logits, target, share = floats(d[1], (d[0], tokens)), floats(d[2], (period, tokens)), floats(d[3], (period, tokens))
     out, lse = floats(d[4], (d[0],)), floats(d[5], (d[0],))
@@ -273,7 +273,7 @@ def divergence_forward(d: Any, first: int, last: int) -> None:
 
 
 def divergence_backward(d: Any, first: int, last: int) -> None:
-    """`out` = (softmax(logits) - p) times the row's gradient."""
+    """`out` = (softmax(logits) - share) times the row's gradient."""
     tokens, period = d[6], d[7]
     logits, share, out = floats(d[1], (d[0], tokens)), floats(d[2], (period, tokens)), floats(d[5], (d[0], tokens))
     lse, above = floats(d[3], (d[0],)), floats(d[4], (d[0],))

@@ -1,4 +1,4 @@
-"""How a run uses its machine: CPU threads, the precision of matrix products, and what torch.compile may fuse."""
+"""Machine settings during a run: CPU threads, precision of matrix products, and functions that torch.compile may fuse."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -16,16 +16,16 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 MOST_THREADS = 4
-"""More CPU threads than this gain next to nothing on the products of a toy."""
+"""Maximum number of CPU threads by default; more gain almost nothing on a toy model."""
 
 _PRECISION = {"fp32": "highest", "tf32": "high", "bf16": "medium"}
 _compiling = False
-"""Of the whole process: PyTorch runs backward passes on threads of its own, which see none of the caller's context variables."""
+"""Global, because PyTorch runs backward passes on its own threads, which do not see the caller's context variables."""
 
 
 @contextmanager
 def machine(config: MachineSettings) -> Iterator[None]:
-    """While active, torch computes as `config` says (threads, matmul, compile); restored whatever happens."""
+    """While active, torch uses the settings of `config` (threads, matmul, compile); restored at the end, even after an error."""
     global _compiling
     precision, compiling = torch.get_float32_matmul_precision(), _compiling
     _compiling = config.compile
@@ -53,16 +53,16 @@ def torch_threads(threads: int | None) -> Iterator[None]:
 
 
 def default_threads() -> int:
-    """CPU threads of a run that does not name their number: the usable cores, at most four and at most OMP_NUM_THREADS where that is set.
+    """Default number of CPU threads: the usable cores, at most four, and at most OMP_NUM_THREADS if that is set.
 
-    A function of the machine and its settings. What other programs do changes how fast a run is, not how its sums are rounded.
+    It depends on the machine and its settings only. So other programs can slow a run down, but do not change how its sums are rounded.
     """
     wanted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     return min(usable_cores(), MOST_THREADS, max(1, int(wanted)) if wanted.isdecimal() else MOST_THREADS)
 
 
 def fusible(function: Callable[P, R]) -> Callable[P, R]:
-    """A function of tensors that torch.compile may fuse where the configuration says so."""
+    """Mark a function of tensors that torch.compile fuses if the configuration sets `compile`."""
     compiled = cache(lambda: torch.compile(function))
 
     @wraps(function)

@@ -1,4 +1,4 @@
-"""The MLPs inside γ, one per subcomponent: every one's result at every row, and all gradients, without holding their hidden units."""
+"""The MLPs inside γ, one per subcomponent: their results at every row and all gradients, without storing the hidden units."""
 
 from collections.abc import Iterator
 from typing import Any, cast
@@ -12,17 +12,17 @@ from paramlens.kernels import native
 from paramlens.kernels.machine import fusible
 
 MIN_CHUNK = 64
-"""Fewest rows of a chunk: with fewer, each chunk reads all of γ's weights for next to no work."""
+"""Minimum number of rows in a chunk: with fewer, each chunk reads all of γ's weights for little work."""
 
 GPU_CHUNK = 2**28
-"""Hidden units of γ computed at once on a GPU: 1 GiB in fp32."""
+"""Number of γ's hidden units computed at once on a GPU: 1 GiB in fp32."""
 
 
 class Mlps(torch.autograd.Function):
-    """One MLP per subcomponent, all reading the same rows, as one product a chunk of rows; hidden units are never stored.
+    """One MLP per subcomponent, all on the same rows, computed by chunks of rows without storing all hidden units.
 
-    A chunk's hidden units stay in cache; the backward pass computes them again. The gain is not arithmetic but memory traffic:
-    the whole hidden tensor (site, row, C * d_gate) is written and read many times when it is kept.
+    A chunk's hidden units stay in the cache, and the backward pass computes them again. This saves memory traffic, not arithmetic:
+    the whole hidden tensor (site, row, C * d_gate) would be written and read many times.
     """
 
     @staticmethod
@@ -67,14 +67,14 @@ class Mlps(torch.autograd.Function):
 
 @fusible
 def _mixed(before: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor) -> Tensor:
-    """Every MLP's result (site, row, C) from its hidden products (site, row, C * d_gate)."""
+    """The MLPs' results (site, row, C) from their hidden products (site, row, C * d_gate)."""
     hidden = F.gelu(before + b_in).unflatten(-1, w_out.shape[1:])
     return (hidden * w_out[:, None]).sum(-1) + b_out[:, None]
 
 
 @fusible
 def _mixed_backward(before: Tensor, b_in: Tensor, w_out: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `_mixed` with respect to the hidden products, w_out and b_in, the last with an axis for rows."""
+    """Gradients of `_mixed` with respect to the hidden products, w_out and b_in; the last has an axis of size 1 for rows."""
     before, above = before + b_in, grad[..., None]
     to_w_out = (F.gelu(before).unflatten(-1, w_out.shape[1:]) * above).sum(1)
     below = torch.ops.aten.gelu_backward((above * w_out[:, None]).flatten(2), before)
@@ -116,13 +116,13 @@ def _native_backward(
 
 
 def _hidden_memory(rows: Tensor, hidden: int) -> tuple[int, Tensor]:
-    """Rows of a chunk whose hidden units fit into the threads' caches, and memory for as many."""
+    """Number of rows in a chunk, such that its hidden units fit into the threads' caches, and memory for these hidden units."""
     size = min(max(MIN_CHUNK, native.cached_numbers() // hidden), rows.shape[1])
     return size, rows.new_empty(hidden * size)
 
 
 class ScalarMlps(torch.autograd.Function):
-    """One MLP per subcomponent, each reading its own number; hidden units are never stored, as in `Mlps`."""
+    """One MLP per subcomponent, each on its own number, without storing all hidden units, as in `Mlps`."""
 
     @staticmethod
     def forward(
@@ -172,7 +172,7 @@ class ScalarMlps(torch.autograd.Function):
 
 
 def _chunks(rows: Float[Tensor, "site row _"], w_in: Float[Tensor, "site C *_ d_gate"]) -> Iterator[slice]:
-    """Slices of rows whose hidden units, of all sites, fit into a CPU's cache, or into a share of a GPU's memory."""
+    """Chunks of rows whose hidden units, of all sites, fit into a CPU's cache or are at most GPU_CHUNK on a GPU."""
     elements = native.cached_numbers() if rows.device.type == "cpu" else GPU_CHUNK
     size = max(MIN_CHUNK, elements // (len(w_in) * w_in.shape[1] * w_in.shape[-1]))
     return (slice(start, min(start + size, rows.shape[1])) for start in range(0, rows.shape[1], size))

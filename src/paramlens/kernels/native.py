@@ -1,8 +1,8 @@
-"""The CPU's inner loops, compiled by Numba on first use: single passes over numbers that PyTorch would read and write several times.
+"""Inner loops for the CPU, compiled by Numba on first use: one pass over numbers that PyTorch would read and write several times.
 
-Each has its twin in plain PyTorch where it is called; `serves` says which of the two runs. Kernels run on PyTorch's own OpenMP
-threads, since a second pool would fight them for the cores; on one thread where that library is not GNU's. Work is cut into units
-that no two threads share, so results do not depend on the number of threads.
+Each has a version in plain PyTorch where it is called; `serves` decides which of the two runs. Kernels run on PyTorch's own OpenMP
+threads, because a second pool would compete for the cores, or on one thread if that library is not GNU's. Work is split into units,
+and each unit is computed by one thread, so results do not depend on the number of threads.
 """
 
 import ctypes
@@ -21,19 +21,19 @@ from paramlens.kernels.openmp import library
 
 
 def serves(*tensors: Tensor) -> bool:
-    """Whether the compiled kernels take these tensors: plain ones, not of a subclass such as DTensor, float32, on the CPU, with Numba."""
+    """Whether the compiled kernels can use these tensors: float32 on the CPU, no subclass such as DTensor, with Numba installed."""
     plain = all(type(each) in (Tensor, Parameter) and each.device.type == "cpu" and each.dtype == torch.float32 for each in tensors)
     return plain and compiled_loops() is not None
 
 
 def cached_numbers() -> int:
-    """Float32 numbers that fit into the second-level caches of PyTorch's threads: what is worked on at once."""
+    """How many float32 numbers fit into the second-level caches of PyTorch's threads: the size of a chunk."""
     return _cache_bytes() // 4 * torch.get_num_threads()
 
 
 @cache
 def _cache_bytes() -> int:
-    """One core's second-level cache as Linux reports it, within reason; 1 MiB where nothing is reported."""
+    """Size of one core's second-level cache as Linux reports it, limited to 0.5 to 2 MiB; 1 MiB if it reports none."""
     try:
         size = int(Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text(encoding="ascii").strip().removesuffix("K")) * 1024
     except (OSError, ValueError):
@@ -45,7 +45,7 @@ def _cache_bytes() -> int:
 def compiled_loops() -> Any:
     try:
         from paramlens.kernels import loops
-    except ImportError:  # Numba is not made for this Python or machine
+    except ImportError:  # Numba does not support this Python or machine
         return None
     if not loops.enabled():
         return None
@@ -54,13 +54,13 @@ def compiled_loops() -> Any:
 
 
 class _Kernel:
-    """A loop over `units`, split over threads, and the types of its other arguments in order, as its body unpacks them.
+    """A loop over `units`, split over threads, with the types of its other arguments in the order in which its body unpacks them.
 
-    Calls raise `TypeError` for an argument that is not of its type: packed as it is, the body would read it as something else.
+    A call raises `TypeError` for an argument of a wrong type, which the body would misread.
     """
 
     def __init__(self, name: str, types: str) -> None:
-        """types: a letter for each argument: t, a contiguous float32 tensor on the CPU; i, a whole number; f, a float."""
+        """types: one letter per argument: t, a contiguous float32 tensor on the CPU; i, an integer; f, a float."""
         self.name, self.types = name, types
         self.run: Any = None
 
@@ -76,7 +76,7 @@ class _Kernel:
             openmp.GOMP_parallel(self.run.address, packed, threads, 0)
 
     def packed(self, units: int, *arguments: Tensor | float) -> "ctypes.Array[ctypes.c_int64]":
-        """The one argument of the compiled body: `units` and `arguments` as 64-bit words, floats as their bits."""
+        """The compiled body's single argument: `units` and `arguments` as 64-bit words, floats as their bits."""
         if len(arguments) != len(self.types):
             raise TypeError(f"kernel {self.name}: {len(arguments)} arguments; it takes {len(self.types)} after the units")
         try:
@@ -122,5 +122,5 @@ divergence_backward = _Kernel("divergence_backward", "tttttii")
 
 
 def units(tensor: Tensor) -> int:
-    """Units of an elementwise kernel over all numbers of `tensor`."""
+    """Number of units of an elementwise kernel over `tensor`."""
     return -(-tensor.numel() // compiled_loops().BLOCK)

@@ -1,4 +1,4 @@
-"""How PyTorch's CPU threads wait for one another. Imports no torch: the variables must be set before its OpenMP library is loaded."""
+"""How PyTorch's idle CPU threads wait. Does not import torch: the variables must be set before its OpenMP library is loaded."""
 
 import ctypes
 import os
@@ -12,34 +12,34 @@ from typing import Literal
 Waiting = Literal["asleep", "spinning"]
 
 _PASSIVE = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
-"""What makes idle threads sleep: the standard's variable, then GNU's own (Linux) and LLVM's and Intel's own (macOS, Windows)."""
+"""Variables that make idle threads sleep: of the OpenMP standard, of GNU (Linux), and of LLVM and Intel (macOS, Windows)."""
 
 SPINNING = (
     "{threads} threads that spin while they wait: beside other programs this may be much slower than one. "
     "Import paramlens before torch, set OMP_WAIT_POLICY=passive before Python starts, or give threads 1"
 )
-"""Told at the start of a run."""
+"""A warning at the start of a run."""
 
 MOST_CROWDED = 16
-"""Cores up to which `crowd` makes a thread for each."""
+"""Maximum number of cores for which `crowd` starts threads."""
 
 _crowded = False
 
 
 def sleep_when_idle() -> None:
-    """Have OpenMP's idle threads sleep, unless the user has set one of the variables or torch, which reads them once, is loaded.
+    """Make OpenMP's idle threads sleep, unless the user has set one of the variables or torch, which reads them once, is loaded.
 
-    By default they spin. Beside another program the one that spins keeps its core from the one that is waited for, and a step on two
-    threads then takes tens of times longer than on one. Programs that this process starts inherit the variables.
+    By default they spin. If another program runs too, a spinning thread can block the core that a working thread needs, and a step on
+    two threads takes tens of times longer than on one. Child processes inherit the variables.
     """
     if "torch" not in sys.modules and not _given():
         os.environ.update(_PASSIVE)
 
 
 def waiting() -> Waiting:
-    """How idle threads wait, as far as the variables tell; those set by the user after torch was loaded are taken at their word.
+    """How idle threads wait, according to the variables, even if the user set them after torch was loaded.
 
-    GNU's and LLVM's own variables outrank the standard's.
+    The variables of GNU and LLVM have priority over the standard's.
     """
     if _crowded:
         return "asleep"
@@ -50,10 +50,10 @@ def waiting() -> Waiting:
 
 
 def crowd() -> None:
-    """Have GNU's idle threads sleep although torch was loaded before it could be told, unless the user has set one of the variables.
+    """Make GNU's idle threads sleep although torch is already loaded, unless the user has set one of the variables.
 
-    The library lets no thread spin for long once it has more of them than the machine has cores. So one more thread of Python gets as
-    many as that, which sleep to the end of the process. Not with more than `MOST_CROWDED` cores; a second call does nothing.
+    The library lets no thread spin for long if it has more threads than the machine has cores. So a Python thread starts more threads
+    than cores, which sleep until the process ends. With more than `MOST_CROWDED` cores, or at a second call, nothing is done.
     """
     global _crowded
     cores, openmp = os.cpu_count() or 1, library()
@@ -73,7 +73,7 @@ def crowd() -> None:
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """PyTorch's own OpenMP library, where it is GNU's, as on Linux; none on macOS and Windows."""
+    """PyTorch's own OpenMP library, if it is GNU's, as on Linux. None: another library, as on macOS and Windows."""
     found = find_spec("torch")
     assert found is not None
     assert found.origin is not None

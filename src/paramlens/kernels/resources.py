@@ -1,4 +1,4 @@
-"""What this process may use of its machine: cores and memory, within what its control groups (Linux) leave it."""
+"""Cores and memory that this process may use, within the limits of its control groups (Linux)."""
 
 import re
 from collections.abc import Iterator
@@ -11,14 +11,14 @@ _GROUPS, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on, or the fewer that its control groups let it keep busy; at least 1."""
+    """Number of cores that this process may use, by its CPU affinity and its control groups; at least 1."""
     process = psutil.Process()
     allowed = len(process.cpu_affinity() or ()) if hasattr(process, "cpu_affinity") else psutil.cpu_count() or 1  # macOS has no affinity
     return max(1, min(allowed, int(min(_cpu_quotas(), default=allowed))))
 
 
 def free_memory(device: str) -> int | None:
-    """Free memory of a device, in bytes; on a CPU no more than its control groups leave this process. None if the device does not say."""
+    """Free memory of a device in bytes, on a CPU within the limits of the control groups. None: the device does not report it."""
     kind = torch.device(device).type
     if kind == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -26,7 +26,7 @@ def free_memory(device: str) -> int | None:
 
 
 def _cpu_quotas(root: Path = _GROUPS, membership: Path = _MEMBERSHIP) -> Iterator[float]:
-    """Cores that each control group may keep busy, its time in each period over the period; nothing for a group without a limit."""
+    """Number of cores that each control group may use: CPU time per period / period. Groups without a limit are skipped."""
     for folder in _groups("cpu", root, membership):
         for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
             try:
@@ -38,7 +38,7 @@ def _cpu_quotas(root: Path = _GROUPS, membership: Path = _MEMBERSHIP) -> Iterato
 
 
 def _memory_left(root: Path = _GROUPS, membership: Path = _MEMBERSHIP) -> Iterator[int]:
-    """Bytes that each control group has left; file caches that it can drop count as free. Nothing for a group without a limit."""
+    """Bytes that each control group has left; file caches that can be dropped count as free. Groups without a limit are skipped."""
     for folder in _groups("memory", root, membership):
         for files in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
             try:
@@ -50,7 +50,7 @@ def _memory_left(root: Path = _GROUPS, membership: Path = _MEMBERSHIP) -> Iterat
 
 
 def _groups(controller: str, root: Path, membership: Path) -> Iterator[Path]:
-    """Folders of the control groups around this process, the innermost first: of version 2, or those of version 1 with `controller`."""
+    """Folders of this process's control groups, the innermost first: those of version 2, and those of version 1 with `controller`."""
     try:
         lines = _content(membership).splitlines()
     except OSError:

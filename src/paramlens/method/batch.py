@@ -1,4 +1,4 @@
-"""A batch, its present positions, and the trees of tensors that models take."""
+"""A batch, its present positions, and functions on the nested tensors that models take as inputs."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,14 +19,14 @@ Batches = Callable[[int], Any] | Sequence[Any] | Iterable[Any]
 
 @dataclass(frozen=True)
 class Batch:
-    """What the target is run on, and what is known of its positions.
+    """Inputs of the target, and what is known about their positions.
 
-    inputs: passed to the target as `model(x)`, `model(*sequence)` or `model(**mapping)`; tensors lead with the batch axis.
-    roles: (batch, pos) indices into the task's role names, or none.
-    answers: (batch,) token expected after the last position, or none.
-    present: (batch, pos), true at a sequence's own positions, false where it is filled up to the length of the longest, on either side.
-    Defaults to all positions. A position that is not present counts nowhere: in no loss, mean or count, and γ does not look at it.
-    texts: of every sequence the text of its tokens, or none.
+    inputs: passed to the target as `model(x)`, `model(*sequence)` or `model(**mapping)`; the first axis of tensors is the batch.
+    roles: (batch, pos) indices into the task's role names, or None.
+    answers: (batch,) token expected after the last position, or None.
+    present: (batch, pos), true at a sequence's own positions, false at padding, on either side. Defaults to None: all positions.
+    Padding is in no loss, mean or count, and γ does not attend to it.
+    texts: the text of each token of every sequence, or None.
     """
 
     inputs: Inputs
@@ -39,12 +39,12 @@ class Batch:
         return self.map(lambda tensor: tensor.to(device))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        """`function` on every tensor."""
+        """The batch with `function` applied to every tensor."""
         return replace(self, **{name: map_tensors(function, getattr(self, name)) for name in ("inputs", "roles", "answers", "present")})
 
     @property
     def columns(self) -> int | None:
-        """Length of the second axis of the inputs, positions in a batch of sequences; None for inputs of one axis."""
+        """Length of the inputs' second axis, which is positions in a batch of sequences. None: the inputs have one axis."""
         return next((tensor.shape[1] for tensor in tensors_of(self.inputs) if tensor.dim() > 1), None)
 
     @property
@@ -54,17 +54,17 @@ class Batch:
 
     @property
     def token_ids(self) -> Int[Tensor, "batch pos"] | None:
-        """The tokens, of inputs that are tokens alone or name them `input_ids`; None for any other."""
+        """The token ids, if the inputs are token ids alone or name them `input_ids`. None: other inputs."""
         ids = self.inputs.get("input_ids") if isinstance(self.inputs, Mapping) else self.inputs
         return ids if isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point() else None
 
     def with_token_ids(self, ids: Int[Tensor, "batch pos"]) -> "Batch":
-        """The same batch of other tokens, about which nothing else is known."""
+        """The same batch with other tokens, without roles, answers and texts."""
         inputs = {**self.inputs, "input_ids": ids} if isinstance(self.inputs, Mapping) else ids
         return replace(self, inputs=inputs, roles=None, answers=None, texts=None)
 
     def alone(self, row: int) -> "Batch":
-        """One sequence of the batch, without what fills it up."""
+        """One sequence of the batch, without padding."""
         assert self.present is not None
         rows, columns, own = *self.present.shape, self.present[row].nonzero()[:, 0]
 
@@ -83,12 +83,12 @@ def last_positions(present: Bool[Tensor, "batch pos"]) -> Int[Tensor, "batch"]:
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """`function` on every tensor of nested mappings, tuples and lists; everything else unchanged."""
+    """Apply `function` to every tensor in nested mappings, tuples and lists; everything else is unchanged."""
     return map_leaves(Tensor, function, tree)
 
 
 def map_leaves(kind: type[Leaf], function: Callable[[Leaf], Any], tree: Any) -> Any:
-    """`function` on every value of a `kind` in nested mappings, tuples (named ones too) and lists; everything else unchanged."""
+    """Apply `function` to every value of type `kind` in nested mappings, (named) tuples and lists; everything else is unchanged."""
     if isinstance(tree, kind):
         return function(tree)
     if isinstance(tree, Mapping):
@@ -100,12 +100,12 @@ def map_leaves(kind: type[Leaf], function: Callable[[Leaf], Any], tree: Any) -> 
 
 
 def tensors_of(tree: Any) -> list[Tensor]:
-    """Every tensor of nested mappings, tuples and lists, in order."""
+    """Every tensor in nested mappings, tuples and lists, in order."""
     found: list[Tensor] = []
     map_tensors(lambda tensor: found.append(tensor) or tensor, tree)
     return found
 
 
 def row_count(inputs: Any) -> int:
-    """Sequences of a batch: the length of the first axis of the first tensor that has one; 1 where none has."""
+    """Number of sequences in a batch: the length of the first tensor's first axis, scalars aside; 1 if there is none."""
     return next((tensor.shape[0] for tensor in tensors_of(inputs) if tensor.dim()), 1)

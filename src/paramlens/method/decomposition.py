@@ -1,4 +1,4 @@
-"""The core: every site's weight as a sum of rank-1 subcomponents, and runs of the target with sites replaced by them.
+"""The decomposition: each site's weight as a sum of rank-1 subcomponents, and runs of the target with sites replaced by them.
 
     W ≈ U @ V = Σ_c outer(U[:, c], V[c])                                      (eq. 1; U reads, V writes)
     masked run at a site:  y = ((x @ U) * r) @ V + bias
@@ -14,11 +14,11 @@
 | logits            | [batch, pos, token] |                    |
 | stacked logits    | [plan, batch, pos, token] |              |
 
-A plan says which sites are replaced, and by which mask. Plans are stacked along the batch: one forward pass runs them all,
-and each site computes only what each plan needs of it, its own product or the masked one. A site that is given only the last
-positions of the sequence, because the loss needs no others, takes the mask's last positions. One that is given all positions of all
-sequences in a row, [batch * pos, d_in], is seen as [batch, pos, d_in] like the others. A plan that leaves the first blocks
-of the model alone enters the stack at its own first block, with the target's activations.
+A plan says which sites are replaced, and by which masks. Plans are stacked along the batch, so one forward pass runs them all. For
+each plan a site computes only what that plan needs: the target's product or the masked one. If the loss needs only the last positions
+and a site receives only those, it uses the mask's last positions. If a site receives a flattened input [batch * pos, d_in], it is
+reshaped to [batch, pos, d_in]. A plan that changes nothing in the model's first blocks starts at the first block that it changes, with
+the target's activations.
 """
 
 from collections import Counter
@@ -43,12 +43,15 @@ from paramlens.method.products import stacked_product
 from paramlens.method.sites import Product, Site, TargetRows, aligned, replaced, watched
 
 Plan = Mapping[str, Replacement]
-"""Site name → replacement; sites left out run the target's own weight."""
+"""Site name → replacement; all other sites use the target's weight."""
 
 
 @dataclass(frozen=True)
 class BlockRun:
-    """What a block returned in the target's run, and of each tensor among its further arguments whether it leads with the batch axis."""
+    """The output of one block in the target's run.
+
+    batched: for each tensor among the block's other arguments, whether the first axis is the batch.
+    """
 
     output: Any
     batched: tuple[bool, ...]
@@ -58,8 +61,8 @@ class BlockRun:
 class TargetRun:
     """One run of the target: its logits [batch, pos, token] and each site's input [batch, pos, d_in], both without gradient.
 
-    blocks: of each block that `Decomposition.find_blocks` found.
-    seen: what γ sees of each input, [batch, pos, d_seen].
+    blocks: the outputs of the blocks that `Decomposition.find_blocks` found.
+    seen: what γ reads at each site, [batch, pos, d_seen].
     """
 
     logits: Tensor
@@ -69,16 +72,16 @@ class TargetRun:
 
 
 class Decomposition(Result, nn.Module):
-    """U and V of every site, and masked runs of the target `model`, which is never changed and never a submodule."""
+    """U and V of every site, and masked runs of the target `model`. The target is never changed and is not a submodule."""
 
     def __init__(self, model: nn.Module, sites: Sequence[Site], *, C: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self._target = (model,)  # in a tuple: the target's parameters are not the decomposition's
+        self._target = (model,)  # in a tuple, so that the target's parameters are not registered here
         self.sites = tuple(sites)
         self.C = C
         self._blocks: tuple[nn.Module, ...] = ()
         self._home: dict[str, int] = {}  # site name → index of its block
-        self._copied: set[Hashable] = set()  # whose input or output the model writes to later in a run
+        self._copied: set[Hashable] = set()  # blocks and places whose input or output the model overwrites later in a run
         device = self.sites[0].W.device
         self._U = nn.ParameterList(torch.zeros(site.d_in, C, dtype=dtype, device=device) for site in sites)
         self._V = nn.ParameterList(torch.zeros(C, site.d_out, dtype=dtype, device=device) for site in sites)
@@ -106,22 +109,22 @@ class Decomposition(Result, nn.Module):
         return dict(zip(self.names, self._V, strict=True))
 
     def site(self, name: str) -> Site:
-        """The site of that name."""
+        """The site called `name`."""
         return self.sites[self.names.index(name)]
 
     def inner(self, name: str, x: Tensor) -> Float[Tensor, "*batch C"]:
-        """Inner activations x @ U of an input x of the site `name`."""
+        """Inner activations x @ U at the site `name`, for its input x."""
         return self.site(name).read(x, self.U[name])
 
     def seen(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What γ sees of the sites' inputs."""
+        """Site name → what γ reads, given the sites' inputs."""
         return {name: self.site(name).seen(x) for name, x in inputs.items()}
 
     def summary(self) -> str:
         return f"{len(self.sites)} sites, {self.C} subcomponents each"
 
     def tables(self) -> tuple[Table, ...]:
-        """Every site with its shapes."""
+        """A table of the sites with the shapes of W, U and V."""
         shapes = [
             (site_cell(site.name), *row(f"{site.d_in} × {site.d_out}", f"{site.d_in} × {self.C}", f"{self.C} × {site.d_out}"))
             for site in self.sites
@@ -129,11 +132,11 @@ class Decomposition(Result, nn.Module):
         return (Table(self.summary(), columns("site", "W", "U", "V"), tuple(shapes)),)
 
     def target_run(self, inputs: Inputs) -> TargetRun:
-        """The target as it is: logits bit-equal to calling it, and what every site was given, before the model wrote into that."""
+        """Run the target unchanged: its logits, bit-equal to a plain call, and each site's input, as it was when the site was called."""
         kept, blocks = Kept(self._copied), list[BlockRun]()
         with torch.no_grad(), hooked([(block, partial(_keep_block, kept, blocks)) for block in self._blocks]):
             logits, given = self._inputs_of(kept, lambda: call(self.model, inputs))
-        if kept.written():  # what was kept is no longer what it was
+        if kept.written():  # the model has overwritten tensors that were kept: run again, with copies
             self._copied |= kept.written()
             return self.target_run(inputs)
         for name, calls in given.items():
@@ -146,17 +149,17 @@ class Decomposition(Result, nn.Module):
         return TargetRun(logits, xs, tuple(blocks), self.seen(xs))
 
     def _inputs_of(self, kept: Kept, run: Callable[[], Tensor]) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        """What a run gives, and what every site is given in it, call by call."""
+        """The result of `run`, and each site's inputs in it, one for each call."""
         given: dict[str, list[Tensor]] = {site.name: [] for site in self.sites}
         with watched(self.sites, lambda site, x: given[site.name].append(kept(site.place, x))):
             return run(), given
 
     @torch.no_grad()
     def find_blocks(self, inputs: Inputs) -> None:
-        """Recognise the model's chain of blocks, so that a plan can start at the first block it changes.
+        """Find the model's chain of blocks, so that a plan can start at the first block that it changes.
 
-        A chain is a `ModuleList` whose modules hand their output on, each to the next; it counts if runs that start in its
-        middle and at its end give the logits of whole runs on `inputs`.
+        A chain is a `ModuleList` in which each module's output is the input of the next. It is used only if, on `inputs`, runs
+        that start inside the chain give the same logits as whole runs.
         """
         self._blocks = max(block_chains(self.model, inputs), key=lambda chain: len(self._homes(chain)), default=())
         self._home = self._homes(self._blocks)
@@ -174,7 +177,7 @@ class Decomposition(Result, nn.Module):
         try:
             runs = self(inputs, plans, target), self(inputs, plans)
             return all(torch.allclose(entered, whole, rtol=1e-3, atol=1e-4) for entered, whole in zip(*runs, strict=True))
-        except (RuntimeError, TypeError, ValueError, IndexError, StopIteration):  # blocks that cannot be entered so
+        except (RuntimeError, TypeError, ValueError, IndexError, StopIteration):  # runs cannot start inside these blocks
             return False
 
     def _homes(self, blocks: Sequence[nn.Module]) -> dict[str, int]:
@@ -182,20 +185,20 @@ class Decomposition(Result, nn.Module):
         return {site.name: owners[site.place.module] for site in self.sites if site.place.module in owners}
 
     def entry(self, plan: Plan) -> int:
-        """Index of the first block that a plan changes, where it can enter a run; 0 if it must run through the whole model."""
+        """Index of the first block that a plan changes: its run can start there. 0 if it must run through the whole model."""
         return min((self._home.get(name, 0) for name in plan), default=0)
 
     def forward(self, inputs: Inputs, plans: Sequence[Plan], target: TargetRun | None = None) -> Float[Tensor, "plan batch *pos token"]:
-        """The masked run: logits of every plan from one forward pass of the target, plans stacked along the batch axis.
+        """The masked run: the logits of all plans, from one forward pass with the plans stacked along the batch axis.
 
-        target: the target's run on the same sequences; with it, a plan is not run through the blocks before its first site.
+        target: the target's run on the same sequences, used to skip the blocks before a plan's first site. Defaults to None: skip none.
         """
         for name in {name for plan in plans for name in plan} - set(self.names):
             raise SiteError(f"plan names {name}, which is no site of this decomposition; its sites: {', '.join(self.names)}")
         runs = () if target is None else target.blocks
         starts = [self.entry(plan) if runs else 0 for plan in plans]
         order = sorted(range(len(plans)), key=starts.__getitem__)
-        active = [sum(start <= i for start in starts) for i in range(len(self._blocks))]  # plans under way in each block
+        active = [sum(start <= i for start in starts) for i in range(len(self._blocks))]  # number of plans that run through each block
         plans = [plans[i] for i in order]
         calls: Counter[Site] = Counter()
         products: dict[Site, Product] = {}
@@ -214,7 +217,7 @@ class Decomposition(Result, nn.Module):
         return logits if order == sorted(order) else logits[torch.tensor(order).argsort().to(logits.device)]
 
     def masked_inputs(self, inputs: Inputs, plan: Plan) -> dict[str, Float[Tensor, "batch *pos d_in"]]:
-        """What every site is given in the masked run of `plan`."""
+        """Each site's input in the masked run of `plan`."""
         kept = Kept(self._copied)
         logits, seen = self._inputs_of(kept, lambda: self(inputs, [plan])[0])
         if kept.written():
@@ -224,13 +227,13 @@ class Decomposition(Result, nn.Module):
 
 
 def _repeated(inputs: Inputs, times: int) -> Inputs:
-    """The batch `times` times, one after the other; tensors that do not lead with the batch axis stay as they are."""
+    """The batch repeated `times` times along its first axis; tensors without a batch axis are unchanged."""
     rows = row_count(inputs)
     return map_tensors(lambda t: t.repeat(times, *[1] * (t.dim() - 1)) if t.dim() and t.shape[0] == rows else t, inputs)
 
 
 def block_chains(model: nn.Module, inputs: Inputs) -> list[tuple[nn.Module, ...]]:
-    """Every `ModuleList` of `model` whose modules are called once each, in order, the first argument being the output before."""
+    """Every `ModuleList` of `model` whose modules are called once each, in order, each with the output of the one before."""
     lists = [tuple(module) for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
     calls: list[tuple[nn.Module, Tensor | None, Tensor | None]] = []
 
@@ -249,7 +252,7 @@ def block_chains(model: nn.Module, inputs: Inputs) -> list[tuple[nn.Module, ...]
 
 
 def _hidden(values: Any) -> Tensor | None:
-    """The hidden state among a block's arguments or results: the tensor itself, or the first of several."""
+    """The hidden state in a block's arguments or output: the tensor itself, or the first of several values."""
     first = values[0] if isinstance(values, tuple | list) and values else values
     return first if isinstance(first, Tensor) else None
 
@@ -264,10 +267,10 @@ def _keep_block(kept: Kept, blocks: list[BlockRun], module: nn.Module, args: tup
 
 
 def _entering(blocks: Sequence[nn.Module], runs: Sequence[BlockRun], active: Sequence[int]) -> dict[nn.Module, Callable[..., Any]]:
-    """Forwards of the blocks when the first `active[i]` of the stacked plans run through block i.
+    """Forwards of the blocks when only the first `active[i]` of the stacked plans run through block i.
 
-    The plans that start there enter with the target's activations; a block in which none is under way is skipped. Further arguments
-    that grow with the batch are cut to the plans under way.
+    Plans that start at a block get the target's activations there. A block that no plan runs through is skipped. Other arguments with a
+    batch axis are cut to the plans that run.
     """
     plans = active[-1]
 
@@ -301,10 +304,10 @@ def _counted(calls: "Counter[Site]", site: Site, compute: Callable[[Tensor, Targ
 
 
 def call(model: nn.Module, inputs: Inputs) -> Tensor:
-    """The model's logits on a copy of the inputs, into which it may write.
+    """The model's logits on a copy of the inputs, so that the model may overwrite it.
 
-    The logits are its output, the output's `.logits` or ["logits"], or of a tuple or list the first tensor of two axes or more, as of
-    (loss, logits). Raises `BatchError` for any other output.
+    The logits are its output, the output's `.logits` or ["logits"], or the first tensor with two or more axes in a tuple or list such
+    as (loss, logits). Raises `BatchError` for any other output.
     """
     inputs = map_tensors(Tensor.clone, inputs)
     if isinstance(inputs, Mapping):

@@ -1,8 +1,8 @@
-"""What a model must hold before a run starts: measured on the first batch, once, and refused in one line where it does not.
+"""Checks that a model can be decomposed: made once, on the first batch, before a run starts; each failure is an error of one line.
 
-Whatever a model is called, its run is sound only if all of this is true: it gives the same logits twice; every site is x @ W + bias of
-what it is given, so that masks of ones give the target; the logits depend on every site, by a gradient that needs no second forward
-pass; plans stacked along the batch do not see each other; and no run changes a weight.
+A run can be trusted only if all of this is true: the model gives the same logits twice; every site computes x @ W + bias of its input,
+so that masks of ones give the target; the logits depend on every site, with a gradient that needs no second forward pass; plans stacked
+along the batch do not affect each other; and no run changes a weight.
 """
 
 import math
@@ -23,15 +23,15 @@ from paramlens.method.sites import Product, Site, TargetRows, by_place, replaced
 from paramlens.method.slices import require_slices
 
 FAILURES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError, NotImplementedError)
-"""What a model that is given something it cannot take may raise."""
+"""Exceptions that a model may raise on inputs that it cannot process."""
 
 _WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"}
 _TOLERANCE = 1e-2
-"""Share of the largest logit by which runs may differ that are the same in exact arithmetic, TF32 included."""
+"""Tolerance between runs that agree in exact arithmetic, as a share of the largest logit; large enough for TF32."""
 
 
 def require_plain(model: nn.Module) -> None:
-    """Raise `ConfigError` for a model whose modules or weights cannot be replaced: wrapped, compiled, lazy, on no device or on two."""
+    """Raise `ConfigError` if the model is wrapped, compiled, lazy, on the meta device or on several: its weights cannot be replaced."""
     name = type(model).__name__
     if name in _WRAPPERS:
         raise ConfigError(f"model: wrapped in {name}, which splits batches over processes of its own; give model.module")
@@ -58,10 +58,10 @@ def require_plain(model: nn.Module) -> None:
 
 
 def require_sound(decomposition: Decomposition, inputs: Inputs) -> TargetRun:
-    """The target's run on the first batch, once it is known that the run can be trusted.
+    """Check that runs of the model can be trusted, and return the target's run on the first batch.
 
-    Raises `BatchError` for what the batch or the model's output makes impossible, `SiteError` naming the site otherwise, and
-    `DivergedError` for logits that are not finite.
+    Raises `BatchError` for a problem of the batch or of the model's output, `DivergedError` for logits that are not finite, and
+    `SiteError` for a problem of a site.
     """
     if any(tensor.is_inference() for tensor in tensors_of(inputs)):
         raise BatchError("batch: made under torch.inference_mode(), where tensors can take no part in gradients; make batches outside it")
@@ -118,7 +118,7 @@ def _require_logits(decomposition: Decomposition, inputs: Inputs, target: Target
 
 
 def _is_squeezed(model: nn.Module, inputs: Inputs, logits: Tensor) -> bool:
-    """Whether the logits are the outputs of a layer of one unit, without their last axis."""
+    """Whether the logits are the output of a layer with one unit, with the last axis removed."""
     found: list[bool] = []
 
     def look(_module: nn.Module, _args: object, _kwargs: object, output: object) -> None:
@@ -134,7 +134,7 @@ def _is_squeezed(model: nn.Module, inputs: Inputs, logits: Tensor) -> bool:
 
 
 def _require_leading(inputs: Inputs, target: TargetRun) -> None:
-    """Raise unless every site is given the batch's rows first, all sites with the same leading axes."""
+    """Raise unless the first axis of every site's input is the batch, and all sites have the same leading axes."""
     given = next(tensor for tensor in tensors_of(inputs) if tensor.dim())
     rows = given.shape[0]
     in_a_row = {math.prod(given.shape[:2]), math.prod(target.logits.shape[:-1])}
@@ -155,9 +155,9 @@ def _require_leading(inputs: Inputs, target: TargetRun) -> None:
 
 
 def _require_exact(decomposition: Decomposition, inputs: Inputs, target: TargetRun) -> None:
-    """Raise unless exact factors, U the identity and V the weight, with masks of ones give the target's logits, and gradients reach them.
+    """Raise unless exact factors (U the identity, V the weight) with masks of ones give the target's logits, with gradients.
 
-    A weight asks for a gradient meanwhile, and must get none: it would be used elsewhere as well.
+    The weights require gradients during this check. A weight that gets one is also used outside its site.
     """
     sites, probes = decomposition.sites, dict[Site, list[Tensor]]()
     products = {site: Product(partial(_exact, site, probes.setdefault(site, []))) for site in sites}
@@ -201,9 +201,9 @@ def _require_exact(decomposition: Decomposition, inputs: Inputs, target: TargetR
 
 
 def _exact(site: Site, probes: list[Tensor], x: Tensor, target: TargetRows) -> Tensor:
-    """What a site makes of its input by its weight, once it is clear that the model makes the same of it.
+    """A site's x @ W + bias, after a check that the model computes the same.
 
-    A tensor of zeros is added, whose gradient is that of the output.
+    A tensor of zeros is added to it, to measure the output's gradient.
     """
     if not torch.is_grad_enabled():
         raise SiteError(
@@ -223,7 +223,7 @@ def _exact(site: Site, probes: list[Tensor], x: Tensor, target: TargetRows) -> T
 
 
 def _gradients(logits: Tensor, wanted: list[Tensor]) -> tuple[Tensor | None, ...]:
-    """Gradients of a sum of all logits, each with a weight of its own; those of what they do not depend on are none."""
+    """Gradients of a weighted sum of all logits, with different weights; None for a tensor on which the logits do not depend."""
     if not logits.requires_grad:
         return (None,) * len(wanted)
     weights = torch.arange(logits.numel(), device=logits.device, dtype=torch.float64).add_(1).cos_().to(logits.dtype).view(logits.shape)
@@ -231,7 +231,7 @@ def _gradients(logits: Tensor, wanted: list[Tensor]) -> tuple[Tensor | None, ...
 
 
 def _require_stackable(decomposition: Decomposition, inputs: Inputs, target: TargetRun) -> None:
-    """Raise unless plans stacked along the batch give what each gives alone."""
+    """Raise unless stacked plans give the same logits as each plan alone."""
     off = {name: Replacement(U.new_zeros(*target.inputs[name].shape[:-1], decomposition.C)) for name, U in decomposition.U.items()}
     plans: list[Plan] = [off, {}]
     advice = "every tensor of a batch must lead with the batch axis, and so must what each site is given"
@@ -251,13 +251,13 @@ def _close(a: Tensor, b: Tensor, *, within: float = _TOLERANCE) -> bool:
 
 
 def _fingerprints(model: nn.Module) -> dict[str, str]:
-    """Parameter's name → a number, as text, that changes with any of its bits, nearly always; nan is the same as nan."""
+    """Parameter's name → its sum, as text, which almost always changes if any of its bits does; nan equals nan."""
     return {name: float(parameter.detach().sum(dtype=torch.float64)).hex() for name, parameter in model.named_parameters()}
 
 
 @contextmanager
 def told(what: str) -> Iterator[None]:
-    """While active, whatever the model raises ends in one line; the library's own errors, and memory that is not there, pass."""
+    """While active, errors of the model become a `BatchError` of one line; errors of this library and of lack of memory are unchanged."""
     try:
         yield
     except (ParamLensError, torch.OutOfMemoryError):

@@ -1,4 +1,4 @@
-"""What a decomposition scores on a batch; the trainer and the analyses measure with this one function."""
+"""Metrics of a decomposition on a batch; training and analyses both measure with `evaluate`."""
 
 from collections.abc import Mapping, Sequence
 
@@ -38,7 +38,7 @@ def evaluate(
     threshold: float = ACTIVE,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Faithfulness (eq. 1), reconstruction losses in nats, and accuracies where the batch has answers.
+    """Faithfulness (eq. 1), reconstruction losses in nats, and accuracies if the batch has answers.
 
     recon, recon_layerwise: masks g, all sites or each alone. stochastic_recon: one draw, from `seed`. recon_rounded: every
     subcomponent with g > threshold fully on, all others off. Plans run one by one, so that memory does not grow with the sites.
@@ -64,14 +64,14 @@ def evaluate(
 
 
 def mean_over_batches(values: Sequence[float], counts: Sequence[int]) -> float:
-    """The mean over all positions (or sequences) of several batches, given each batch's mean and how many it has."""
+    """The mean over all positions (or sequences) of several batches, from each batch's mean and number of them."""
     if len(set(counts)) == 1:
         return sum(values) / len(values)
     return sum(value * count for value, count in zip(values, counts, strict=True)) / sum(counts)
 
 
 def accuracy(logits: Float[Tensor, "batch pos token"], batch: Batch) -> float:
-    """Share of sequences whose likeliest token after the last present position is the batch's answer."""
+    """Share of sequences whose most likely token after the last present position is the batch's answer."""
     last = LossAt(last_token_only=True, present=batch.present).logits(logits)[:, 0]
     return (last.argmax(-1) == batch.answers).double().mean().item()
 

@@ -1,4 +1,4 @@
-"""Random generators that are pure functions of what they are for."""
+"""Random generators that depend only on their purpose, such as (seed, "masks", step)."""
 
 from hashlib import blake2b
 from numbers import Integral
@@ -12,6 +12,6 @@ def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Gene
 
 
 def seed_of(*key: int | str) -> int:
-    """A 63-bit number that is a pure function of `key`; a whole number of NumPy's counts as the same of Python's."""
+    """A 63-bit number that is a pure function of `key`; NumPy's integers count as Python's."""
     key = tuple(int(part) if isinstance(part, Integral) else part for part in key)
     return int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1

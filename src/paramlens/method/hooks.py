@@ -1,4 +1,4 @@
-"""Hooks and replaced attributes of modules that are there while a run is under way, and gone afterwards, whatever happens."""
+"""Hooks and replaced attributes of modules that exist only during a run; they are removed at its end, even after an error."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,8 +13,8 @@ _Hooks = Sequence[tuple[nn.Module, Callable[..., Any]]]
 def hooked(after: _Hooks = (), before: _Hooks = ()) -> Iterator[None]:
     """While active, each function is a hook of its module.
 
-    after: forward hooks, called with (module, args, kwargs, output); what they return, unless None, takes the output's place.
-    before: forward pre-hooks, called with (module, args, kwargs); what they return, unless None, is (args, kwargs) in place of the given.
+    after: forward hooks, called with (module, args, kwargs, output); a result that is not None replaces the output.
+    before: forward pre-hooks, called with (module, args, kwargs); a result that is not None replaces (args, kwargs).
     """
     with ExitStack() as handles:
         for module, hook in after:
@@ -25,15 +25,15 @@ def hooked(after: _Hooks = (), before: _Hooks = ()) -> Iterator[None]:
 
 
 def given_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """What a module that maps one tensor is called with, by position or by keyword."""
+    """The input of a module that takes one tensor, by position or by keyword."""
     return args[0] if args else next(iter(kwargs.values()))
 
 
 @contextmanager
 def swapped_in(forwards: Mapping[nn.Module, Callable[..., Tensor]]) -> Iterator[None]:
-    """While active, each module runs the given function as its `forward`; restored whatever happens, Ctrl-C included.
+    """While active, each module's `forward` is the given function; restored at the end, even after an error or Ctrl-C.
 
-    The function stands in for `module.forward` only, so the user's hooks keep firing.
+    Only `module.forward` is replaced, so the user's hooks still run.
     """
     with shadowed({(module, "forward"): forward for module, forward in forwards.items()}):
         yield
@@ -41,7 +41,7 @@ def swapped_in(forwards: Mapping[nn.Module, Callable[..., Tensor]]) -> Iterator[
 
 @contextmanager
 def shadowed(values: Mapping[tuple[nn.Module, str], Any]) -> Iterator[None]:
-    """While active, each named attribute of a module is the given value; parameters and buffers stay registered as they are."""
+    """While active, each named attribute of a module is the given value; parameters and buffers stay registered."""
     before = [(module, name, name in module.__dict__, module.__dict__.get(name)) for module, name in values]
     try:
         for (module, name), value in values.items():

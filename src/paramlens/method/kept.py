@@ -1,4 +1,4 @@
-"""Tensors that are kept while a model runs on, although some models write to them later in the run."""
+"""Tensors that are kept during a run, and a check whether the model wrote to them later in the run."""
 
 from collections.abc import Hashable, Set
 
@@ -6,19 +6,19 @@ from torch import Tensor
 
 
 class Kept:
-    """What modules and sites' places are given or return in one run, kept as it is, or as a copy for those in `copied`."""
+    """Inputs and outputs of modules and places in one run, kept without a copy, or as a copy for owners in `copied`."""
 
     def __init__(self, copied: Set[Hashable]) -> None:
         self._copied = copied
         self._versions: list[tuple[Hashable, Tensor, int]] = []
 
     def __call__(self, owner: Hashable, tensor: Tensor) -> Tensor:
-        """What to keep of `tensor`."""
-        if owner in self._copied or tensor.is_inference():  # those count no versions
+        """The tensor to keep: `tensor` itself or a copy."""
+        if owner in self._copied or tensor.is_inference():  # inference tensors have no version counter
             return tensor.clone()
         self._versions.append((owner, tensor, tensor._version))
         return tensor
 
     def written(self) -> set[Hashable]:
-        """Owners of a kept tensor that has been written to since, by PyTorch's own count: a run with copies of theirs is due."""
+        """Owners whose kept tensor has been written to since, by PyTorch's version counter: run again, with copies of theirs."""
         return {owner for owner, tensor, version in self._versions if tensor._version != version}

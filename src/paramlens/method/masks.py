@@ -1,4 +1,4 @@
-"""From importance g to masks r, which sites a plan replaces, and the masked product itself (Algorithm 3, lines 4 and 5; eqs. 5 to 8)."""
+"""Masks r from importances g, random subsets of sites, and the masked product (Algorithm 3, lines 4 and 5; eqs. 2 and 5 to 8)."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,10 +18,10 @@ from paramlens.method.generators import generator
 
 @dataclass(frozen=True)
 class Replacement:
-    """A site's masked weight in one plan: mask r = g, or, with a key, r = g + (1 - g) u for the noise u of that key, in [g, 1].
+    """A site's mask in one plan: r = g, or, with a key, r = g + (1 - g) u in [g, 1], with noise u from that key.
 
-    where: (batch, pos or 1) at which it stands in, elsewhere the target's own weight; none: everywhere.
-    sink: contiguous, shaped as g; the compiled product adds g's gradient there instead of handing autograd one tensor for each plan.
+    where: (batch, pos or 1), true where the mask applies; elsewhere the target's weight is used. Defaults to None: everywhere.
+    sink: contiguous, shaped as g; the compiled product adds g's gradient to it. Defaults to None: autograd gets one tensor per plan.
     """
 
     g: Float[Tensor, "*batch C"]
@@ -31,7 +31,7 @@ class Replacement:
 
 
 def rounded_mask(g: Float[Tensor, "*batch C"], *, threshold: float) -> Float[Tensor, "*batch C"]:
-    """1 where g > threshold, else 0: the subcomponents Table 1 counts, fully on, and no others."""
+    """1 where g > threshold, else 0: the subcomponents that Table 1 counts are fully on, all others off."""
     return (g > threshold).to(g.dtype)
 
 
@@ -40,14 +40,14 @@ def site_subsets(
     shape: tuple[int, ...],
     generator: torch.Generator,
 ) -> Bool[Tensor, "site *shape"]:
-    """Random subsets M of `count` sites (eq. 5): size k ~ U{1..count}, then a uniform k-subset, independently for each cell of `shape`."""
+    """Random subsets M of `count` sites (eq. 5): size k ~ U{1..count}, then k sites at random, independently for each cell of `shape`."""
     k: Int[Tensor, "*shape"] = torch.randint(1, count + 1, shape, generator=generator, device=generator.device)
     order = torch.rand(count, *shape, generator=generator, device=generator.device).argsort(dim=0).argsort(dim=0)
     return order < k
 
 
 def subset_shape(scope: Literal["forward", "sequence", "position"], batch: tuple[int, ...]) -> tuple[int, ...]:
-    """The cells that draw M independently: one, one per sequence, or one per position; shaped to broadcast over `batch`."""
+    """The shape of independent draws of M: one, one per sequence, or one per position; it broadcasts over `batch`."""
     return {"forward": (), "sequence": (batch[0], *(1 for _ in batch[1:])), "position": batch}[scope]
 
 
@@ -61,7 +61,7 @@ _noise_source: ContextVar[torch.Generator | None] = ContextVar("noise_source", d
 
 @contextmanager
 def noise_from(rng: torch.Generator) -> Iterator[None]:
-    """While active, masks draw from `rng` instead of their keys, which a captured step could not change."""
+    """While active, masks draw from `rng` instead of their keys: in a captured step the keys are fixed."""
     before = _noise_source.set(rng)
     try:
         yield
@@ -70,7 +70,7 @@ def noise_from(rng: torch.Generator) -> Iterator[None]:
 
 
 def mask_noise(key: int, like: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
-    """Noise u ~ U(0, 1) per entry: a pure function of key, shape and kind of device; inside `noise_from`, its generator's next numbers."""
+    """Noise u ~ U(0, 1): a pure function of key, shape and kind of device. Inside `noise_from`, the next numbers of its generator."""
     if (given := _noise_source.get()) is not None:
         return torch.rand(like.shape, generator=given, device=like.device, dtype=like.dtype)
     if native.serves(like):
@@ -88,7 +88,7 @@ def masked_linear(
     replacements: Sequence[Replacement],
     bias: Float[Tensor, "d_out"] | None,
 ) -> Float[Tensor, "*batch d_out"]:
-    """`((x @ U) * r) @ V + bias`, r being the masks of `replacements`, one after the other along the first axis.
+    """`((x @ U) * r) @ V + bias`, where r is the masks of `replacements` joined along the first axis.
 
     Raises `BatchError` if masks and input disagree on the leading axes.
     """
@@ -110,7 +110,7 @@ def masks_of(replacements: Sequence[Replacement]) -> list[Float[Tensor, "*batch 
 
 
 class _MaskedProduct(torch.autograd.Function):
-    """`((x @ U) * r) @ V` by chunks of rows; inner activations and masks never leave the cache and are computed again for the gradients."""
+    """`((x @ U) * r) @ V` by chunks of rows that fit into the cache; the backward pass computes inner activations and masks again."""
 
     @staticmethod
     def forward(
@@ -141,7 +141,7 @@ class _MaskedProduct(torch.autograd.Function):
         wanted = ctx.needs_input_grad[0]
         grad_rows = torch.empty_like(rows if wanted else rows[:, :0])
         grad_U, grad_V = torch.zeros_like(U), torch.zeros_like(V)
-        grad_gs = {id(g): torch.zeros_like(g) for g, sink in zip(gs, ctx.sinks, strict=True) if sink is None}  # shared with g by plans
+        grad_gs = {id(g): torch.zeros_like(g) for g, sink in zip(gs, ctx.sinks, strict=True) if sink is None}  # plans with one g share it
         to_gs = [grad_gs[id(g)] if sink is None else sink for g, sink in zip(gs, ctx.sinks, strict=True)]
         size = _chunk_rows(rows, U)
         inner, below = rows.new_empty(2, size, U.shape[1])
@@ -164,10 +164,10 @@ class _MaskedProduct(torch.autograd.Function):
 
 
 def _noise(key: int | None, place: int) -> tuple[int, int, int]:
-    """A mask kernel's last arguments: whether there is noise, its key, and the place of the first number."""
+    """The last arguments of a mask kernel: whether there is noise, its key, and the index of its first number."""
     return (0, 0, 0) if key is None else (1, key, place)
 
 
 def _chunk_rows(rows: Float[Tensor, "plan row d_in"], U: Float[Tensor, "d_in C"]) -> int:
-    """Rows whose inner activations fit into the threads' caches."""
+    """Number of rows whose inner activations fit into the threads' caches."""
     return min(max(16, native.cached_numbers() // (8 * U.shape[1])), rows.shape[1])

@@ -1,4 +1,4 @@
-"""Ambient state: modes of torch that a caller may have set, threads, and buffers that a model changes while it runs."""
+"""State outside a run that could affect it: torch modes set by the caller, threads, and buffers that the model changes."""
 
 import threading
 from collections.abc import Iterator
@@ -12,16 +12,16 @@ from paramlens.errors import ConfigError
 _AUTOCAST = ("cpu", "cuda", "mps", "xpu")
 
 _threads: dict[int, int] = {}
-"""Model's id → the thread that runs it with changed modules, for as long as it does."""
+"""Model's id → the thread that is running it with changed modules."""
 
 _looking = threading.Lock()
 
 
 @contextmanager
 def default_modes() -> Iterator[None]:
-    """While active, neither inference mode nor autocast is on, and new tensors are float32 on the CPU unless said otherwise.
+    """While active, inference mode and autocast are off, and new tensors are float32 on the CPU by default.
 
-    Whether gradients are on stays as it is; in inference mode they are off.
+    Gradients stay on or off as they were; in inference mode they are off.
     """
     gradients = torch.is_grad_enabled()
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
@@ -41,7 +41,7 @@ def default_modes() -> Iterator[None]:
 
 @contextmanager
 def one_thread(model: nn.Module) -> Iterator[None]:
-    """While active, no other thread runs `model` with modules or modes changed. Raises `ConfigError` if one does already."""
+    """While active, no other thread runs `model` with changed modules or modes. Raises `ConfigError` if another already does."""
     here = threading.get_ident()
     with _looking:
         outermost = id(model) not in _threads
@@ -56,7 +56,7 @@ def one_thread(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Afterwards every buffer of `model` is the tensor that it was, with the same bits, whether it was written to or replaced."""
+    """At the end, every buffer of `model` is the same tensor with the same bits as before, even if it was written to or replaced."""
     attributes = {module: set(dir(module)) for module in model.modules()}
     before = [
         (module, name, buffer, buffer.detach().clone()) for module in attributes for name, buffer in module.named_buffers(recurse=False)
@@ -80,16 +80,16 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same, NaN counting as equal to itself."""
+    """Whether two tensors are equal, with NaN equal to NaN."""
     return a.is_meta or bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 @contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
-    """While active, the model is in evaluation mode, its parameters ask for no gradient, and torch is in its `default_modes`.
+    """While active, the model is in evaluation mode, its parameters require no gradient, and torch is in `default_modes`.
 
-    Restored whatever happens, the model's buffers included: they are as they were, bit for bit. Raises `ConfigError` if another thread
-    has the model at rest.
+    At the end all of this is restored, even after an error, and the model's buffers too, bit for bit. Raises `ConfigError` if another
+    thread is running the model.
     """
     with one_thread(model):
         training = [(module, module.training) for module in model.modules()]

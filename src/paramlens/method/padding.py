@@ -1,4 +1,4 @@
-"""Whether a sequence is itself whatever it stands beside: its logits may not depend on what fills it up to the length of others."""
+"""A check that the logits of a sequence do not depend on its padding."""
 
 import torch
 from jaxtyping import Float
@@ -11,9 +11,9 @@ from paramlens.method.decomposition import call
 
 @torch.no_grad()
 def require_padding_unseen(model: nn.Module, batch: Batch, logits: Float[Tensor, "*batch token"]) -> None:
-    """Run the shortest padded sequence of `batch` alone and compare its logits with those it has in the batch.
+    """Run the shortest sequence of `batch` alone, without padding, and compare its logits with those in the batch.
 
-    logits: of the target on the batch. Raises `BatchError` if they differ. A batch without padding is not looked at.
+    logits: of the target on the batch. Raises `BatchError` if they differ. A batch without padding is not checked.
     """
     if batch.present is None:
         return

@@ -1,4 +1,4 @@
-"""What a site computes in a masked run: of its input, stacked for several plans, the target's product or a masked one, as each needs."""
+"""The product of a site in a masked run with stacked plans: for each plan the target's product or a masked one."""
 
 from itertools import groupby
 from typing import Literal
@@ -11,7 +11,7 @@ from paramlens.method.sites import Product, Site, TargetRows
 
 
 def stacked_product(site: Site, U: Tensor, V: Tensor, replacements: list[Replacement | None], *, copies: bool) -> Product:
-    """What the site computes when `replacements` (one per plan, none: the target's weight) are stacked along its input."""
+    """The product of the site for stacked plans; `replacements` has one entry per plan, None for the target's weight."""
     runs = [(kind, list(run)) for kind, run in groupby(replacements, key=_product)]
     shape = next(replacement.g.shape for replacement in replacements if replacement is not None)
 
@@ -42,7 +42,7 @@ def _product(replacement: Replacement | None) -> Literal["target", "masked", "sc
 
 
 def _fitted(replacement: Replacement, x: Tensor) -> Replacement:
-    """The replacement's last positions, where the site is given no more than those."""
+    """The replacement, cut to its last positions if the site receives only those."""
     g, key, where = replacement.g, replacement.key, replacement.where
     if where is not None:
         where = where.expand(g.shape[:-1])

@@ -1,4 +1,4 @@
-"""What a configuration says of the method: the paper's symbols and the paper's values."""
+"""The fields of a configuration that set the method, with the paper's symbols and values."""
 
 from typing import Annotated, Literal
 
@@ -10,21 +10,21 @@ from paramlens.method.importance.settings import Gamma
 
 
 class Init(Section):
-    """Where U and V start."""
+    """The first values of U and V."""
 
     kind: Literal["random", "svd", "svd_rotated"] = "svd"
-    """`svd` starts at W's singular pairs, `svd_rotated` at a random rotation of them: both hold U V = W to rounding where C >= rank W, and
-    start at the best U V of rank C where C is lower (nothing of rank C can be W). `random`: the paper does not say where it starts. Seeds
-    that start at `svd` start alike, so agreement between seeds is measured from `svd_rotated`."""
+    """`svd`: W's singular pairs. `svd_rotated`: a random rotation of them. `random`: normal entries (the paper names no start). With the
+    first two, U V = W to rounding if C >= rank W; otherwise U V is the best approximation of rank C. All seeds start at the same `svd`, so
+    measure agreement between seeds with `svd_rotated`."""
     warmup_steps: Natural = 0
-    """Faithfulness-only steps on U and V before step 0 (for `random`)."""
+    """Steps on U and V before step 0 with faithfulness as the only loss (for `random`)."""
     warmup_lr: Positive = 1e-2
     """Learning rate of those steps (Adam)."""
 
 
 COEFFICIENT = "coefficient"
 Coefficient = Annotated[NonNegative, COEFFICIENT]
-"""Weight of the loss of the field's name."""
+"""Weight of the loss with the field's name."""
 
 
 class Losses(Section):
@@ -37,17 +37,17 @@ class Losses(Section):
     recon: Coefficient = 0.0
     """Masks equal to the importances (§4). Table 4: 0.5. Figure 6: 0.1."""
     recon_layerwise: Coefficient = 0.0
-    """As `recon`, each site alone (Table 1c)."""
+    """As `recon`, with each site replaced alone (Table 1c)."""
     recon_partial: Coefficient = 0.0
     """eq. 5, 7. Figure 6: 10."""
     stochastic_recon_partial: Coefficient = 0.0
     """eq. 6, 8. Figure 6: 10."""
     local: Coefficient = 0.0
-    """Each site's own output at each token by its important subcomponents alone, squared error relative to its square: what is not
-    important writes nothing there. Ours; the paper has none."""
+    """Each site's output at each token from its important subcomponents alone: squared error relative to the output's square. The others
+    then write nothing there. Ours; the paper has none."""
     elsewhere: Coefficient = 0.0
-    """On other text, from `task.elsewhere`, all sites replaced and every subcomponent on but those of one sentence alone, which are on in
-    part at random: taking them out must not matter there. Ours; the paper has none."""
+    """KL on other text, from `task.elsewhere`, with all subcomponents on except those of one sentence alone, which are partly on, at
+    random: removing them must not matter there. Ours; the paper has none."""
     faithfulness: Coefficient = 0.0
     """eq. 1. Table 4: 1000. Figure 6: 1e6."""
     minimality: Coefficient = 0.0
@@ -55,15 +55,15 @@ class Losses(Section):
     p_start: Positive = 0.9
     """Minimality's power p at the first step. Tables: 0.9."""
     p_final: Positive = 0.1
-    """Power p at the last step, reached linearly. Tables: 0.1."""
+    """Power p at the last step; p changes linearly. Tables: 0.1."""
     minimality_eps: Positive = 1e-12
     """ε in (g + ε)^p - ε^p, which bounds the slope at 0 by p ε^(p - 1)."""
     samples: Count = 1
-    """S, mask samples per stochastic loss and step."""
+    """Number of mask samples S per stochastic loss and step."""
     layerwise_sites: Count | Literal["all"] = "all"
-    """Sites that a layerwise loss replaces in one step, each alone: all, or this many drawn anew for each step (unbiased)."""
+    """Sites that a layerwise loss replaces in one step, each alone: all, or this many, drawn at random in each step (unbiased)."""
     partial_scope: Literal["forward", "sequence", "position"] = "forward"
-    """What shares one draw of the subset M of a partial loss; the paper's reading: one draw per forward."""
+    """The subset M of a partial loss is drawn once per forward pass (how we read the paper), sequence or position."""
 
     @model_validator(mode="after")
     def _something_to_minimise(self) -> "Losses":
@@ -75,7 +75,7 @@ class Losses(Section):
 
 
 LOSS_NAMES = tuple(name for name, field in Losses.model_fields.items() if COEFFICIENT in field.metadata)
-"""The fields of `Losses` that are coefficients; `method/losses` has a loss for each."""
+"""The fields of `Losses` that are coefficients; `method/losses` defines a loss for each."""
 
 
 class Optim(Section):
@@ -84,21 +84,21 @@ class Optim(Section):
     name: Literal["adam", "adamw"] = "adam"
     """Table 4: Adam. Figure 6: AdamW."""
     lr: Positive = 1e-3
-    """Learning rate of U and V, and of γ unless `gamma_lr` is given. Tables: 0.001."""
+    """Learning rate of U and V. Tables: 0.001."""
     gamma_lr: Positive | None = None
-    """Learning rate of γ; none: `lr`."""
+    """Learning rate of γ. Defaults to `lr`."""
     betas: tuple[Share, Share] = (0.9, 0.999)
-    """Decay rates of Adam's two moments; the paper gives none."""
+    """Decay rates of Adam's two moments; the paper does not give them."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay (AdamW only). Figure 6: 0.05."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
-    """Learning rate after the warm-up; the last two end at 0. Table 4: cosine. Figure 6: constant."""
+    """Learning rate after the warm-up; cosine and linear end at 0. Table 4: cosine. Figure 6: constant."""
     warmup: NonNegative = 0.0
-    """Linear warm-up: steps if 1 or more, a share of all steps if below 1. Table 4: 0. Figure 6: 0.01."""
+    """Linear warm-up: a number of steps if 1 or more, a share of all steps if below 1. Table 4: 0. Figure 6: 0.01."""
     project_from: Annotated[Number, Field(ge=0, le=1)] | None = None
-    """Share of the steps after which updates of U and V keep to U V = W: the gradient loses what would change the sum, and every update
-    ends at the nearest pair, so that faithfulness is rounding alone; none: never. Four eigenproblems of the size of its weight for each
-    site and step: for small models."""
+    """Share of the steps after which every update keeps U V = W: gradients are projected, and U and V move to the nearest pair with
+    U V = W, so that faithfulness is only rounding. Each step solves four eigenproblems per site, of the size of its weight: for small
+    models. Defaults to None: never."""
 
     @model_validator(mode="after")
     def _decay_has_an_effect(self) -> "Optim":
@@ -108,18 +108,18 @@ class Optim(Section):
 
 
 class MethodSettings(MachineSettings):
-    """All that the method itself needs to know: what is decomposed into how much, and how it is trained."""
+    """All settings of the method: what is decomposed, into how many subcomponents, and how it is trained."""
 
     seed: Annotated[Integer, Field(ge=0, le=2**64 - 1)] = 0
-    """Seeds the target, the data, the start and every mask."""
+    """Seed of the target, the data, the first U, V and γ, and every mask."""
     steps: Count = 1000
-    """Decomposition steps. Table 4: 100000. Figure 6: 20000."""
+    """Number of decomposition steps. Table 4: 100000. Figure 6: 20000."""
     C: Count = 64
     """Subcomponents per site. Table 4: 100. Figure 6: 768."""
     sites: Annotated[tuple[str, ...], Field(min_length=1)] = ("*",)
-    """Patterns of the weight matrices to decompose, as module paths (* ? [] as in file names). !PATTERN leaves some out."""
+    """Patterns of the weight matrices to decompose, as module paths (* ? [] as in file names). !PATTERN excludes matrices."""
     last_token_only: bool = False
-    """Loss on the last position only. Table 4: true. Figure 6: false."""
+    """Whether the loss is taken at the last position only. Table 4: true. Figure 6: false."""
     gamma: Gamma = Gamma()
     init: Init = Init()
     losses: Losses = Losses(stochastic_recon=1.0, stochastic_recon_layerwise=1.0, recon=0.5, faithfulness=1000.0, minimality=0.02)

@@ -1,9 +1,9 @@
-"""Measuring that slices of a fused projection are what they are called: its queries, its keys, its values.
+"""A check that the slices of a fused projection are its queries, keys and values.
 
-What attention returns at a position depends on that position's query alone, and on the keys and values of others as well. And where all
-values are zero, it depends on no query and no key. Both are gradients of what the attention module returns with respect to the
-projection's output, so that no name, shape or number of heads is believed. Keys and values of an attention without softmax do the same,
-and are told apart by the attention's class alone.
+The output of attention at a position depends on the query at that position only, but on keys and values at other positions too. If all
+values are zero, it depends on no query and no key. Both are measured by gradients of the attention module's output with respect to the
+projection's output, so the check relies on no name, shape or number of heads. Without softmax, keys and values behave alike; then only
+the class of the attention tells them apart.
 """
 
 from collections.abc import Callable
@@ -24,14 +24,14 @@ from paramlens.method.sites.fused import PARTS
 
 @dataclass(frozen=True)
 class _Reach:
-    """Of every column: whether what attention returns at the last position depends on it there, and at any position before."""
+    """For each column, whether attention's output at the last position depends on it at that position, and at earlier positions."""
 
     own: Bool[Tensor, "column"]
     others: Bool[Tensor, "column"]
 
 
 def require_slices(decomposition: Decomposition, inputs: Inputs) -> None:
-    """Raise `SiteError` for a fused projection taken in slices whose columns are not what they are called."""
+    """Raise `SiteError` if the slices of a fused projection are not its queries, keys and values."""
     names = {site.name.rpartition("[")[0] for site in decomposition.sites if site.columns is not None}
     if not names:
         return
@@ -56,7 +56,7 @@ def _columns(model: nn.Module, name: str) -> dict[str, Tensor]:
 
 
 def _holds(parts: dict[str, Tensor], plain: _Reach, valueless: _Reach) -> bool:
-    """No column contradicts its part, and each part has one that confirms it. Columns on which nothing depends say nothing."""
+    """Whether no column contradicts its slice, and at least one column confirms each slice. Columns without effect are ignored."""
     q, k, v = (parts[part] for part in PARTS)
     query, spread = plain.own & ~plain.others, plain.others
     value = valueless.own | valueless.others
@@ -66,9 +66,9 @@ def _holds(parts: dict[str, Tensor], plain: _Reach, valueless: _Reach) -> bool:
 
 
 def _reaches(model: nn.Module, inputs: Inputs, columns: dict[str, dict[str, Tensor]], *, zeroed: bool) -> dict[str, _Reach]:
-    """Projection → what the module that owns it returns at the last position depends on; zeroed: with all values at zero.
+    """Projection → the columns on which its attention module's output at the last position depends; zeroed: all values are zero.
 
-    The output of each owner is cut off from what follows, so that one forward pass measures all of them.
+    Gradients stop at the output of each attention module, so that one forward pass measures all of them.
     """
     outputs, returned = dict[str, Tensor](), dict[str, Tensor]()
 
@@ -101,7 +101,7 @@ def _reaches(model: nn.Module, inputs: Inputs, columns: dict[str, dict[str, Tens
 
 
 def _reach(returned: Tensor | None, y: Tensor | None) -> _Reach | None:
-    """Gradients of what was returned at the last position; none where positions do not show."""
+    """Columns with a gradient from the output at the last position; None if the tensors have no axis of positions."""
     if returned is None or y is None or y.dim() != 3 or y.shape[1] < 2 or returned.shape[:2] != y.shape[:2] or not returned.requires_grad:
         return None
     last = returned[:, -1]

@@ -1,4 +1,4 @@
-"""U and V as factors of the weights: where they start, and how U V = W is kept exactly (eq. 1 as a constraint)."""
+"""The first values of U and V, and projections that keep U V = W (eq. 1 as a constraint)."""
 
 from collections.abc import Iterator, Sequence
 
@@ -13,12 +13,12 @@ from paramlens.method.sites import Site
 
 @torch.no_grad()
 def initialise(decomposition: Decomposition, init: Init, *, generator: torch.Generator) -> None:
-    """Set U and V as `init.kind` says.
+    """Set U and V to their first values, by `init.kind`.
 
     random: independent normal entries, scaled so that U V has W's Frobenius norm in expectation.
-    svd: W's singular pairs, the singular value split evenly; further subcomponents read at random and write nothing.
-    svd_rotated: U = A R, V = Rᵀ B for the SVD factors W = A B and random R with orthonormal rows, so that U V = W and no
-    subcomponent is favoured.
+    svd: W's singular pairs, with √(singular value) in U and in V; the other subcomponents read random directions and write nothing.
+    svd_rotated: U = A R, V = Rᵀ B for the SVD factors W = A B and a random R with orthonormal rows, so that U V = W and no
+    subcomponent is special.
     """
     for site, U, V in zip(decomposition.sites, decomposition._U, decomposition._V, strict=True):
         W = site.W.to(torch.float64).cpu()
@@ -44,9 +44,9 @@ def initialise(decomposition: Decomposition, init: Init, *, generator: torch.Gen
 
 @torch.no_grad()
 def project(decomposition: Decomposition) -> None:
-    """Move U and V to the nearest pair with U V = W, nearest to first order: one Newton step on eq. 1, computed in float64.
+    """Move U and V to the pair with U V = W that is nearest to first order: one Newton step on eq. 1, in float64.
 
-    What is left of E = W - U V is dU dV, of the order of E squared. A part of E that no change of U and V reaches to first order stays.
+    The error E = W - U V becomes dU dV, which is of order E². A part of E that no first-order change of U and V can remove stays.
     """
     for sites, Us, Vs in _same_shaped(decomposition):
         U, V = torch.stack(Us).to(torch.float64), torch.stack(Vs).to(torch.float64)
@@ -56,7 +56,7 @@ def project(decomposition: Decomposition) -> None:
 
 @torch.no_grad()
 def project_gradients(decomposition: Decomposition) -> None:
-    """Take out of the gradients of U and V what would change U V to first order: an optimizer's moments would be made of little else."""
+    """Remove from the gradients of U and V what changes U V to first order; otherwise it would dominate the optimizer's moments."""
     for _, Us, Vs in _same_shaped(decomposition):
         U, V = torch.stack(Us).to(torch.float64), torch.stack(Vs).to(torch.float64)
         to_U, to_V = ([torch.zeros_like(each) if each.grad is None else each.grad for each in side] for side in (Us, Vs))
@@ -65,7 +65,7 @@ def project_gradients(decomposition: Decomposition) -> None:
 
 
 def _same_shaped(decomposition: Decomposition) -> Iterator[tuple[list[Site], list[Tensor], list[Tensor]]]:
-    """Sites of one shape, with their U and V."""
+    """Groups of sites of the same shape, with their U and V."""
     groups: dict[tuple[int, int], list[tuple[Site, Tensor, Tensor]]] = {}
     for site, U, V in zip(decomposition.sites, decomposition._U, decomposition._V, strict=True):
         groups.setdefault((site.d_in, site.d_out), []).append((site, U, V))

@@ -1,4 +1,4 @@
-"""One step of Algorithm 3: its losses, its gradients, and the guard that nothing broken enters the update."""
+"""One step of Algorithm 3: losses, gradients, and a check that everything in the update is finite."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from paramlens.method.task import Task
 
 @dataclass(frozen=True)
 class Step:
-    """One training step before the update: losses by name, their weighted sum, and what they were computed from; without gradient."""
+    """One training step before the update: losses by name, their weighted sum, and what they were computed from, without gradient."""
 
     losses: dict[str, Tensor]
     total: Tensor
@@ -45,11 +45,11 @@ def training_step(
     *,
     p: float | Tensor | None = None,
 ) -> Step:
-    """Lines 2 to 9 of Algorithm 3 on one minibatch: its losses, whose gradients are added to `.grad` of U, V and γ.
+    """Compute the losses on one minibatch and add their gradients to `.grad` of U, V and γ: lines 2 to 9 of Algorithm 3.
 
-    Masked runs go first, each pass followed by its own backward pass, which stops at g; one backward pass takes what they gave to g, and
-    all other losses, through γ. p: minimality's power. Defaults to the one it is annealed to at `step`. Under `torch.no_grad` there are
-    only losses.
+    Masked runs come first: each forward pass is followed by its own backward pass, which stops at g. Then one backward pass takes the
+    gradients at g and those of all other losses through γ. Under `torch.no_grad` only the losses are computed.
+    p: minimality's power. Defaults to its annealed value at `step`.
     """
     with told(f"step {step}: the model fails on the batch"):
         target = decomposition.target_run(batch.inputs)  # 2: run the original model
@@ -60,7 +60,7 @@ def training_step(
     losses = enabled(config.losses)
     # 4, 5, 8: masks, masked runs, divergences
     values, to_g = reconstruction_backward(known, [loss for loss in losses if isinstance(loss, Reconstruction)])
-    values |= {loss.name: loss.value(known) for loss in losses if isinstance(loss, DirectLoss)}  # and the other losses
+    values |= {loss.name: loss.value(known) for loss in losses if isinstance(loss, DirectLoss)}  # and all other losses
     total = torch.stack([getattr(config.losses, name) * value for name, value in values.items()]).sum()  # 9
     roots: list[tuple[Tensor, Tensor | None]] = [(total, None)] if total.requires_grad else []
     roots += [(g[site], gradient) for site, gradient in to_g.items() if g[site].requires_grad]
@@ -71,10 +71,10 @@ def training_step(
 
 
 class Steps:
-    """Whole steps: losses, gradients, guard and update, run one after the other or replayed as one CUDA graph.
+    """Whole steps (losses, gradients, check and update), run as usual or replayed as one CUDA graph.
 
-    The host never waits for a GPU here. There the guard is a flag on the device that keeps the optimizer from updating once a step
-    was not finite; `require_finite` looks at it.
+    On a GPU the host does not wait for the device: the check sets a flag there, which stops all further updates once a step is not
+    finite. `require_finite` reads the flag.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Steps:
         self.replay = _Replay(self) if config.cuda_graph else None
 
     def __call__(self, batch: Batch, step: int) -> Step:
-        """Lines 2 to 10. Raises `DivergedError` before an update that is not finite, on a GPU by the next `require_finite`."""
+        """Do one step, lines 2 to 10. Raises `DivergedError` instead of an update that is not finite; on a GPU `require_finite` does."""
         return self.run(batch, step) if self.replay is None else self.replay(batch, step)
 
     def run(self, batch: Batch, step: int, p: Tensor | None = None) -> Step:
@@ -109,7 +109,7 @@ class Steps:
         return result
 
     def require_finite(self, result: Step, step: int) -> None:
-        """Raise `DivergedError` naming the loss and the site if anything that was to enter an update is not finite."""
+        """Raise `DivergedError`, with the loss and the site, if anything in an update was not finite."""
         if not self.broken.item():
             return
         decomposition, importance = self.decomposition, self.importance
@@ -133,7 +133,7 @@ class Steps:
             ("γ's pre-activation at", broken(result.pre)),
             ("the gradient of", broken(gradients)),
         ]
-        where = next((f"{what} {names}" for what, names in causes if names), "every site finite")  # the first is the origin
+        where = next((f"{what} {names}" for what, names in causes if names), "every site finite")  # the first match is the origin
         when = "" if self.waits else "by "
         kinds = {f"loss {losses}": losses, "an importance": broken(result.pre), "the batch": floats}
         what = next((kind for kind, holds in kinds.items() if holds), "a gradient")
@@ -144,12 +144,12 @@ class Steps:
 
 
 def _finite(result: Step, norm: Tensor) -> Tensor:
-    """Whether all that an update is made of is finite: the loss, the norm of the gradient, every importance, the batch.
+    """Whether everything in an update is finite: the loss, the gradient's norm, every importance, the batch.
 
-    The last two need not show in the first: a saturated importance has the loss of one, attention may drop what it is given.
+    The loss can be finite although an importance or the batch is not: importances are clamped, and attention can ignore inputs.
     """
     sums = [value.sum() for value in result.pre.values()]
-    broken = [value.isnan().any() for value in _floats(result.batch)]  # a mask may well hold -inf
+    broken = [value.isnan().any() for value in _floats(result.batch)]  # -inf is allowed: masks contain it
     finite = torch.stack([result.total, norm, *sums]).isfinite().all()
     return finite & ~torch.stack(broken).any() if broken else finite
 
@@ -159,10 +159,10 @@ def _floats(batch: Batch) -> list[Tensor]:
 
 
 class _Replay:
-    """The step as a CUDA graph: captured once after a few ordinary steps, then replayed on inputs copied into place."""
+    """The step as a CUDA graph: captured once, after a few ordinary steps, then replayed on inputs that are copied into its tensors."""
 
     WARM = 3
-    """Ordinary steps before the capture, in which libraries set up what they keep."""
+    """Ordinary steps before the capture, in which libraries allocate what they need."""
 
     def __init__(self, steps: Steps) -> None:
         device = steps.decomposition.device
@@ -205,7 +205,7 @@ class _Replay:
 
 
 class CudaGraph:
-    """A captured function of no arguments, and the streams that capturing asks for."""
+    """A captured function without arguments, and the stream that capturing needs."""
 
     def __init__(self) -> None:
         self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()

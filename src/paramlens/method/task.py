@@ -14,17 +14,17 @@ EvaluatedOn = Literal["held-out", "training", "given"]
 
 @dataclass(frozen=True)
 class TargetHistory:
-    """The training of a target: the checks of its last attempt in order, attempts made, and whether that one converged."""
+    """The training of a target: the checks of the last attempt in order, whether it converged, and the number of attempts."""
 
     checks: tuple[Any, ...]
-    """Dataclasses with `step`, `loss` and `accuracy`, and what else the task measures."""
+    """Dataclasses with `step`, `loss`, `accuracy` and whatever else the task measures."""
     converged: bool
     attempts: int = 1
 
 
 @dataclass(frozen=True)
 class Link:
-    """Attention that a task's circuit rests on: in `pattern`, from the one query of a role to the one key of another."""
+    """Attention that a task's circuit needs: in `pattern`, from the query with one role to the key with another."""
 
     name: str
     pattern: str
@@ -34,35 +34,35 @@ class Link:
 
 @dataclass(frozen=True)
 class Task:
-    """A target and its data. `batch(step, stream)`: streams are independent ("train", "evaluate")."""
+    """A target and its data: `batch(step, stream)` returns a batch; streams ("train", "evaluate") are independent."""
 
     model: nn.Module
     batch: Callable[[int, str], Batch]
     roles: tuple[str, ...] = ()
     attention_patterns: tuple[str, ...] = ()
-    """Modules of the target whose output is an attention pattern (batch, head, query, key), rows summing to 1."""
+    """Modules of the target whose output is an attention pattern (batch, head, query, key); its rows sum to 1."""
     links: tuple[Link, ...] = ()
     changes: Mapping[str, Callable[[Batch], AbstractContextManager[None]]] = field(default_factory=dict)
-    """Name → a change of the target's run on a batch, in force inside the context."""
+    """Name → a function that changes the target's runs on a batch, inside the context that it returns."""
     elsewhere: Callable[[int], Batch] | None = None
-    """Step → other text, which is not decomposed, and on which what is a sentence's own must not matter."""
+    """Step → other text, which is not decomposed; there, subcomponents of one sentence alone must not matter."""
     other_inputs: Callable[[int], tuple[str, Batch] | None] | None = None
-    """Count → what they are, and at most so many inputs of the same kind that are not decomposed. Defaults to None: tokens are shuffled."""
+    """Count → a name for, and at most that many, other inputs of the same kind, which are not decomposed. None: tokens are shuffled."""
     tokenizer: Any = None
-    """Of a language model; none for any other."""
+    """Tokenizer of a language model. None: another kind of model."""
     token_names: tuple[str, ...] = ()
-    """Of a model on tokens without a tokenizer: their names by number, where numbers would say less."""
+    """Names of the tokens by id, for a model without a tokenizer. Defaults to their numbers."""
     longest: int | None = None
-    """Columns of its longest batch; None where that is not known beforehand."""
+    """Number of columns of the longest batch. None: not known in advance."""
     held_out: int | None = None
-    """Batches that a held-out stream has before it repeats; none: without end."""
+    """Number of batches in a held-out stream before it repeats. None: it never repeats."""
     evaluated_on: EvaluatedOn = "held-out"
-    """What all streams but "train" hold: batches kept from training, the training batches themselves, or what `open_run` was given."""
+    """The batches of all streams but "train": held out from training, the training batches, or those given to `open_run`."""
     last_token: Callable[[Inputs], Inputs] | None = None
-    """Inputs that make the target compute the logits of the last position only, where it can."""
+    """Changes inputs so that the target computes logits of the last position only. None: the target cannot."""
 
     def loss_inputs(self, batch: Batch, *, last_token_only: bool) -> Inputs:
-        """What a masked run is given: all that the loss needs of the batch, and no more where the target allows it."""
+        """The inputs of a masked run: without logits that the loss does not need, if the target can leave them out."""
         if last_token_only and self.last_token is not None and batch.ends_together:
             return self.last_token(batch.inputs)
         return batch.inputs

@@ -1,4 +1,4 @@
-"""From which importance on a subcomponent counts as active. No torch here: the command line has the same default."""
+"""The importance above which a subcomponent is active. No torch here: the command line has the same default."""
 
 from paramlens.errors import ConfigError
 

@@ -1,4 +1,4 @@
-"""The attention γ (eq. 4, Algorithm 1): a small attention net for each site, shared by its C MLPs, looks at the other positions."""
+"""The attention γ (eq. 4, Algorithm 1): each site has one small attention layer over all positions, shared by its C MLPs."""
 
 from collections.abc import Sequence
 
@@ -14,13 +14,14 @@ from paramlens.method.importance.kind import GammaKind, Parameter, mlps
 from paramlens.method.importance.settings import Gamma
 
 SCORES = 2**27
-"""Attention scores of γ held at once, and kept for the gradient; beyond it, sequences go one by one."""
+"""Maximum number of γ's attention scores in memory; with more, sequences run one by one and the backward pass computes them again."""
 
 
 class AttentionGamma(GammaKind):
-    """Each subcomponent's MLP reads the attention's output beside the positioned input, 2 d_in numbers.
+    """Each subcomponent's MLP reads the attention's output and the input with its position encoding, 2 d_in numbers.
 
-    One head, one layer, no output projection, looking both ways. relative is r: one number per offset, or a table contracted with q.
+    The attention has one head, one layer and no output projection, and is not causal. Its parameter `relative` is r in eq. 4: one number
+    per offset, or a table contracted with q.
     """
 
     has_table = True
@@ -49,7 +50,7 @@ class AttentionGamma(GammaKind):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
-        """As declared; with `relative_init` local, r then starts at -0.7 |offset| plus noise."""
+        """Set the first values as declared; with `relative_init` local, r starts at -0.7 |offset| plus noise."""
         super().initialise(generator)
         if self.gamma.relative_init == "local":
             distance = (torch.arange(self.relative.shape[-1]) - self.absolute.shape[1]).abs().clamp(max=8)
@@ -59,7 +60,7 @@ class AttentionGamma(GammaKind):
     def forward(
         self, x: Sequence[Float[Tensor, "*batch d_in"]], U: Sequence[Float[Tensor, "d_in C"]], present: Bool[Tensor, "batch pos"] | None
     ) -> Float[Tensor, "site row C"]:
-        """Algorithm 1. Raises `BatchError` for inputs without a position axis, and for more positions than `gamma.max_length`."""
+        """Compute Algorithm 1. Raises `BatchError` for inputs without a position axis or with more positions than `gamma.max_length`."""
         self._require_fitting(x[0].shape[:-1])
         seen = torch.stack(list(x))  # (S, B, n, d)
         x_pos = seen + self._absolute(seen.shape[2], present)  # line 1
@@ -80,7 +81,7 @@ class AttentionGamma(GammaKind):
             )
 
     def _absolute(self, n: int, present: Bool[Tensor, "batch pos"] | None) -> Float[Tensor, "site #batch pos d_in"]:
-        """Absolute encodings, counted from a sequence's first present position; beyond the table, its last entry."""
+        """Absolute encodings, counted from a sequence's first present position; positions beyond the table use its last entry."""
         longest = self.absolute.shape[1]
         if present is None:
             return self.absolute[:, None, torch.arange(n).clamp(max=longest - 1)] if n > longest else self.absolute[:, None, :n]
@@ -88,7 +89,7 @@ class AttentionGamma(GammaKind):
         return self.absolute[:, place]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, present: Bool[Tensor, "batch pos"] | None) -> Float[Tensor, "site batch pos d_in"]:
-        """Lines 3 and 4: softmax((q k^T + r) / sqrt(d)) v over all present positions."""
+        """Lines 3 and 4 of Algorithm 1: softmax((q k^T + r) / sqrt(d)) v over all present positions."""
         n, d = q.shape[-2:]
         if self.gamma.relative == "query":
             per_offset = torch.einsum("sbnd,sod->sbno", q, self.relative)  # (S, B, n, 2s)
@@ -112,15 +113,15 @@ class AttentionGamma(GammaKind):
         return torch.stack(sequences)
 
     def _offsets(self, n: int) -> Int[Tensor, "query key"]:
-        """Key position - query position, as index into the 2s relative encodings (shifted to >= 1); beyond the table, its ends."""
+        """Key position - query position, as index (from 1) into the 2s relative encodings; offsets beyond the table use its ends."""
         place, longest = torch.arange(n, device=self.relative.device), self.absolute.shape[1]
         return (place[None, :] - place[:, None] + longest).clamp(1, 2 * longest - 1)
 
 
 def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, r: Tensor, present: Bool[Tensor, "*batch pos"] | None) -> Tensor:
-    """softmax(q k^T / sqrt(d) + r) v over the present keys; the scores are held.
+    """softmax(q k^T / sqrt(d) + r) v over the present keys; the scores stay in memory.
 
-    PyTorch's own function takes this way for a bias with a gradient, more slowly.
+    PyTorch's function computes the same for a bias with a gradient, more slowly.
     """
     scores = q * q.shape[-1] ** -0.5 @ k.mT + r
     if present is not None:

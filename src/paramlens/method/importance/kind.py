@@ -1,4 +1,4 @@
-"""What a γ kind is: its parameters as data, its memory, and the pre-activations of sites of one shape."""
+"""The interface of a γ kind: its parameters as data, its memory, and the pre-activations of sites of one shape."""
 
 import math
 from abc import ABC, abstractmethod
@@ -19,9 +19,9 @@ class Parameter:
     """One parameter of γ at one site.
 
     shape: its sizes, with "C" for the axis that has one entry per subcomponent.
-    fan_in: it starts normal with variance 1 / fan_in. Defaults to None: every entry starts at `start`.
-    lr_factor: factor on γ's learning rate. Defaults to None: it shares one group of the optimizer with all others that have none.
-    rearranged: whether a step makes copies of it and of its gradient in another order.
+    fan_in: the first values are normal with variance 1 / fan_in. Defaults to None: every entry starts at `start`.
+    lr_factor: factor on γ's learning rate. Defaults to None: γ's own rate, in one optimizer group with all others that have None.
+    rearranged: whether a step copies it and its gradient with axes in another order.
     """
 
     shape: tuple[int | Literal["C"], ...]
@@ -32,14 +32,14 @@ class Parameter:
 
     @property
     def C_axis(self) -> int | None:
-        """The axis along which subcomponents can be removed; None if all of them share the parameter."""
+        """The axis along which subcomponents can be removed. None: all of them share the parameter."""
         return self.shape.index("C") if "C" in self.shape else None
 
     def sizes(self, C: int) -> tuple[int, ...]:
         return tuple(C if size == "C" else size for size in self.shape)
 
     def count(self, C: int) -> int:
-        """Its numbers at one site."""
+        """Number of entries at one site."""
         return math.prod(self.sizes(C))
 
 
@@ -55,12 +55,12 @@ def mlps(width: int, gamma: Gamma) -> dict[str, Parameter]:
 
 
 class GammaKind(nn.Module, ABC):
-    """γ of a group of sites of one shape (d_in, C); every parameter leads with the site axis. Each `gamma.kind` is one subclass."""
+    """γ of a group of sites of one shape (d_in, C); the first axis of every parameter is the site. Each `gamma.kind` is one subclass."""
 
     has_table: ClassVar[bool] = False
-    """Whether it needs inputs (batch, pos, d_in) and the length of the longest sequence, `max_length`, for tables of positions."""
+    """Whether it has tables of positions, and so needs inputs (batch, pos, d_in) and the longest sequence's length, `max_length`."""
     saves_memory: ClassVar[bool] = False
-    """Whether it is what to take where another kind does not fit into memory."""
+    """Whether error messages suggest it when another kind does not fit into memory."""
 
     def __init__(self, names: Sequence[str], gamma: Gamma, *, d_in: int, C: int, max_length: int | None) -> None:
         super().__init__()
@@ -76,22 +76,22 @@ class GammaKind(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def parameters_of_site(cls, gamma: Gamma, *, d_in: int, max_length: int | None) -> dict[str, Parameter]:
-        """Parameters by name, as `importance.safetensors` holds them, in the order in which their starts are drawn."""
+        """Parameters by name, as in `importance.safetensors`, in the order in which their first values are drawn."""
 
     @classmethod
     @abstractmethod
     def activations(cls, gamma: Gamma, *, d_in: int, C: int, length: int) -> int:
-        """Numbers that it keeps for the gradient, for each site and position, beside the sites' inputs; length: of a sequence."""
+        """Numbers kept for the backward pass per site and position, without the sites' inputs; length: of a sequence."""
 
     @abstractmethod
     def forward(
         self, x: Sequence[Float[Tensor, "*batch d_in"]], U: Sequence[Float[Tensor, "d_in C"]], present: Bool[Tensor, "batch pos"] | None
     ) -> Float[Tensor, "site row C"]:
-        """Pre-activations, a row for each position. x, U: the target's input and U of each site; present: not padding (defaults to all)."""
+        """Pre-activations, one row per position. x, U: each site's input in the target, and its U; present: not padding. None: all."""
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
-        """Draw where `fan_in` is declared, fill in `start` elsewhere."""
+        """Set the first values: random if `fan_in` is declared, otherwise `start`."""
         for name, parameter in self.named_parameters():
             declared = self.declared[name]
             if declared.fan_in is None:

@@ -1,4 +1,4 @@
-"""γ of every site. Sites of one shape form a group, computed together: one batched product serves all of them."""
+"""γ of every site. Sites of one shape form a group, which is computed in one batched product."""
 
 from collections.abc import Mapping
 from typing import cast
@@ -32,23 +32,23 @@ class Importance(nn.Module):
         return cast("list[GammaKind]", list(self.groups))
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Fan-in normal weights, zero biases (the last: `gamma.output_bias`)."""
+        """Set fan-in normal weights and zero biases (the last bias: `gamma.output_bias`)."""
         for group in self.typed_groups:
             group.initialise(generator)
 
     @property
     def table_length(self) -> int | None:
-        """Positions that γ's tables hold; None for a kind without tables. Further positions share their last entries."""
+        """Number of positions in γ's tables; further positions share the last entries. None: a kind without tables."""
         return self.max_length if self.kind.has_table else None
 
     def forward(
         self, inputs: Mapping[str, Tensor], U: Mapping[str, Tensor], present: Bool[Tensor, "batch pos"] | None = None
     ) -> dict[str, Float[Tensor, "*batch C"]]:
-        """Pre-activations per site from the target's site inputs [batch, pos, d_in].
+        """Site → pre-activations, from the target's site inputs [batch, pos, d_in].
 
-        U is used by the scalar γ alone, whose input is the inner activation. At positions that are not `present` (defaults to all)
-        pre-activations are 0: nothing is important there, and nothing costs; and no other position attends to them.
-        Raises `BatchError` for a sequence longer than `gamma.max_length`, where that was given, and for inputs that `present` does not fit.
+        Only the scalar γ uses U, because its input is the inner activation. At positions that are not `present` (defaults to all)
+        pre-activations are 0, so nothing there is important or has a cost, and no other position attends to them.
+        Raises `BatchError` for a sequence longer than `gamma.max_length`, if that was given, and for inputs that do not match `present`.
         """
         pre: dict[str, Tensor] = {}
         for group in self.typed_groups:
@@ -66,7 +66,7 @@ class Importance(nn.Module):
         return {name: pre[name].masked_fill(~present[..., None], 0) for name in inputs}
 
     def site_parameters(self) -> dict[str, dict[str, Tensor]]:
-        """Site name → parameter name → that site's slice, as views: what `importance.safetensors` holds."""
+        """Site name → parameter name → that site's values, as a view; these are stored in `importance.safetensors`."""
         return {
             name: {key: parameter[i] for key, parameter in group.named_parameters()}
             for group in self.typed_groups
@@ -74,7 +74,7 @@ class Importance(nn.Module):
         }
 
     def by_lr_factor(self) -> dict[float | None, list[nn.Parameter]]:
-        """Parameters by the factor on γ's learning rate that they declare, None for γ's own rate."""
+        """Parameters by their factor on γ's learning rate. None: γ's own rate."""
         found: dict[float | None, list[nn.Parameter]] = {}
         for group in self.typed_groups:
             for name, parameter in group.named_parameters():

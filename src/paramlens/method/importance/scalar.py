@@ -1,4 +1,4 @@
-"""The scalar γ, the cheapest."""
+"""The scalar γ, the cheapest kind."""
 
 from collections.abc import Sequence
 

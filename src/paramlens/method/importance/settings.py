@@ -1,4 +1,4 @@
-"""γ's fields of a configuration, and the registry of its kinds. Needs no torch."""
+"""γ's fields of a configuration, and the registry of γ kinds. Does not import torch."""
 
 from typing import TYPE_CHECKING, Literal
 
@@ -12,7 +12,7 @@ KINDS = {
     "attention": "attention.AttentionGamma",
     "shared": "shared.SharedGamma",
 }
-"""Values of `gamma.kind`, and the module and class of each in this package. A new kind adds a line here."""
+"""Value of `gamma.kind` → its module and class in this package. A new kind adds a line here."""
 
 if TYPE_CHECKING:
     Kind = str
@@ -24,20 +24,21 @@ class Gamma(Section):
     """The causal-importance network γ (§4.1, eq. 4, Algorithm 1)."""
 
     kind: Kind = "attention"
-    """What γ sees: one inner activation, the site's input, that and all other positions, or one network for a whole site."""
+    """Input of each MLP: its inner activation (scalar), the site's input (vector), or that and all other positions (attention). shared: one
+    MLP per site, on the site's input."""
     d_gate: Count = 16
-    """Hidden width of each MLP, d_gate. Table 4: 16. Figure 6: 64."""
+    """Hidden width of each MLP. Table 4: 16. Figure 6: 64."""
     max_length: Count | None = None
-    """Positions that the attention γ's tables hold; a longer batch is then refused. Defaults to the longest batch that is known before the
-    run starts; further positions share the tables' last entries."""
+    """Number of positions in the attention γ's tables; a longer batch is an error. Defaults to the longest batch that is known before the
+    run starts; further positions then share the tables' last entries."""
     relative: Literal["offset", "query"] = "offset"
-    """r in eq. 4: one learned scalar per relative offset, or the 2s x d table contracted with the query."""
+    """r in eq. 4: one learned scalar per relative offset (offset), or the 2s x d table contracted with the query (query)."""
     relative_init: Literal["zero", "local"] = "zero"
-    """Start of the per-offset scalars: zero, or -0.7 |offset| (to 8 and beyond) plus noise, so that neighbours are seen first."""
+    """First values of the scalars per offset: zero, or -0.7 min(|offset|, 8) plus noise, so that γ first attends to neighbours (local)."""
     relative_lr: Positive = 1.0
     """Factor on γ's learning rate for the relative encodings."""
     output_bias: Number = 0.0
-    """Start of the last bias; 1 starts with every subcomponent on."""
+    """First value of the last bias; with 1, every subcomponent starts fully on."""
 
     @model_validator(mode="after")
     def _local_is_per_offset(self) -> "Gamma":

@@ -1,4 +1,4 @@
-"""The shared γ (ours), for sizes at which an MLP for each subcomponent does not fit into memory."""
+"""The shared γ (ours), for when one MLP per subcomponent does not fit into memory."""
 
 from collections.abc import Sequence
 

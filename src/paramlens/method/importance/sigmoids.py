@@ -1,4 +1,4 @@
-"""σ_H, the leaky-hard-sigmoid pair: `lower` turns pre-activations into importances g, `upper` into what minimality pushes on."""
+"""The pair of leaky hard sigmoids σ_H: `lower` turns pre-activations into importances g, `upper` into the input of minimality."""
 
 from typing import Any
 
@@ -32,15 +32,15 @@ class _Lower(torch.autograd.Function):
 def lower(pre: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Importance g: `clamp(pre, 0, 1)`.
 
-    Gradient: 1 inside (0, 1], 0 above 1; at or below 0 it is 0.01 where descent would raise pre, and 0 otherwise. So below 0
+    Gradient: 1 in (0, 1], 0 above 1; at or below 0 it is 0.01 if descent would raise pre, and 0 otherwise. So below 0
     only reconstruction can revive a subcomponent.
     """
     return _Lower.apply(pre)
 
 
 def upper(pre: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """What minimality sees: `1 + 0.01 (pre - 1)` above 1, `clamp(pre, 0, 1)` elsewhere; gradient 0 at or below 0.
+    """Input of minimality: `1 + 0.01 (pre - 1)` above 1, `clamp(pre, 0, 1)` elsewhere; gradient 0 at or below 0.
 
-    So above 1 only minimality can pull a subcomponent back.
+    So above 1 only minimality can lower a subcomponent.
     """
     return torch.where(pre > 1, 1 + LEAK * (pre - 1), torch.where(pre > 0, pre, torch.zeros_like(pre)))

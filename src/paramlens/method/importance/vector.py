@@ -1,4 +1,4 @@
-"""The vector γ, which Figure 6 uses for GPT-2."""
+"""The vector γ, used for GPT-2 in Figure 6."""
 
 from collections.abc import Sequence
 

@@ -1,7 +1,7 @@
-"""The losses of Algorithm 3, a file for each idea. `divergence` (KL at the loss positions), `reconstruction` (eqs. 2, 3, 5 to 8),
-`faithfulness` and `minimality` (eq. 1), `local` and `elsewhere` (ours); `loss` has the registry in which each file enters its losses.
+"""The losses of Algorithm 3: `divergence` (KL at the loss positions), `reconstruction` (eqs. 2, 3, 5 to 8), `faithfulness` and
+`minimality` (eq. 1), `local` and `elsewhere` (ours). `loss` has the registry in which each file registers its losses.
 
-A loss is one file here, found by itself, and one coefficient in `settings.Losses`.
+To add a loss, add a file here, which is imported automatically, and a coefficient in `settings.Losses`.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""KL(target ‖ masked) in nats, and the positions at which it is taken."""
+"""KL(target ‖ masked) in nats, and the positions over which it is averaged."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,16 +14,16 @@ from paramlens.method.batch import last_positions
 
 @dataclass(frozen=True)
 class LossAt:
-    """The positions that the loss sees: all present ones, or the last present one of every sequence.
+    """The positions of the loss: all present ones, or the last present one of every sequence.
 
-    present: (batch, pos), as in `Batch`. Logits of one position are taken to be those of the last.
+    present: (batch, pos), as in `Batch`. Logits of a single position are taken as those of the last.
     """
 
     last_token_only: bool = False
     present: Bool[Tensor, "batch pos"] | None = None
 
     def logits(self, logits: Float[Tensor, "*plan_and_batch token"]) -> Tensor:
-        """The logits that the loss sees, in float32 at least; the axis of positions is kept."""
+        """The logits at the positions of the loss, in float32 or float64; the axis of positions is kept."""
         logits = logits.float() if logits.element_size() < 4 else logits
         if not self.last_token_only:
             return logits
@@ -36,16 +36,16 @@ class LossAt:
         return self.logits(logits).log_softmax(-1)
 
     def divergence(self, target_log_probs: Float[Tensor, "*batch token"], logits: Float[Tensor, "plan *rest"]) -> Float[Tensor, "plan"]:
-        """KL(target ‖ masked) in nats for each plan, mean over the loss positions; target_log_probs as `log_probs` gives them."""
+        """KL(target ‖ masked) in nats for each plan, mean over the loss positions; `target_log_probs` comes from `log_probs`."""
         return kl_divergence(target_log_probs, self.logits(logits), self._where(target_log_probs))
 
     def count(self, logits: Float[Tensor, "*batch token"]) -> int:
-        """Loss positions of a batch: its weight in a mean over several batches."""
+        """Number of loss positions in a batch: its weight in a mean over several batches."""
         where = self._where(logits)
         return self.logits(logits)[..., 0].numel() if where is None else int(where.sum())
 
     def _where(self, log_probs: Float[Tensor, "*batch token"]) -> Tensor | None:
-        """The positions of the loss that count; None for all, as where logits are of whole sequences or of their last position."""
+        """The loss positions that count. None: all, as when there is one per sequence."""
         whole = self.last_token_only or log_probs.dim() == 2
         return None if whole else self.present
 
@@ -53,13 +53,13 @@ class LossAt:
 def kl_divergence(
     target_log_probs: Float[Tensor, "*batch token"], logits: Float[Tensor, "plan *batch token"], where: Bool[Tensor, "*batch"] | None = None
 ) -> Float[Tensor, "plan"]:
-    """KL(target ‖ masked) in nats for each plan, mean over all positions, or over those of `where`."""
+    """KL(target ‖ masked) in nats for each plan, mean over the positions `where`. Defaults to all positions."""
     divergence = _Divergence.apply(logits, target_log_probs).flatten(1)
     return divergence.mean(1) if where is None else (divergence * where.flatten()).sum(1) / where.sum()
 
 
 class _Divergence(torch.autograd.Function):
-    """KL(target ‖ masked) at every loss position; kept for the backward pass are the logits and one number a position."""
+    """KL(target ‖ masked) at every loss position; keeps logits, target probabilities and one number per position for the gradient."""
 
     @staticmethod
     def forward(ctx: Any, logits: Float[Tensor, "plan *batch token"], target: Tensor) -> Float[Tensor, "plan *batch"]:

@@ -1,4 +1,4 @@
-"""Other text, on which what belongs to one sequence alone must not matter. Ours; the paper has no such loss."""
+"""KL on other text, where subcomponents that belong to one sequence alone must not matter. Ours; the paper has no such loss."""
 
 from collections.abc import Mapping
 
@@ -16,10 +16,10 @@ from paramlens.method.masks import Replacement
 def elsewhere_loss(
     decomposition: Decomposition, other: Batch, g: Mapping[str, Float[Tensor, "sequence pos C"]], *, generator: torch.Generator
 ) -> Float[Tensor, ""]:
-    """KL(target ‖ masked) on the batch `other`, in nats, all sites replaced, masks r = 1 - s u with u ~ U(0, 1).
+    """KL(target ‖ masked) on the batch `other`, in nats, with all sites replaced and masks r = 1 - s u, u ~ U(0, 1).
 
-    s: how far a subcomponent belongs to one sequence of the decomposed batch, its largest g in that sequence less its largest g in any
-    other. No gradient reaches g: the sequences that are decomposed decide what is important.
+    s: how far a subcomponent belongs to one sequence of the decomposed batch: its largest g in that sequence minus its largest g in any
+    other. No gradient reaches g: only the decomposed sequences decide what is important.
     """
     target = decomposition.target_run(other.inputs)
     plan: dict[str, Replacement] = {}

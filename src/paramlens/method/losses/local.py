@@ -1,4 +1,4 @@
-"""Each site's own output by its important subcomponents alone. Ours; the paper has no such loss."""
+"""How far each site's output is from that of its important subcomponents alone. Ours; the paper has no such loss."""
 
 from collections.abc import Mapping
 
@@ -19,7 +19,7 @@ def local_loss(
 ) -> Float[Tensor, ""]:
     """Σ ‖x W - ((x U) * g) V‖² / Σ ‖x W‖² over a site's positions where any g is above 0, mean over sites.
 
-    No gradient reaches g: the important subcomponents shall write all that W writes at that token, not become more.
+    No gradient reaches g: the important subcomponents must write what W writes at that token; the loss must not make more important.
     """
     U, V, shares = decomposition.U, decomposition.V, list[Tensor]()
     for site in decomposition.sites:

@@ -1,4 +1,4 @@
-"""What a loss is: a name, which is its coefficient's, and how it is computed from what a step knows."""
+"""The definition of a loss: the name of its coefficient, and how it is computed from the inputs of a step."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,10 +18,12 @@ from paramlens.method.task import Task
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What a step knows when its losses are computed; each loss reads what it needs.
+    """Everything that the losses of one step are computed from.
 
-    target: the target's run on `batch`. pre, g: γ's pre-activations and the importances [batch, pos, C] in [0, 1], by site, with gradient
-    to γ. step: its number, from 0. p: minimality's power at this step; on the device where the step is captured.
+    target: the target's run on `batch`.
+    pre, g: site → γ's pre-activations, and the importances [batch, pos, C] in [0, 1], both with gradient to γ.
+    step: number of the step, from 0.
+    p: minimality's power at this step; a tensor on the device if the step is captured as a CUDA graph.
     """
 
     config: MethodSettings
@@ -36,24 +38,24 @@ class LossInputs:
 
     @property
     def at(self) -> LossAt:
-        """The positions of the batch at which divergences are taken."""
+        """The positions of the batch over which divergences are averaged."""
         return LossAt(self.config.last_token_only, self.batch.present)
 
     def generator(self, name: str) -> torch.Generator:
-        """Random numbers of the loss `name` at this step."""
+        """The random generator of the loss `name` at this step."""
         return generator(self.config.seed, "masks", name, self.step)
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss; name: that of its coefficient in `settings.Losses`, of its line in metrics.jsonl, and of its random numbers."""
+    """A loss; name: of its coefficient in `settings.Losses`, its entry in metrics.jsonl, and its random generator."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class DirectLoss(Loss):
-    """A loss that is computed by itself: `value` is a scalar, with gradient to U, V and γ."""
+    """A loss with its own function `value`, which returns a scalar with gradient to U, V and γ."""
 
     value: Callable[[LossInputs], Float[Tensor, ""]]
 
@@ -65,7 +67,7 @@ AnyLoss = TypeVar("AnyLoss", bound=Loss)
 
 
 def register(loss: AnyLoss) -> AnyLoss:
-    """Enter a loss into `LOSSES`."""
+    """Add a loss to `LOSSES`."""
     assert loss.name not in LOSSES, f"two losses are named {loss.name}"
     LOSSES[loss.name] = loss
     return loss

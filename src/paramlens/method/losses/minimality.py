@@ -1,4 +1,4 @@
-"""Eq. 1, minimality: Σ_sites Σ_c g^p, with a power p that is annealed over the run."""
+"""Minimality (eq. 1): Σ_sites Σ_c g^p, with a power p that is annealed over the run."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,18 +17,17 @@ from paramlens.method.settings import Losses
 def minimality(
     pre: Mapping[str, Float[Tensor, "*batch C"]], *, p: float | Tensor, eps: float, present: Float[Tensor, ""] | float = 1.0
 ) -> Float[Tensor, ""]:
-    """Eq. 1: Σ_sites Σ_c ((g + ε)^p - ε^p), mean over batch and positions, for the upper importances g of pre-activations `pre`.
+    """Σ_sites Σ_c ((g + ε)^p - ε^p), mean over batch and positions, where g = upper(pre) (eq. 1).
 
     present: the share of positions that count, in (0, 1]; at all others `pre` is 0, which costs nothing.
 
-    Subtracting ε^p takes out the constant that ε adds (0.06 per subcomponent at p = 0.1, ε = 1e-12); the slope stays at most
-    p ε^(p - 1).
+    Subtracting ε^p removes the constant that ε adds (0.06 per subcomponent at p = 0.1, ε = 1e-12); the slope is at most p ε^(p - 1).
     """
     return torch.stack([_Minimality.apply(value, p, eps) for value in pre.values()]).sum() / present
 
 
 class _Minimality(torch.autograd.Function):
-    """One site's minimality. The compiled loop finds the slope with the power, which costs most; PyTorch's twin computes it later."""
+    """Minimality of one site. The compiled loop computes the slope with the power in the forward pass, PyTorch in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, pre: Float[Tensor, "*batch C"], p: float | Tensor, eps: float) -> Float[Tensor, ""]:
@@ -64,7 +63,7 @@ def _minimality_slope(pre: Tensor, scale: Tensor, p: float | Tensor, eps: float)
 
 
 def annealed_p(losses: Losses, step: int, steps: int) -> float:
-    """The power p of minimality at `step`: linear from p_start at step 0 to p_final at step `steps` - 1."""
+    """Minimality's power p at `step`: linear from p_start at step 0 to p_final at step `steps` - 1."""
     return losses.p_start + (losses.p_final - losses.p_start) * min(1.0, step / max(1, steps - 1))
 
 

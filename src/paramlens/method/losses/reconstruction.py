@@ -1,6 +1,6 @@
-"""Eqs. 2, 3 and 5 to 8: one loss, KL(target ‖ masked), with the table of its uses.
+"""The reconstruction losses (eqs. 2, 3 and 5 to 8): all are KL(target ‖ masked), listed in `RECONSTRUCTIONS`.
 
-A reconstruction loss is *which sites are replaced* × *by which mask*. Plans of all enabled losses run stacked in few passes.
+They differ in *which sites are replaced* and *by which mask*. Plans of all enabled losses are stacked and run in few passes.
 """
 
 from collections import Counter
@@ -19,14 +19,15 @@ from paramlens.method.masks import Replacement, site_subsets, subset_shape
 from paramlens.method.settings import Losses
 
 CPU_STACK = 2**21
-"""Logits computed in one pass on a CPU."""
+"""Number of logits in one pass on a CPU."""
 
 
 @dataclass(frozen=True)
 class Reconstruction(Loss):
-    """Mean KL(target ‖ masked), in nats, over plans that replace some sites by masks.
+    """Mean KL(target ‖ masked), in nats, over plans that replace some sites.
 
-    sites: all in one plan, each alone in a plan of its own, or one random subset. mask: r = g + (1 - g) u, or g.
+    sites: all in one plan, each alone in its own plan, or one random subset.
+    mask: r = g + (1 - g) u ("stochastic"), or g ("importance").
     """
 
     sites: Literal["all", "each", "subset"]
@@ -43,7 +44,7 @@ class Reconstruction(Loss):
     ) -> Iterator[Plan]:
         """The plans whose mean divergence is this loss, or an unbiased estimate of it.
 
-        Stochastic ones are drawn `samples` times, eq. 5 once; layerwise ones replace every site, or `layerwise_sites` drawn ones.
+        Stochastic plans are drawn `samples` times, eq. 5 once. Layerwise plans replace each site, or each of `layerwise_sites` drawn ones.
         """
         for _ in range(self._draws(samples)):
             if self.mask == "stochastic":
@@ -63,7 +64,7 @@ class Reconstruction(Loss):
                 yield _subset(replacements, partial_scope, generator)
 
     def count(self, settings: Losses, sites: int) -> int:
-        """Plans of one step in a decomposition of that many sites."""
+        """Number of plans in one step of a decomposition with this many sites."""
         alone = sites if settings.layerwise_sites == "all" else min(sites, settings.layerwise_sites)
         return self._draws(settings.samples) * (alone if self.sites == "each" else 1)
 
@@ -74,7 +75,7 @@ class Reconstruction(Loss):
 def _subset(
     replacements: Mapping[str, Replacement], scope: Literal["forward", "sequence", "position"], generator: torch.Generator
 ) -> dict[str, Replacement]:
-    """The replacements at a random subset M of the sites (eq. 5), drawn anew for each cell of `scope`."""
+    """The replacements at a random subset M of the sites (eq. 5), drawn once for each forward, sequence or position."""
     g = next(iter(replacements.values())).g
     chosen = site_subsets(len(replacements), subset_shape(scope, tuple(g.shape[:-1])), generator)
     if scope == "forward":
@@ -98,10 +99,10 @@ RECONSTRUCTIONS: dict[str, Reconstruction] = {
 def reconstruction_backward(
     known: LossInputs, losses: Sequence[Reconstruction]
 ) -> tuple[dict[str, Float[Tensor, ""]], dict[str, Float[Tensor, "*batch C"]]]:
-    """Algorithm 3, lines 4, 5 and 8: the losses in nats, and by site the gradient of Σ coefficient × loss with respect to g.
+    """The losses in nats, and for each site the gradient of Σ coefficient × loss with respect to g (Algorithm 3, lines 4, 5 and 8).
 
-    The gradient with respect to U and V is added to their `.grad`. Plans run in few stacked passes, each followed at once by its backward
-    pass, so that memory holds one pass at a time. Under `torch.no_grad` there are no gradients.
+    The gradients with respect to U and V are added to their `.grad`. Plans run in few stacked passes, each followed at once by its
+    backward pass, so that memory holds one pass at a time. Under `torch.no_grad` there are no gradients.
     """
     if not losses:
         return {}, {}
@@ -124,7 +125,7 @@ def reconstruction_backward(
 
 
 def _plans(known: LossInputs, losses: Sequence[Reconstruction], leaves: Mapping[str, Tensor]) -> list[tuple[str, Plan]]:
-    """The plans of all losses, each with its loss's name, in the order in which they are stacked."""
+    """The plans of all losses, each with the name of its loss, in the order in which they are stacked."""
     settings, plans = known.config.losses, list[tuple[str, Plan]]()
     for loss in losses:
         drawn = loss.plans(
@@ -136,11 +137,11 @@ def _plans(known: LossInputs, losses: Sequence[Reconstruction], leaves: Mapping[
         )
         plans += [(loss.name, {site: replace(each, sink=leaves[site].grad) for site, each in plan.items()}) for plan in drawn]
     entry = known.decomposition.entry
-    return sorted(plans, key=lambda each: (entry(each[1]), -len(each[1])))  # whole plans together: they read every g
+    return sorted(plans, key=lambda each: (entry(each[1]), -len(each[1])))  # plans of all sites together: they read every g
 
 
 def _stack_backward(known: LossInputs, plans: Sequence[Plan], weights: Sequence[float], target_log_probs: Tensor) -> Float[Tensor, "plan"]:
-    """The plans' divergences, in nats, from one pass; the gradient of their weighted sum is added to `.grad` of U, V and every g."""
+    """The plans' divergences in nats, from one pass; gradients of their weighted sum are added to `.grad` of U, V and every g."""
     inputs = known.task.loss_inputs(known.batch, last_token_only=known.config.last_token_only)
     divergences = known.at.divergence(target_log_probs, known.decomposition(inputs, plans, known.target))
     if divergences.requires_grad:
@@ -149,5 +150,5 @@ def _stack_backward(known: LossInputs, plans: Sequence[Plan], weights: Sequence[
 
 
 def stack_size(logits: int, *, device: str) -> int:
-    """Plans in one pass, given the logits of one: on a CPU as many as keep the pass in cache, elsewhere all."""
+    """Number of plans in one pass, given the number of logits of one: on a CPU as many as fit into the cache, elsewhere all."""
     return max(1, CPU_STACK // logits) if device == "cpu" else 2**20

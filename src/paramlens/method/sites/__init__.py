@@ -1,6 +1,6 @@
 """Sites: the weight matrices of a model that are decomposed, each as W [d_in, d_out] in `y = x @ W + bias`.
 
-Read `site` first: the interface that every kind of site has, and what a product and its place are. Then the kinds, one file each:
+Read `site` first: the interface of every kind of site, its product and its place. Then the kinds, one file each:
 `linear` (with `fused`, the slices of a fused projection), `parameter` (with `standin`, how a product without a module is replaced),
 `embedding`, `experts`. `find` chooses a model's sites by patterns.
 """

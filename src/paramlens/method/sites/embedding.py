@@ -1,7 +1,7 @@
-"""Embedding tables: x is a vector that is 1 at a token's id and 0 elsewhere, so that x @ W is a row of the table W [vocabulary, d].
+"""Embedding tables: x is the one-hot vector of a token id, so that x @ W is a row of the table W [vocabulary, d].
 
-No such vector is ever made: x is kept as ids [batch, pos, 1], and x @ U is the rows of U that they name. γ, which cannot see the
-vocabulary's width, sees the row that the target looks up.
+One-hot vectors are never built: x is stored as ids [batch, pos, 1], and x @ U is the rows of U with these ids. The input of γ is the
+row that the target looks up, because a vector of the vocabulary's width would be too large.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from paramlens.method.sites.site import Offer
 
 
 class EmbeddingSite(ParameterSite):
-    """A table of rows: nn.Embedding's weight, or a parameter `W_E` of TransformerLens."""
+    """An embedding table: nn.Embedding's weight, or a parameter `W_E` of TransformerLens."""
 
     looked_up = True
 
@@ -42,7 +42,7 @@ class EmbeddingSite(ParameterSite):
 
 
 def offers(_model: nn.Module, name: str, module: nn.Module) -> Iterator[Offer]:
-    """The table of an nn.Embedding, named as its module, and a parameter `W_E`."""
+    """The table of an nn.Embedding, with the module's name, or a parameter `W_E`."""
     place = ParameterPlace(module)
     if isinstance(module, nn.Embedding):
         yield Offer(EmbeddingSite(name, place, "weight"), name, rank=2)

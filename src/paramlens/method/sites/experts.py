@@ -1,8 +1,8 @@
-"""Experts whose weights are stacked in one tensor, as transformers keeps those of Mixtral: every expert's matrix is a site.
+"""Experts whose weights are stacked in one tensor, as for Mixtral in transformers: every expert's matrix is a site.
 
-A router gives each token to a few experts, and another input would be routed otherwise. So that a mask belongs to a token, every
-expert is run on every token while its sites are seen or replaced, and multiplied by the router's weight, 0 where the token is not its own:
-the same sums, for the work of all experts.
+A router sends each token to a few experts, and the choice depends on the input. To give each token its own mask, every expert runs on
+every token while its sites are watched or replaced. Its output is multiplied by the router's weight, which is 0 for tokens of other
+experts. The sums are the same; the cost is that of all experts.
 """
 
 import inspect
@@ -18,7 +18,7 @@ from paramlens.method.sites.site import Offer
 
 
 class ExpertsPlace(ParameterPlace):
-    """A module `experts(hidden_states, top_k_index, top_k_weights)` of transformers, whose class's own forward runs them one by one."""
+    """A module `experts(hidden_states, top_k_index, top_k_weights)` of transformers; the forward of its class runs experts one by one."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -26,7 +26,7 @@ class ExpertsPlace(ParameterPlace):
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        if self._inside:  # stand-ins are made for each call, of all that is watched or replaced by then
+        if self._inside:  # stand-ins are made at each call, for all sites watched or replaced then
             yield
             return
         original, one_by_one = self.module.forward, inspect.unwrap(type(self.module).forward)
@@ -48,7 +48,7 @@ class ExpertsPlace(ParameterPlace):
 
 
 def offers(_model: nn.Module, name: str, module: nn.Module) -> Iterator[Offer]:
-    """Every expert's matrices, where the module is called, and keeps its weights, as transformers' experts do."""
+    """Every expert's matrices, if the module has the forward and the stacked weights of transformers' experts."""
     taken = list(inspect.signature(inspect.unwrap(type(module).forward)).parameters)
     if taken == ["self", "hidden_states", "top_k_index", "top_k_weights"] and _stacks(module):
         as_used = bool(getattr(module, "is_transposed", False))
@@ -56,5 +56,5 @@ def offers(_model: nn.Module, name: str, module: nn.Module) -> Iterator[Offer]:
 
 
 def _stacks(module: nn.Module) -> list[Tensor]:
-    """The parameters that hold a matrix for every expert."""
+    """The parameters that hold one matrix per expert."""
     return [parameter for parameter in module.parameters(recurse=False) if parameter.dim() == 3]

@@ -1,4 +1,4 @@
-"""Which weights of a model are decomposed: patterns, names, and the check that each can be."""
+"""The sites of a model, chosen by patterns or names, with a check that each can be decomposed."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -12,19 +12,19 @@ from paramlens.method.sites.fused import PARTS
 from paramlens.method.sites.site import Offer, Site
 
 _KINDS = (linear.offers, embedding.offers, experts.offers, parameter.offers)
-"""What each kind of site offers of a module. A tensor that two kinds offer belongs to the first of them."""
+"""For each kind of site, the function that lists a module's sites. If two kinds list a tensor, it belongs to the first."""
 
 
 def find_sites(model: nn.Module, patterns: Sequence[str]) -> tuple[Site, ...]:
-    """The sites whose name matches any of `patterns` (`*`, `?`, `[..]`) and none of those that begin with `!`, in the model's own order.
+    """The sites whose name matches any of `patterns` (`*`, `?`, `[..]`) and no pattern that begins with `!`, in the model's order.
 
-    Of a tensor that holds several matrices, a suffix names one: `...c_attn[q]`, `[k]` and `[v]` of a fused projection, `[qv]` two of them,
-    `...W_Q[3]` of a head, `...down_proj[*]` of every expert. A pattern that is a site's very name means that site alone. A pattern takes
-    modules that are x @ W + bias; where it matches none, other weights; and where it matches none of those, embeddings. Exclusions leave
-    out all that they match.
-    Raises `SiteError` for a pattern that matches none, for slices of a weight of which they are not known, for a weight that the model
-    uses in a second place (a tied weight), for one that is not used as x @ W + bias, and for a fused projection that is taken both whole
-    and in slices.
+    If a tensor holds several matrices, a suffix selects some: `...c_attn[q]`, `[k]` or `[v]` of a fused projection, `[qv]` two of them,
+    `...W_Q[3]` a head, `...down_proj[*]` all experts. A pattern that equals a site's name selects only that site. Other patterns select
+    modules that are x @ W + bias; if none matches, other weights; if none of those matches, embeddings. A pattern with `!` excludes all
+    its matches.
+    Raises `SiteError` for a pattern without a match, for slices of a weight whose slices are not known, for a weight that the model
+    uses in a second place (a tied weight), for one that is not used as x @ W + bias, and for a fused projection selected both whole and
+    in slices.
     """
     offered = _offered(model)
     excluding = [pattern for pattern in patterns if pattern.startswith("!") and pattern not in offered]
@@ -42,7 +42,7 @@ def find_sites(model: nn.Module, patterns: Sequence[str]) -> tuple[Site, ...]:
 
 
 def named_sites(model: nn.Module, names: Sequence[str]) -> tuple[Site, ...]:
-    """The sites of exactly these names, in the model's own order. Raises `SiteError` if the model lacks one, and as `find_sites` does."""
+    """The sites with exactly these names, in the model's order. Raises `SiteError` if the model lacks one, and as `find_sites` does."""
     offered = _offered(model)
     for name in names:
         if name not in offered:
@@ -51,7 +51,7 @@ def named_sites(model: nn.Module, names: Sequence[str]) -> tuple[Site, ...]:
 
 
 def _offered(model: nn.Module) -> dict[str, Offer]:
-    """Name → what it stands for, of every weight matrix that a kind of site offers, in the model's order."""
+    """Name → offer, for every weight matrix of the model that can be a site, in the model's order."""
     offered: dict[str, Offer] = {}
     for name, module in model.named_modules():
         taken: dict[int, Tensor] = {}
@@ -64,14 +64,14 @@ def _offered(model: nn.Module) -> dict[str, Offer]:
 
 
 def _taken(pattern: str, offered: Mapping[str, Offer]) -> list[str]:
-    """What a pattern that is no exclusion takes of all that it matches."""
+    """The names that a pattern without `!` selects: its matches of the lowest rank."""
     matching = _matching(pattern, offered)
     lowest = min(offered[name].rank for name in matching)
     return [name for name in matching if offered[name].rank == lowest]
 
 
 def _matching(pattern: str, offered: Mapping[str, Offer]) -> list[str]:
-    """Names that a pattern matches; itself alone where it is a name. Raises `SiteError` if there are none."""
+    """Names that a pattern matches; only itself if it is a name. Raises `SiteError` if there are none."""
     if pattern in offered:
         return [pattern]
     base, suffix = _suffix_pattern(pattern)
@@ -90,7 +90,7 @@ def _matching(pattern: str, offered: Mapping[str, Offer]) -> list[str]:
 def _matches(offer: Offer, pattern: str, base: str, suffix: str | None) -> bool:
     if suffix is not None and offer.suffix is not None and fnmatchcase(offer.whole, base):
         return offer.suffix == suffix[1:-1] if suffix[1:-1].isdecimal() else fnmatchcase(offer.suffix, suffix)
-    if offer.suffix is None or offer.rank > 0:  # a slice of a module takes the place of the whole, and must be asked for
+    if offer.suffix is None or offer.rank > 0:  # slices of a module replace the whole weight, so they need a suffix
         return fnmatchcase(offer.whole, pattern) or fnmatchcase(offer.site.name, pattern)
     return False
 
@@ -108,12 +108,12 @@ def _sites(model: nn.Module, chosen: set[str], offered: Mapping[str, Offer]) -> 
 
 
 def _memory(parameter: Tensor) -> object:
-    """What two parameters share if they are one weight under two names: the object, or where its numbers begin."""
+    """A key that is equal for two names of the same weight: the object's id, or the address of its numbers."""
     return id(parameter) if parameter.is_meta or not parameter.numel() else (parameter.device, parameter.data_ptr())
 
 
 def _suffix_pattern(pattern: str) -> tuple[str, str | None]:
-    """A pattern's part before a trailing [..], and what of it matches a suffix: one of the letters, or any for [*]."""
+    """A pattern split before a trailing [..]: the base, and a pattern for suffixes (`[qv]`, or `*` for [*]). None: no suffix."""
     base, bracket, letters = pattern.rpartition("[")
     if not bracket or not letters.endswith("]") or not base or base.endswith("."):
         return pattern, None

@@ -1,7 +1,7 @@
-"""Fused projections: one weight that makes queries, keys and values together, and which of its columns belong to each.
+"""Fused projections: one weight that computes queries, keys and values, and the columns that belong to each.
 
-The order of the columns differs from model to model, so it is read off the attention module that owns the weight. What is said here is
-measured again on the first batch of every run (`paramlens.method.entry`), and a run whose slices are something else is refused.
+The order of the columns differs between models, so it depends on the class of the attention module that owns the weight. Each run checks
+it on the first batch (`paramlens.method.entry`) and stops with an error if it is wrong.
 """
 
 from collections.abc import Callable
@@ -15,11 +15,11 @@ PARTS = ("q", "k", "v")
 """Slices of a fused projection."""
 
 _Layout = tuple[int, tuple[tuple[str, int], ...]]
-"""How often a pattern of parts repeats along the columns, and the pattern: part and number of columns, in order."""
+"""How often a pattern repeats along the columns, and the pattern: slice (q, k or v) and number of columns, in order."""
 
 
 def fused_columns(model: nn.Module, name: str, *, d_in: int, width: int) -> dict[str, Int[Tensor, "column"]] | None:
-    """Part → columns of the output of the module `name`, or none where no layout is known or the known one does not fit."""
+    """Slice → its columns of the output of the module `name`. None: no layout is known, or the known one does not fit."""
     parent, _, leaf = name.rpartition(".")
     owner = model.get_submodule(parent)
     known = _LAYOUTS.get((type(owner).__name__, leaf))
@@ -47,7 +47,7 @@ def _head_by_head(owner: Any, width: int) -> _Layout:
 
 
 def _grouped(owner: Any, width: int) -> _Layout:
-    """All queries, then the fewer keys, then the values."""
+    """All queries, then all keys, then all values; keys and values can have fewer heads."""
     shared = owner.num_key_value_heads * owner.head_dim
     return 1, (("q", width - 2 * shared), ("k", shared), ("v", shared))
 
@@ -59,14 +59,14 @@ def _bigcode(owner: Any, width: int) -> _Layout:
 
 
 def _falcon(owner: Any, width: int) -> _Layout:
-    """Groups of queries, each followed by the key and the value that they share."""
+    """Groups of query heads, each followed by the key head and the value head that it shares."""
     size = owner.head_dim
     groups = owner.num_kv_heads if owner.new_decoder_architecture else 1 if owner.multi_query else owner.num_heads
     return groups, (("q", width // groups - 2 * size), ("k", size), ("v", size))
 
 
 def _codegen(_owner: Any, width: int) -> _Layout:
-    """Four shares of the heads, each queries, values, keys."""
+    """Four groups of heads, each with queries, values, keys in this order."""
     return 4, tuple((part, width // 12) for part in "qvk")
 
 
@@ -87,4 +87,4 @@ _LAYOUTS: dict[tuple[str, str], Callable[[Any, int], _Layout]] = {
     ("ModernBertAttention", "Wqkv"): _thirds,
     ("BarkSelfAttention", "att_proj"): _thirds,
 }
-"""(class of the owner, name of the weight in it) → layout, as the forward of that class takes the columns apart."""
+"""(class of the owner, name of the weight in it) → layout, as the forward of that class splits the columns."""

@@ -1,4 +1,4 @@
-"""nn.Linear and transformers' Conv1D: modules that are x @ W + bias, and slices of one that makes queries, keys and values together."""
+"""nn.Linear and transformers' Conv1D: modules that are x @ W + bias, and the slices (queries, keys, values) of a fused projection."""
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -63,7 +63,7 @@ class LinearSite(Site):
 
     @torch.no_grad()
     def refusal(self) -> str | None:
-        """Unless the module's forward is x @ W + bias: the library's own, or one that gives the same numbers, if there are weights."""
+        """None if the module's forward is x @ W + bias: the library's forward, or one with equal results (not tested on meta weights)."""
         module, weight = self._module, self.stored
         plain = next(kind for kind in _kinds() if isinstance(module, kind))
         if (type(module).forward is plain.forward and "forward" not in module.__dict__) or weight.is_meta:
@@ -106,11 +106,11 @@ class ModulePlace(Place):
 
 
 def _keep_fast_paths_off(_module: nn.Module, _args: object, _kwargs: object) -> None:
-    """nn.TransformerEncoderLayer does not call its modules, unless one of them has a hook."""
+    """A hook that does nothing: nn.TransformerEncoderLayer calls its modules only if one of them has a hook."""
 
 
 def _joined(products: Sequence[tuple[Site, Product]], original: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """The forward of a module with its sites replaced: the whole weight, or slices of a fused one."""
+    """The forward of a module with its sites replaced: the whole weight, or slices of a fused projection."""
     given = given_input(args, kwargs)
     site, product = products[0]
     x = product.aligned(given)
@@ -142,17 +142,17 @@ def offers(model: nn.Module, name: str, module: nn.Module) -> Iterator[Offer]:
 
 
 def _kinds() -> tuple[type[nn.Module], ...]:
-    """The modules that are `x @ W + bias`; a model can only hold a `Conv1D` if transformers has been imported."""
+    """The classes that are `x @ W + bias`; a model can contain a `Conv1D` only if transformers has been imported."""
     library = sys.modules.get("transformers.pytorch_utils")
     return (nn.Linear,) if library is None else (nn.Linear, library.Conv1D)
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """The stored weight; a parametrization computes it."""
+    """The module's weight, which a parametrization computes."""
     return cast("Tensor", module.weight)
 
 
 def _as_used(module: nn.Module) -> Tensor:
-    """The whole weight [d_in, d_out], as a view of what is stored."""
+    """The whole weight [d_in, d_out], as a view of the stored one."""
     stored = weight_of(module)
     return stored.T if isinstance(module, nn.Linear) else stored

@@ -1,7 +1,7 @@
-"""Weights that no module of their own multiplies: parameters in `einsum`, `matmul` or `linear`, and the projections of attention.
+"""Weights without a module of their own: parameters used in `einsum`, `matmul` or `linear`, and nn.MultiheadAttention's projections.
 
-TransformerLens keeps W_Q, W_K, W_V [head, d_model, d_head], W_O [head, d_head, d_model], W_in, W_out and W_U [d_in, d_out];
-nn.MultiheadAttention keeps `in_proj_weight` [3 d, d] of its queries, keys and values, and hands on the weight of its `out_proj`.
+TransformerLens stores W_Q, W_K, W_V [head, d_model, d_head], W_O [head, d_head, d_model], W_in, W_out and W_U [d_in, d_out].
+nn.MultiheadAttention stores `in_proj_weight` [3 d, d] for queries, keys and values, and uses its `out_proj` without calling it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,12 +21,12 @@ from paramlens.method.sites.standin import Block, Holder, StandIn
 class ParameterSite(Site):
     """A parameter of a module, or one matrix of it.
 
-    index: which part of the parameter is the matrix. Defaults to None: all of it.
-    transposed: the matrix is stored as [d_out, d_in], as `F.linear` takes it.
+    index: index of the matrix in the parameter. Defaults to None: the whole parameter.
+    transposed: whether the matrix is stored as [d_out, d_in], as for `F.linear`.
     """
 
     looked_up = False
-    """Whether the input is ids, and the product the rows of W that they name."""
+    """Whether the input is ids, and the product is the rows of W with these ids."""
 
     def __init__(
         self,
@@ -41,13 +41,13 @@ class ParameterSite(Site):
         self.parameter, self._index, self._transposed = parameter, index, transposed
 
     def own(self, stored: Tensor) -> Tensor:
-        """The site's entries [d_in, d_out] of a tensor of the parameter's shape."""
+        """The site's entries [d_in, d_out] in a tensor of the parameter's shape."""
         own = stored if self._index is None else stored[self._index]
         return own.T if self._transposed else own
 
     @property
     def stored(self) -> Tensor:
-        return dict(self.place.module.named_parameters(recurse=False))[self.parameter]  # whatever shadows it
+        return dict(self.place.module.named_parameters(recurse=False))[self.parameter]  # also while a stand-in shadows it
 
     @property
     def W(self) -> Float[Tensor, "d_in d_out"]:
@@ -59,7 +59,7 @@ class ParameterSite(Site):
 
 
 class ParameterPlace(Place, Holder):
-    """A module in which stand-ins take the place of parameters while a run is under way. It holds what the stand-ins ask for."""
+    """A module in which stand-ins replace parameters during a run. It computes the sites' products for the stand-ins."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -89,7 +89,7 @@ class ParameterPlace(Place, Holder):
         return tuple(dict.fromkeys(site.stored for site in sites))
 
     def entered(self) -> AbstractContextManager[None]:
-        """The context in which the module computes with stand-ins."""
+        """A context in which the module computes with stand-ins."""
         return self.stand_ins()
 
     def stand_ins(self) -> AbstractContextManager[None]:
@@ -136,7 +136,7 @@ class ParameterPlace(Place, Holder):
 
 
 def _block(site: ParameterSite, shape: torch.Size, places: Tensor, *, lookup: bool) -> Block | None:
-    """The block of a site in a weight w [b, i, o] of this shape, `places` [d_in, d_out] being where its W stands there; None: nowhere."""
+    """The block of a site in a weight w [b, i, o]. places: index in w of each entry of its W [d_in, d_out]. None: W is not in w."""
     if (places < 0).all():
         return None
     b, i, o = places // (shape[1] * shape[2]), places // shape[2] % shape[1], places % shape[2]
@@ -153,10 +153,10 @@ def _unless_all(indices: Tensor, size: int) -> Tensor | None:
 
 
 def offers(_model: nn.Module, name: str, module: nn.Module) -> Iterator[Offer]:
-    """The matrices of floats among the module's own parameters, those of torch's own modules aside.
+    """The matrices among the module's own parameters, for nn.MultiheadAttention and modules that are not torch's.
 
-    A parameter of three axes holds one matrix for each entry of the first. Its last two are [d_in, d_out], but where its name ends in
-    `weight` or `proj`, [d_out, d_in] as `F.linear` takes them.
+    A parameter with three axes holds one matrix for each index of the first. A matrix is [d_in, d_out], or, if the parameter's name ends
+    in `weight` or `proj`, [d_out, d_in] as for `F.linear`.
     """
     place = ParameterPlace(module)
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
@@ -168,11 +168,11 @@ def offers(_model: nn.Module, name: str, module: nn.Module) -> Iterator[Offer]:
 
 
 def matrix_offers(name: str, module: nn.Module, place: ParameterPlace, transposed: Callable[[str], bool]) -> Iterator[Offer]:
-    """The parameters of `module` that are matrices, or several in one."""
+    """The parameters of `module` that are matrices or stacks of matrices."""
     for leaf, parameter in module.named_parameters(recurse=False):
         whole = named(name, leaf)
         if leaf.startswith("b_") or leaf.endswith(("bias", "W_E", "W_pos")):
-            continue  # added, or looked up
+            continue  # biases are added, tables are looked up
         if parameter.dim() == 2:
             yield Offer(ParameterSite(whole, place, leaf, transposed=transposed(leaf)), whole, rank=1)
         elif parameter.dim() == 3:
@@ -191,10 +191,10 @@ def _attention_offers(name: str, module: nn.MultiheadAttention, place: Parameter
 
 
 def _offer(place: ParameterPlace, whole: str, leaf: str, suffix: str, index: int | slice, *, transposed: bool) -> Offer:
-    """One of several matrices in a parameter."""
+    """The offer of one of several matrices in a parameter."""
     return Offer(ParameterSite(suffixed(whole, suffix), place, leaf, index=index, transposed=transposed), whole, suffix, rank=1)
 
 
 def named(module: str, leaf: str) -> str:
-    """The name of a module's parameter."""
+    """The full name of a module's parameter."""
     return f"{module}.{leaf}" if module else leaf

@@ -1,4 +1,4 @@
-"""What every kind of site offers: its weight, its input, and its place in the model, where a run sees and replaces its product."""
+"""The interface of every kind of site: its weight, its input, and its place in the model, where runs watch and replace its product."""
 
 import math
 from abc import ABC, abstractmethod
@@ -12,19 +12,19 @@ from torch import Tensor, nn
 from paramlens.method.masks import Replacement, masked_linear
 
 TargetRows = Callable[[int, int], Tensor]
-"""What the target's own weight makes of the input's rows from one to another."""
+"""(start, end) → the target's output for rows start to end of the input."""
 
 Seen = Callable[["Site", Tensor], None]
-"""Is called with a site and what it is given, x, once for each time that the model computes its product."""
+"""Called with a site and its input x, each time that the model computes its product."""
 
 
 @dataclass(frozen=True)
 class Product:
-    """What a site computes in place of `x @ W + bias`.
+    """What a site computes instead of `x @ W + bias`.
 
-    compute: of the input x and of what the target makes of its rows.
-    leading: axes of x before the last that `compute` expects; defaults to None: as the model gives them.
-    copies: read a copy of the input, because the model writes into it before gradients are taken.
+    compute: (x, target's output by rows) → the new output.
+    leading: axes of x before the last that `compute` expects. Defaults to None: as in the model.
+    copies: whether to read a copy of the input, because the model overwrites it before the backward pass.
     """
 
     compute: Callable[[Tensor, TargetRows], Tensor]
@@ -39,8 +39,8 @@ class Product:
 class Site(ABC):
     """One decomposed weight matrix W [d_in, d_out], used by the model as `x @ W + bias`.
 
-    name: as the model has it, `blocks.0.mlp.W_in`, with a suffix where one tensor holds several matrices: [q], or the index [3].
-    place: the place in the model at which the product is computed.
+    name: its name in the model, `blocks.0.mlp.W_in`, with a suffix if one tensor holds several matrices: [q], or the index [3].
+    place: the place in the model where the product is computed.
     """
 
     def __init__(self, name: str, place: "Place") -> None:
@@ -49,7 +49,7 @@ class Site(ABC):
     @property
     @abstractmethod
     def stored(self) -> Tensor:
-        """The tensor of the model that holds the weight, a parameter unless it is computed."""
+        """The model's tensor that holds the weight: a parameter, unless the model computes it."""
 
     @property
     @abstractmethod
@@ -70,53 +70,53 @@ class Site(ABC):
 
     @property
     def bias(self) -> Float[Tensor, "d_out"] | None:
-        """What the product's place adds to `x @ W`. Defaults to None: nothing, or the model adds it elsewhere."""
+        """The bias that the product's place adds to `x @ W`. None: no bias, or the model adds it elsewhere."""
         return None
 
     @property
     def module(self) -> nn.Module | None:
-        """The module whose input is x and whose output is `x @ W + bias`; None where no module is just that."""
+        """The module with input x and output `x @ W + bias`. None: there is no such module."""
         return None
 
     @property
     def columns(self) -> Tensor | None:
-        """The columns of the module's output that belong to the site; None: all."""
+        """The columns of the module's output that belong to the site. None: all."""
         return None
 
     @property
     def d_seen(self) -> int:
-        """Width of what γ sees of the input."""
+        """Width of γ's input."""
         return self.d_in
 
     def seen(self, x: Tensor) -> Float[Tensor, "*batch d_seen"]:
-        """What γ sees of the input: the input itself."""
+        """The input of γ, by default x itself."""
         return x
 
     def vectors(self, x: Tensor) -> Float[Tensor, "*batch d_in"]:
-        """The input as vectors."""
+        """The input x as vectors."""
         return x
 
     def read(self, x: Tensor, U: Float[Tensor, "d_in C"]) -> Float[Tensor, "*batch C"]:
-        """X @ U."""
+        """Inner activations x @ U."""
         return x @ U
 
     def product(self, x: Tensor) -> Float[Tensor, "*batch d_out"]:
-        """X @ W, without bias and without gradient to W."""
+        """The product x @ W, without bias and without gradient to W."""
         return self.read(x, self.W.detach())
 
     def masked(
         self, x: Tensor, U: Float[Tensor, "d_in C"], V: Float[Tensor, "C d_out"], replacements: Sequence[Replacement]
     ) -> Float[Tensor, "*batch d_out"]:
-        """`((x @ U) * r) @ V + bias`, r being the masks of `replacements`, one after the other along the first axis."""
+        """`((x @ U) * r) @ V + bias`, where r is the masks of `replacements` joined along the first axis."""
         return masked_linear(x, U, V, replacements, self.bias)
 
     def refusal(self) -> str | None:
-        """Why the weight cannot be decomposed, measured on the site alone; None if nothing speaks against it."""
+        """Why the weight cannot be decomposed, tested on the site alone. None: it can."""
         return None
 
 
 class Place(ABC):
-    """A place in the model at which products of one or more sites are computed.
+    """A place in the model where the products of one or more sites are computed.
 
     module: the module that holds the weight.
     """
@@ -125,20 +125,20 @@ class Place(ABC):
 
     @abstractmethod
     def watched(self, sites: Sequence[Site], see: Seen) -> AbstractContextManager[None]:
-        """While active, `see` is called with what each of `sites` is given; the model computes what it did, to the bit."""
+        """While active, `see` is called with each of `sites` and its input; the model's results are unchanged, bit for bit."""
 
     @abstractmethod
     def replaced(self, products: Mapping[Site, Product]) -> AbstractContextManager[None]:
-        """While active, the sites compute `products` in place of their own; restored whatever happens."""
+        """While active, the sites compute `products` instead of their own; restored at the end, even after an error."""
 
     @abstractmethod
     def replaced_weights(self, sites: Sequence[Site]) -> tuple[Tensor, ...]:
-        """Tensors of the model that nothing uses while all of `sites` are replaced, unless they are used elsewhere as well."""
+        """The model's tensors that are not used while all of `sites` are replaced, unless they are also used elsewhere."""
 
 
 @contextmanager
 def watched(sites: Sequence[Site], see: Seen) -> Iterator[None]:
-    """While active, `see` is called with every site and what it is given, each time that the model computes its product."""
+    """While active, `see` is called with each site and its input, each time that the model computes its product."""
     with ExitStack() as stack:
         for place, own in by_place(sites).items():
             stack.enter_context(place.watched(own, see))
@@ -147,7 +147,7 @@ def watched(sites: Sequence[Site], see: Seen) -> Iterator[None]:
 
 @contextmanager
 def replaced(products: Mapping[Site, Product]) -> Iterator[None]:
-    """While active, sites compute `products` in place of their own product; restored whatever happens, Ctrl-C included."""
+    """While active, sites compute `products` instead of their own; restored at the end, even after an error or Ctrl-C."""
     with ExitStack() as stack:
         for place, own in by_place(list(products)).items():
             stack.enter_context(place.replaced({site: products[site] for site in own}))
@@ -162,7 +162,7 @@ def by_place(sites: Sequence[Site]) -> dict[Place, list[Site]]:
 
 
 def aligned(x: Tensor, leading: Sequence[int]) -> Tensor:
-    """`x` with the leading axes `leading`, if its own are those in a row, or those and further ones of one entry."""
+    """`x` reshaped to the leading axes `leading`, if its own are these flattened or differ only in axes of size 1; else unchanged."""
     own = x.shape[:-1]
     same = [size for size in own if size != 1] == [size for size in leading if size != 1]
     flat = len(own) == 1 and own[0] == math.prod(leading)
@@ -171,10 +171,11 @@ def aligned(x: Tensor, leading: Sequence[int]) -> Tensor:
 
 @dataclass(frozen=True)
 class Offer:
-    """A site that a model has, and what patterns are compared with.
+    """A site that a model offers, with the names that patterns match.
 
-    whole: the name without a suffix; suffix: [q] or [3] without its brackets, None where there is none.
-    rank: a pattern takes its matches of the lowest rank alone: 0 for modules x @ W + bias, 1 for other weights, 2 for embeddings.
+    whole: the name without suffix.
+    suffix: [q] or [3] without brackets. Defaults to None: no suffix.
+    rank: a pattern selects only its matches of the lowest rank: 0 for modules x @ W + bias, 1 for other weights, 2 for embeddings.
     """
 
     site: Site
@@ -184,5 +185,5 @@ class Offer:
 
 
 def suffixed(whole: str, suffix: str) -> str:
-    """The name of one of several matrices in one tensor."""
+    """The name of one of several matrices in a tensor."""
     return f"{whole}[{suffix}]"

@@ -1,16 +1,16 @@
-"""A parameter that stands in for itself: it knows which of the model's operations is the product of which site, and hands that on.
+"""Stand-ins for parameters: tensors that recognise the operation that is a site's product, so that it can be watched or replaced.
 
-A mask differs from token to token, so a masked weight is no weight that could be put in the parameter's place: the product itself must be
-replaced. While a run is under way, the model therefore finds a `StandIn` where the parameter was, a tensor with the same values on which
-PyTorch calls `__torch_function__` for whatever is done with it. Three groups of operations are known:
+Masks differ between tokens, so no single weight could replace the parameter: the product itself must be replaced. During a run, each
+parameter is therefore replaced by a `StandIn`, a tensor with the same values; PyTorch calls its `__torch_function__` for every operation
+on it. Three groups of operations are known:
 
 * questions about it (shape, dtype, …) are answered;
 * rearrangements (transpose, reshape, an index, a slice, …) give another stand-in, which remembers them;
 * products (`einsum`, `matmul`, `linear`, `addmm`, … and the attention of nn.MultiheadAttention) are brought into one form,
-  y[.., b, o] = Σ_i x[.., b, i] w[b, i, o]. The remembered rearrangements, done to the *addresses* of the parameter's numbers, tell exactly
-  which b, i and o a site's W [d_in, d_out] occupies there.
+  y[.., b, o] = Σ_i x[.., b, i] w[b, i, o]. The remembered rearrangements, applied to the *indices* of the parameter's numbers, give the
+  exact b, i and o of a site's W [d_in, d_out].
 
-Anything else raises `SiteError`, naming the operation and the site: an operation that is not known is never computed past a mask.
+Any other operation raises `SiteError` with its name and the site, so that no mask is silently ignored.
 """
 
 import inspect
@@ -44,7 +44,7 @@ _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 @dataclass(frozen=True)
 class Block:
-    """Where a site's W stands in a product's weight w [b, i, o]: `w[b][rows][:, columns]`; None: all of them, in order."""
+    """The position of a site's W in a product's weight w [b, i, o]: `w[b][rows][:, columns]`. None: all rows or columns, in order."""
 
     site: Any
     b: int
@@ -57,31 +57,31 @@ class Block:
 
 
 class Holder(ABC):
-    """What put the stand-ins there, and answers for them."""
+    """The object that created the stand-ins and computes their products."""
 
     @abstractmethod
     def blocks(self, stand_in: "StandIn", arranged: Callable[[Tensor], Tensor], key: str, *, lookup: bool = False) -> Sequence[Block]:
-        """The blocks of a product whose weight [b, i, o] is `arranged` of the stand-in, named by `key`; lookup: its input is ids.
+        """The blocks of a product with weight [b, i, o] = arranged(stand_in). key: name of the product. lookup: its input is ids.
 
-        Raises `SiteError` for what is no product x @ W of a site.
+        Raises `SiteError` if it is not a product x @ W of a site.
         """
 
     @abstractmethod
     def computed(self, block: Block, x: Tensor) -> Tensor | None:
-        """What the block's site computes of x [*leading, d_in]; None: what the target does."""
+        """The output of the block's site for x [*leading, d_in]. None: the same as the target's."""
 
     @property
     @abstractmethod
     def only_watches(self) -> bool:
-        """Whether every site computes what the target does."""
+        """Whether sites are only watched, so that each computes the same as the target."""
 
     @abstractmethod
     def refusal(self, stand_in: "StandIn", what: str) -> SiteError:
-        """The error that says of a site of the stand-in that the model uses it in `what`."""
+        """The error for a site of the stand-in that the model uses in `what`, an operation that is not supported."""
 
 
 class StandIn(Tensor):
-    """A parameter, or a rearrangement of one, in the eyes of a model that is being run."""
+    """A tensor that replaces a parameter, or a rearrangement of one, during a run."""
 
     holder: Holder
     parameter: str
@@ -100,11 +100,11 @@ class StandIn(Tensor):
         return made
 
     def then(self, plain: Tensor, step: Callable[[Tensor], Tensor], key: str) -> "StandIn":
-        """The stand-in of `plain`, which `step` makes of this one."""
+        """The stand-in for `plain`, the result of the rearrangement `step` of this one."""
         return self._made(plain, self.holder, self.parameter, (*self.path, step), f"{self.key}|{key}")
 
     def replay(self, tensor: Tensor) -> Tensor:
-        """The remembered rearrangements, of a tensor of the parameter's shape."""
+        """Apply the remembered rearrangements to a tensor of the parameter's shape."""
         for step in self.path:
             tensor = step(tensor)
         return tensor
@@ -148,7 +148,7 @@ def _refused(what: str, tree: Any) -> SiteError:
 
 
 def _copied(func: Callable[..., Any], name: str, weight: StandIn, args: Sequence[Any], kwargs: Mapping[str, Any]) -> StandIn:
-    """A copy with the same numbers, or the tensor itself."""
+    """A stand-in for a copy with the same numbers, or for the tensor itself."""
     plain = func(weight.plain, *_plain(args), **_plain(kwargs))
     if not isinstance(plain, Tensor) or plain.dtype != weight.plain.dtype or plain.device != weight.plain.device:
         raise weight.holder.refusal(weight, f"{name} to another type or device")
@@ -177,7 +177,7 @@ def _number(index: Tensor) -> int | Tensor:
 
 
 def _is_lookup(args: Sequence[Any]) -> bool:
-    """Whether rows are taken by numbers: `table[ids]` or `table[ids, :]`."""
+    """Whether rows are looked up by ids: `table[ids]` or `table[ids, :]`."""
     first, *rest = _series(args[1])
     ids = isinstance(first, Tensor) and first.dim() > 0 and not first.is_floating_point() and first.dtype != torch.bool
     return isinstance(args[0], StandIn) and ids and args[0].plain.dim() == 2 and all(each == slice(None) for each in rest)
@@ -191,7 +191,7 @@ def _embedding(func: Callable[..., Any], ids: Tensor, table: StandIn, *args: Any
 
 
 def _looked_up(func: Callable[..., Any], ids: Tensor, table: StandIn, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """Rows `ids` of a table: the product of vectors that are 1 at one place, whose input is kept as ids [.., 1]."""
+    """Rows `ids` of a table: the product of one-hot vectors with it. The input x is ids [.., 1]."""
     found = table.holder.blocks(table, lambda tensor: tensor[None], "lookup", lookup=True)
     computed = [table.holder.computed(block, ids[..., None]) for block in found if block.rows is None and block.columns is None]
     if len(computed) != 1:
@@ -201,7 +201,7 @@ def _looked_up(func: Callable[..., Any], ids: Tensor, table: StandIn, args: Sequ
 
 @dataclass(frozen=True)
 class _Einsum:
-    """A product as an einsum of an input and a weight, with what is added to it."""
+    """A product as an einsum of an input and a weight, and a tensor that is added to it."""
 
     equation: str
     first: Tensor
@@ -242,11 +242,11 @@ _PRODUCTS: dict[str, Callable[..., _Einsum | None]] = {
     "addmm": _added,
     "baddbmm": _added,
 }
-"""Operation → what it is as an einsum; None where it is not one."""
+"""Operation → a function that writes it as an einsum. None: it is not one."""
 
 
 def _multiplied(func: Callable[..., Any], name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """What an operation makes of the sites' products, or the operation's own result where every site computes what the target does."""
+    """The operation's result with the sites' products in it, or its own result if every site computes the same as the target."""
     try:
         product = _PRODUCTS[name](*args, **kwargs)
     except TypeError:  # out=..., or arguments of another kind
@@ -260,7 +260,7 @@ def _multiplied(func: Callable[..., Any], name: str, args: Sequence[Any], kwargs
 
 
 def _summed(product: _Einsum) -> Tensor | None:
-    """The einsum with every site's own product in it; None where all compute what the target does."""
+    """The einsum with the sites' products in it. None: all sites compute the same as the target."""
     operands = (product.first, product.second)
     place = int(isinstance(product.second, StandIn))
     weight, x = operands[place], operands[1 - place]
@@ -295,7 +295,7 @@ def _summed(product: _Einsum) -> Tensor | None:
 def _by_blocks(
     weight: StandIn, x: Float[Tensor, "*lead b i"], arranged: Callable[[Tensor], Tensor], key: str
 ) -> Float[Tensor, "*lead b o"] | None:
-    """The sum of what each block's site computes, and of the rest of the weight by the target's own numbers."""
+    """The sum of each block's output and the output of the rest of the weight. None: all sites compute the same as the target."""
     holder, w = weight.holder, arranged(weight.plain)
     parts: list[tuple[Block, Tensor]] = []
     for block in holder.blocks(weight, arranged, key):
@@ -324,9 +324,9 @@ def _by_blocks(
 
 
 def _attention(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """`F.multi_head_attention_forward`, its four projections taken out and done before and after it, its own being identities.
+    """`F.multi_head_attention_forward` with its four projections computed before and after it, and replaced by identities inside.
 
-    There x is [pos, batch, d], here [batch, pos, d].
+    Inside x is [pos, batch, d]; in the projections it is [batch, pos, d].
     """
     given = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs)
     given.apply_defaults()
