@@ -1,4 +1,4 @@
-"""Agreement between runs: do different seeds find the same subcomponents in the same target?"""
+"""Agreement between runs: whether different seeds find the same subcomponents in the same target."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

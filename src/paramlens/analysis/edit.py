@@ -82,8 +82,8 @@ class Edit(Result):
     def save(self, path: str | Path) -> Path:
         """Write the edited model as a plain Hugging Face folder.
 
-        Raises `ConfigError` if the folder is not empty, if the model is not from transformers, or if transformers does not read back
-        exactly this model; in the last case nothing is left in the folder.
+        Raises `ConfigError` if `path` exists and is not an empty folder, if the model is not from transformers, or if transformers does
+        not read back exactly this model; in the last case nothing is left in the folder.
         """
         path = Path(path)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -185,7 +185,7 @@ def suppress(
     tokens: words of the sentence, such as the name; only subcomponents active at these words count.
     sites: patterns that a site must match. Defaults to all sites.
     subcomponents: pairs of site and number, instead of `unique_to`.
-    facts: facts that give the sentence's answer. Defaults to the shipped facts, then to the sentence's last word.
+    facts: searched first for the sentence's answer, before the shipped facts; if none has it, the answer is the last word.
     Raises `ConfigError` or `SiteError` if a name or number does not exist.
     """
     if (unique_to is None) == (not subcomponents):
@@ -290,7 +290,7 @@ def unique(
 
 
 def find_fact(run: Run, sentence: str, facts: Sequence[Fact] | None) -> Fact:
-    """The fact of a sentence or prompt: from the given facts, the shipped ones, or the run's sentences. Raises `ConfigError` for one word."""
+    """The fact of a sentence or prompt, from given facts, shipped ones, or the run's sentences. Raises `ConfigError` for one word."""
     known = [*(facts or ()), *shipped_facts(), *(fact_of(each, shipped_facts()) for each in run.config.task.own_sentences)]
     prompt = sentence.strip()
     found = next((fact for fact in known if prompt in (fact.prompt, fact.sentence)), None)

@@ -43,7 +43,7 @@ class FactEffect:
 
 @dataclass(frozen=True)
 class Effect:
-    """What one edit leaves of the probability, after / before, by kind of fact. kept: median; kept_mean: mean; right: share still likeliest.
+    """What one edit leaves by kind of fact. kept, kept_mean: median and mean of after / before; right: share still likeliest.
 
     Counts only the facts that the model knew: their answer was the likeliest continuation before. None: it knew none of that kind.
     """
@@ -197,7 +197,7 @@ def _unknown(facts: Sequence[FactEffect]) -> Iterator[str]:
 
 @torch.no_grad()
 def perplexity(model: nn.Module, tokenizer: object, texts: Sequence[str], *, batch: int = 32) -> float:
-    """exp of the mean cross-entropy per token, over all tokens but the first of each text.
+    """Exp of the mean cross-entropy per token, over all tokens but the first of each text.
 
     Raises `ConfigError` if no text has two tokens, and `BatchError` for a text that is longer than the model takes.
     """
