@@ -60,7 +60,7 @@ def data_of(run: Run) -> Task:
 
 
 def held_out(run: Run, *, batches: int, task: Task | None = None) -> list[HeldOut]:
-    """The first `batches` batches of the data stream "circuit". All analyses share it, so their numbers are of the same sequences.
+    """The first `batches` batches of the stream that all analyses share, so that their numbers are of the same sequences.
 
     task: source of the batches. Defaults to the run's own. Raises `ConfigError` for fewer than one batch.
     """
@@ -79,7 +79,7 @@ def held_out(run: Run, *, batches: int, task: Task | None = None) -> list[HeldOu
 def divergences(
     decomposition: Decomposition, inputs: Inputs, plans: Sequence[Plan], *, at: LossAt, log_probs: Float[Tensor, "*batch token"]
 ) -> list[float]:
-    """KL(target ‖ plan) in nats of every plan on one batch, `stack_size` plans at a time. log_probs: the target's, at the loss positions."""
+    """KL(target ‖ plan) in nats of every plan on one batch, `stack_size` plans at a time. log_probs: the target's, where the loss is."""
     size, values = stack_size(log_probs.numel(), device=log_probs.device.type), list[float]()
     for start in range(0, len(plans), size):
         values += at.divergence(log_probs, decomposition(inputs, plans[start : start + size])).tolist()

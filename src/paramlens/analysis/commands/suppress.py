@@ -141,7 +141,7 @@ class SuppressAnalysis(Analysis):
 
 
 def suppression_figure(edit: Mapping[str, Any]) -> go.Figure:
-    """Figures 3 and 4 as bars: by kind of fact the share of its probability that an answer keeps, for the edit and its controls."""
+    """Figures 3 and 4 as bars: the share of its probability that an answer keeps, by kind of fact, for the edit and its controls."""
     figure = go.Figure()
     effects = {f"{len(edit['selected'])} subcomponents": edit["effect"], **edit["controls"]}
     for colour, (name, effect) in enumerate(effects.items()):
