@@ -1,4 +1,4 @@
-"""Every subcomponent of a run that is active somewhere: what it reads and writes, where it is active, and the loss without it."""
+"""Every subcomponent of a run that is active somewhere: what it reads and writes, where it is active, and the KL without it."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -76,7 +76,7 @@ class Catalogue(Result):
         return f"{self.run}, step {self.step}: {active} of {self.C * len(self.sites)} subcomponents active somewhere"
 
     def tables(self) -> tuple[Table, ...]:
-        """Every subcomponent with the loss without it, site by site."""
+        """Every subcomponent with the KL without it, site by site."""
         names = columns("site", "subcomponent", "highest g", "mean g", "removed, nats", "from the masked model, nats")
         rows = (
             row(

@@ -60,7 +60,7 @@ class _Place:
 def controls(run: Run, edit: Edit, fact: Fact, names: Sequence[str]) -> dict[str, Control]:
     """The controls `names`. Each removes as many slices at every edited site as the edit does, or says why it cannot.
 
-    "activation read" removes one slice for each direction of the tokens' activations, with all that the weight writes for it.
+    "activation read" instead removes one slice for each direction of the tokens' activations, with all that the weight writes for it.
     """
     places = _places(run, edit, fact)
     return {name: _control(name, places) for name in names}

@@ -36,7 +36,7 @@ Method = Literal["projection", "subtraction"]
 
 @dataclass(frozen=True)
 class Selected:
-    """A subcomponent chosen for an edit, and the token where its score is highest. None: it was named by hand."""
+    """A subcomponent chosen for an edit, and the token where its score is highest. None in a field: it was named by hand."""
 
     site: str
     subcomponent: int
