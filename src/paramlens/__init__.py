@@ -73,7 +73,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use, so that `import paramlens` needs no torch."""
+    """Import a name on first use, so that `import paramlens` does not load torch."""
     if name not in _HOME:
         raise AttributeError(f"module 'paramlens' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

@@ -1,4 +1,4 @@
-"""Every analysis, in the order of `paramlens --help` and of the page. Adding one takes its own file and a line here."""
+"""Every analysis, in the order of `paramlens --help` and of the page. To add one, write its file and add a line here."""
 
 from paramlens.analysis.analysis import Analysis
 from paramlens.analysis.commands.agreement import AgreementAnalysis

@@ -1,4 +1,4 @@
-"""Reconstruction under masks chosen against it: what stochastic masks, which never meet the worst case, leave unseen."""
+"""Reconstruction under the worst masks found by gradient ascent. Stochastic masks alone do not show the worst case."""
 
 from collections.abc import Mapping
 
@@ -12,9 +12,9 @@ from paramlens.method.losses.divergence import LossAt
 from paramlens.method.masks import Replacement, stochastic_mask
 
 STEPS = 20
-"""Steps of projected gradient ascent."""
+"""Number of steps of projected gradient ascent."""
 STEP_SIZE = 0.1
-"""Length of a step in every entry of u."""
+"""Change of every entry of u in one step."""
 
 
 def adversarial_recon(
@@ -28,11 +28,11 @@ def adversarial_recon(
     steps: int = STEPS,
     step_size: float = STEP_SIZE,
 ) -> float:
-    """The largest KL(target ‖ masked), in nats, met on the way up by projected gradient over masks r = g + (1 - g) u, u in [0, 1].
+    """The largest KL(target ‖ masked), in nats, found by projected gradient ascent over masks r = g + (1 - g) u, u in [0, 1].
 
-    One u per subcomponent, shared by all sequences and positions of the batch: so it is a rescaling of what the decomposition says is
-    not needed, and cannot fit itself to a sequence. Starts at u ~ U(0, 1); a step adds `step_size` times the sign of the gradient,
-    and the result is clamped to [0, 1]. inputs: what the masked runs are given.
+    There is one u per subcomponent, shared by all sequences and positions of the batch. So u only rescales what the decomposition
+    calls unneeded, and cannot fit a single sequence. Starts at u ~ U(0, 1); a step adds `step_size` times the sign of the gradient
+    and clamps the result to [0, 1]. inputs: the inputs of the masked runs.
     """
     log_probs = at.log_probs(target.logits)
     us = {

@@ -25,25 +25,25 @@ from paramlens.runs.rundir import Run
 
 @dataclass(frozen=True)
 class SiteAgreement:
-    """How alike the subcomponents of two runs are at a site, in [0, 1]; 1: the same ones, active at the same tokens.
+    """How similar the subcomponents of two runs are at a site, in [0, 1]; 1: the same subcomponents, active at the same tokens.
 
-    Σ over matched pairs of (their importances) × (their similarity), over the importance of all of them: one that has no partner counts
-    as unlike. Importance is the mean of g over all positions. Subcomponents that are active nowhere take no part; where none is active in
-    either run there is nothing to compare, and each number is None.
+    Each number is Σ over matched pairs of (sum of their importances) × (their similarity), divided by the importance of all subcomponents;
+    one without a partner counts as similarity 0. Importance is the mean of g over all positions. Subcomponents that are active nowhere
+    are ignored. None: no subcomponent is active in either run.
     """
 
     agreement: float | None
-    """Matched by, and the mean of, direction and pattern."""
+    """Matched by the mean of the direction and pattern similarities."""
     direction: float | None
-    """Matched by cos(u, u') · cos(v, v') alone, the cosine between two rank-1 matrices; negative ones count as 0."""
+    """Matched by cos(u, u') · cos(v, v') alone, the cosine between two rank-1 matrices; negative values count as 0."""
     pattern: float | None
-    """Matched by the correlation of g over all tokens alone, negative ones counted as 0."""
+    """Matched by the correlation of g over all tokens alone; negative values count as 0."""
     chance: float | None
-    """`direction` against as many parts of W's SVD under a random rotation, with the same importances: what the same weight alone gives."""
+    """Chance level of `direction`: the second run's subcomponents are replaced by a random rotation of W's SVD, same importances."""
     parts: tuple[float, float]
-    """Subcomponents active somewhere, in either run."""
+    """Number of subcomponents active somewhere, in the first and in the second run."""
     matches: list[tuple[int, int, float]]
-    """Subcomponent of the one, of the other, and their similarity, as `agreement` matches them; none for a mean over pairs."""
+    """(subcomponent of the first run, of the second run, similarity) as `agreement` matches them; empty for a mean over pairs."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -56,9 +56,9 @@ class Agreement(Result):
     sites: dict[str, SiteAgreement]
     """Site → mean over all pairs of runs."""
     pairs: list[dict[str, SiteAgreement]]
-    """One for every pair of runs, in the order (0, 1), (0, 2), …"""
+    """One entry for every pair of runs, in the order (0, 1), (0, 2), …"""
     init: str
-    """Where U and V started. A start from the SVD is the same for every seed, and flatters the agreement."""
+    """`init.kind`: how U and V were initialised. Initialisation from the SVD is the same for every seed and raises the agreement."""
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
@@ -68,7 +68,7 @@ class Agreement(Result):
         return f"{len(self.runs)} runs, {len(self.sites)} sites: {figure(mean, 3)} on average, in [0, 1]"
 
     def tables(self) -> tuple[Table, ...]:
-        """One row a site: agreement, and by direction and pattern alone, mean over the pairs of runs."""
+        """One row per site: overall agreement, and by direction or pattern alone, mean over the pairs of runs."""
         pairs = f"{len(self.pairs)} pair{'s' if len(self.pairs) > 1 else ''}"
         flattered = "every seed started from the same singular vectors, which flatters the agreement; init.kind svd_rotated does not"
         rows = tuple(
@@ -92,10 +92,10 @@ class Agreement(Result):
 
 @torch.no_grad()
 def agreement(runs: Sequence[Run], *, threshold: float = ACTIVE, batches: int = 16) -> Agreement:
-    """Match the subcomponents of every two of `runs` by the Hungarian method, on the first run's held-out sequences.
+    """Match the subcomponents of every pair of `runs` by the Hungarian method, on the first run's held-out sequences.
 
-    A subcomponent takes part where its g exceeds `threshold` at one token at least. Raises `ConfigError` for fewer than two runs or a
-    first one without data, and `RunDirError` for runs of different targets or sites.
+    A subcomponent counts if its g exceeds `threshold` at one token at least. Raises `ConfigError` for fewer than two runs or a first
+    run without data, and `RunDirError` for runs of different targets or sites.
     """
     if len(runs) < 2:
         raise ConfigError("agreement: give two runs or more")
@@ -130,7 +130,7 @@ def agreement(runs: Sequence[Run], *, threshold: float = ACTIVE, batches: int = 
 
 @dataclass(frozen=True)
 class _Parts:
-    """The subcomponents of a site that are active somewhere: unit reads and writes, g at every token, mean g."""
+    """The subcomponents of a site that are active somewhere: unit vectors u (reads) and v (writes), and g at every token."""
 
     index: list[int]
     reads: Float[Tensor, "part d_in"]
@@ -143,7 +143,7 @@ class _Parts:
 
     @property
     def pattern(self) -> Float[Tensor, "part token"]:
-        """Centred and of length 1; 0 where g is the same at every token."""
+        """g, centred and scaled to length 1; 0 if g is the same at every token."""
         centred = self.g - self.g.mean(1, keepdim=True)
         return centred / centred.norm(dim=1, keepdim=True).clamp(min=torch.finfo(centred.dtype).tiny)
 
@@ -160,11 +160,11 @@ def _parts(run: Run, data: Sequence[HeldOut], threshold: float) -> dict[str, _Pa
 
 
 def _unit(rows: Float[Tensor, "row d"]) -> Float[Tensor, "row d"]:
-    return rows / rows.norm(dim=1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)  # a part that writes nothing is like none
+    return rows / rows.norm(dim=1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)  # a zero row has similarity 0 to all
 
 
 def _rotated(decomposition: Decomposition) -> dict[str, tuple[Tensor, Tensor]]:
-    """Reads and writes of every site's subcomponents, as a random rotation of the SVD starts them."""
+    """Unit reads and writes at every site, initialised from a random rotation of the SVD."""
     start = Decomposition(decomposition.model, decomposition.sites, C=decomposition.C)
     initialise(start, Init(kind="svd_rotated"), generator=generator("chance"))
     return {site: (_unit(start.U[site].T.double()), _unit(start.V[site].double())) for site in start.names}
@@ -205,6 +205,6 @@ def _mean(pairs: Sequence[SiteAgreement]) -> SiteAgreement:
 
 
 def _average(values: Sequence[float | None]) -> float | None:
-    """Mean of the values that there are."""
+    """Mean of the values that are not None. None: all of them are None."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None

@@ -1,4 +1,4 @@
-"""What an analysis is to the command line and to the page: its command with options, its JSON, its tables, its section."""
+"""The interface of an analysis to the command line and the page: its command with options, its JSON, its tables, its section."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Section:
-    """A section of the page: its anchor and its heading. template: HTML above its figures, in Jinja2, of the analysis's `document`."""
+    """A section of the page: its anchor and its heading. template: Jinja2 HTML above the figures; it reads the analysis's `document`."""
 
     id: str
     title: str
@@ -21,32 +21,32 @@ class Section:
 
 
 class Analysis:
-    """One analysis of runs. A subclass, with one line of `paramlens.registry`, is a command and, with a `section`, a part of the page.
+    """One analysis of runs. A subclass listed in `paramlens.registry` becomes a command and, with a `section`, appears on the page.
 
-    `name` is the command's, and that of the file `analysis/<name>.json`. The module of a subclass needs no torch until `compute` is called.
+    `name` names the command and the file `analysis/<name>.json`. The module of a subclass loads no torch before `compute` is called.
     """
 
     name: ClassVar[str]
     section: ClassVar[Section | None] = None
 
     def compute(self, *given: Any, **options: Any) -> Outcome:
-        """What the command does.
+        """Compute the analysis: this is what the command does.
 
-        The first parameter is `run`, an opened run, or `*runs`, or `model`, a run or the name of a language model. Those after it are the
-        command's options, by name: their annotations parse them, the docstring's `Args:` explains them in `--help`.
+        The first parameter is `run` (an opened run), `*runs`, or `model` (a run or the name of a language model). The keyword parameters
+        are the command's options: their annotations parse them, and the docstring's `Args:` is their text in `--help`.
         """
         raise NotImplementedError
 
     def keep(self, run: "Run", document: Mapping[str, Any]) -> None:
-        """Write the document to the run directory, with the step of the checkpoint it describes."""
+        """Write the document to the run directory, with the step of its checkpoint."""
         run.save_analysis(self.name, document if "step" in document else {"step": run.step, **document})
 
     def figures(self, document: Mapping[str, Any]) -> "Iterable[Figure]":  # noqa: ARG002
-        """The figures of the section, from a document that `keep` wrote; no torch."""
+        """The figures of the section, from a document that `keep` wrote. Must not load torch."""
         return ()
 
     def kept(self, *given: Any, **options: Any) -> Outcome:
-        """What `compute` finds, after it was written to the directory of every run that was given."""
+        """Call `compute`, write its document to the directory of every given run, and return the outcome."""
         outcome = self.compute(*given, **options)
         for run in given:
             if not isinstance(run, str):

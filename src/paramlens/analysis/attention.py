@@ -1,4 +1,4 @@
-"""Attention patterns of the target and of masked runs, and how far apart they are (Table 1c)."""
+"""Attention patterns of the target and of masked runs, and the divergence between them (Table 1c)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,17 +18,17 @@ from paramlens.method.task import Link
 def attention_divergence(
     target: Float[Tensor, "batch head query key"], masked: Float[Tensor, "batch head query key"]
 ) -> Float[Tensor, "batch query"]:
-    """KL(target ‖ masked) of every query's attention in nats, mean over heads (Table 1c)."""
-    masked = masked.clamp(min=torch.finfo(masked.dtype).tiny)  # where it underflows to 0 the divergence is large, not infinite
+    """KL(target ‖ masked) of every query's attention, in nats, mean over heads (Table 1c)."""
+    masked = masked.clamp(min=torch.finfo(masked.dtype).tiny)  # keeps the divergence finite where it underflows to 0
     return (torch.xlogy(target, target) - torch.xlogy(target, masked)).sum(-1).mean(1)
 
 
 def attention_by_role(
     pattern: Float[Tensor, "batch head query key"], role_index: Int[Tensor, "batch pos"], count: int
 ) -> Float[Tensor, "query_role key_role"]:
-    """Mean over queries of a role, and over heads, of the attention that all keys of a role receive together; rows sum to 1.
+    """Attention that queries of a role give to all keys of a role together, mean over queries and heads; rows sum to 1.
 
-    The row of a role that stands nowhere is 0; a position of role -1 has none.
+    A role index of -1 means no role. The row of a role that does not occur is 0.
     """
     keys = (F.one_hot(role_index.clamp(min=0), count) * (role_index >= 0)[..., None]).to(pattern.dtype)
     received = pattern.mean(1) @ keys  # (batch, query, role)
@@ -39,7 +39,7 @@ def attention_by_role(
 def attention_along(
     link: Link, patterns: Mapping[str, Float[Tensor, "batch head query key"]], role_index: Int[Tensor, "batch pos"], roles: Sequence[str]
 ) -> Float[Tensor, "batch head"]:
-    """Attention from the link's query to its key in every sequence; both roles stand at exactly one position each."""
+    """Attention from the link's query to its key in every sequence; each of the two roles has exactly one position."""
     query, key = ((role_index == roles.index(role)).int().argmax(1) for role in (link.query, link.key))
     pattern = patterns[link.pattern]
     return pattern[torch.arange(len(pattern), device=pattern.device), :, query, key]
@@ -57,11 +57,11 @@ def attention_patterns(
 
 @contextmanager
 def captured(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """While active, what the modules `names` put out is kept by name: the dictionary it yields."""
+    """Yields a dictionary that receives the outputs of the modules `names` while the context is active."""
     seen: dict[str, Tensor] = {}
     with hooked([(model.get_submodule(name), partial(_keep, seen, name)) for name in names]):
         yield seen
 
 
 def _keep(seen: dict[str, Tensor], name: str, _module: nn.Module, _args: object, _kwargs: object, pattern: Tensor) -> None:
-    seen[name] = pattern.clone()  # the model may go on to write to it
+    seen[name] = pattern.clone()  # the model may write to it later

@@ -1,7 +1,7 @@
-"""What the attention and the MLP of every block add to the residual stream, measured: some modules add the stream to it themselves.
+"""What the attention and the MLP of every block add to the residual stream. It is measured, as some modules add the stream themselves.
 
-A module's own contribution is what it returns, or that minus one of its arguments. Of the ways to put both contributions of a block to
-zero the right one is the first with which the block hands on what it is given; norms that the stream itself passes may stand between.
+A module's own contribution is its output, or its output minus one of its arguments. Every way to set both contributions of a block to
+zero is tried; the right one is the first with which the block returns its input, possibly passed through norms.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,28 +25,28 @@ _NAMES: dict[Kind, tuple[str, ...]] = {
     "mlp": ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "fc2"),
     "attention": ("attn", "attention", "self_attn", "self_attention"),
 }
-"""Candidates; whether they are what their names say is measured."""
+"""Names of candidate modules. A measurement decides whether a candidate is what its name says."""
 
 Argument = int | str
-"""Place or keyword of a module's argument."""
+"""Index or keyword of a module's argument."""
 
 
 _Passed = tuple[nn.Module, Tensor, Tensor]
-"""A leaf, what it was given and what it made of it."""
+"""(module without children, its input, its output)."""
 
 
 @dataclass(frozen=True)
 class Branch:
     """A module whose own contribution a block adds to the residual stream.
 
-    added: the argument that the module itself adds to its contribution, the residual stream; none: it returns the contribution alone.
+    added: the argument, the residual stream, that the module adds to its contribution. None: it returns the contribution alone.
     """
 
     module: nn.Module
     added: Argument | None = None
 
     def rest(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Tensor:
-        """What the module would return without a contribution of its own."""
+        """What the module would return if its own contribution were zero."""
         if self.added is None:
             return torch.zeros_like(hidden_of(output))
         return (args[self.added] if isinstance(self.added, int) else kwargs[self.added]).clone()
@@ -54,7 +54,7 @@ class Branch:
 
 @torch.no_grad()
 def find_branches(model: nn.Module, blocks: Sequence[nn.Module], inputs: Inputs) -> dict[Kind, list[Branch]]:
-    """The attention and the MLP of every block. Raises `ConfigError` for a block in which they are not found, or add something else."""
+    """The attention and the MLP of every block. Raises `ConfigError` for a block where they are not found or that adds anything else."""
     modules: dict[Kind, list[nn.Module]] = {kind: [_named(block, kind) for block in blocks] for kind in ("mlp", "attention")}
     arguments: dict[nn.Module, list[Argument]] = {}
     given: dict[nn.Module, Tensor] = {}
@@ -104,7 +104,7 @@ def _like(value: Any, hidden: Tensor) -> bool:
 def _silenced(
     model: nn.Module, blocks: Sequence[nn.Module], given: Mapping[nn.Module, Tensor], branches: Sequence[Branch], inputs: Inputs
 ) -> dict[nn.Module, tuple[Tensor, list[_Passed]]]:
-    """What each block, given its own input, returns when no branch contributes anything, and what its leaves make of what they get."""
+    """The output of each block on its usual input with all branches at zero, and (module, input, output) of its childless modules."""
     owner = {module: block for block in blocks for module in block.modules() if not any(True for _ in module.children())}
     returned: dict[nn.Module, Tensor] = {}
     passed: dict[nn.Module, list[_Passed]] = {block: [] for block in blocks}
@@ -127,7 +127,7 @@ def _silenced(
 
 
 def _reaches(start: Tensor, end: Tensor, passed: Sequence[_Passed], *, through_norms: bool) -> bool:
-    """Whether `end` is `start`, or what norms make of it one after the other."""
+    """True if `end` is a multiple of `start`, or of `start` after one or more norms."""
     known = [start]
     for module, given, output in passed if through_norms else ():
         if any(_same(given, each) for each in known) and norm_of(module, given) is not None:
@@ -140,7 +140,7 @@ def _same(values: Tensor, others: Tensor) -> bool:
 
 
 def hidden_of(output: Any) -> Tensor:
-    """The hidden state that a module returns, alone or first of several."""
+    """The hidden state in a module's output: the output itself or its first element. Raises `BatchError` if it is not a tensor."""
     hidden = output[0] if isinstance(output, tuple | list) and output else output
     if not isinstance(hidden, Tensor):
         raise BatchError(f"trace: a module returned {type(output).__name__}, no hidden state")
@@ -148,10 +148,10 @@ def hidden_of(output: Any) -> Tensor:
 
 
 def with_hidden(output: Any, hidden: Tensor) -> Any:
-    """The same output with another hidden state."""
+    """The same output with the hidden state replaced."""
     return type(output)((hidden, *output[1:])) if isinstance(output, tuple | list) else hidden
 
 
 def without(branch: Branch, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-    """The hook that puts a branch's contribution to zero."""
+    """The hook that sets a branch's contribution to zero."""
     return with_hidden(output, branch.rest(args, kwargs, output))

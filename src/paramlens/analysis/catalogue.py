@@ -1,4 +1,4 @@
-"""Every subcomponent of a run that is active somewhere: what it reads and writes, where it is active, and what is lost without it."""
+"""Every subcomponent of a run that is active somewhere: what it reads and writes, where it is active, and the KL without it."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,10 +22,10 @@ from paramlens.runs.rundir import Run
 
 @dataclass(frozen=True)
 class Part:
-    """A subcomponent and what it does. highest, mean: of g over all present positions.
+    """A subcomponent and what it does. highest, mean: maximum and mean of g over all present positions.
 
-    removed: KL(target ‖ target without it) in nats, all other subcomponents on at every token and the other sites the target's own;
-    removed_masked: KL(target ‖ masked model without it), masks g. Both on the first evaluated batch, at the positions that the loss sees.
+    removed: KL(target ‖ target without it) in nats; all other subcomponents are on, and the other sites run the target's own weights.
+    removed_masked: KL(target ‖ masked model without it), masks g. Both on the first evaluated batch, at the positions of the loss.
     """
 
     what: Subcomponent
@@ -37,7 +37,7 @@ class Part:
 
 @dataclass(frozen=True)
 class SiteParts:
-    """The parts of a site by falling mean importance, and Σ_c g at every token of every shown sequence, [sequence][pos]."""
+    """Active subcomponents of a site, highest mean importance first; importance: Σ_c g at every shown token, [sequence][pos]."""
 
     importance: list[list[float]]
     parts: list[Part]
@@ -45,9 +45,9 @@ class SiteParts:
 
 @dataclass(frozen=True, repr=False)
 class Catalogue(Result):
-    """All parts of a run that are active (g > threshold) at one evaluated or shown position at least; the others are active nowhere.
+    """All subcomponents of a run that are active (g > threshold) at one evaluated or shown position at least.
 
-    tokens, roles: of every shown sequence, the same ones for all parts; roles is none where positions have none.
+    tokens, roles: of every shown sequence, the same for all subcomponents. roles is None if positions have no roles.
     """
 
     run: str
@@ -55,15 +55,15 @@ class Catalogue(Result):
     threshold: float
     C: int
     positions: int
-    """Held-out positions looked at."""
+    """Number of held-out positions evaluated."""
     masked: float
-    """KL(target ‖ masked model) in nats on the first evaluated batch: what `removed_masked` starts from."""
+    """KL(target ‖ masked model) in nats on the first evaluated batch: the baseline of `removed_masked`."""
     tokens: list[list[str]]
     roles: list[list[str]] | None
     sites: dict[str, SiteParts]
 
     def to_json(self) -> dict[str, object]:
-        """Sequences stand once, not in every part."""
+        """The JSON document. The shown sequences appear once, not in every subcomponent."""
         document = asdict(self)
         for site in document["sites"].values():
             for part in site["parts"]:
@@ -76,7 +76,7 @@ class Catalogue(Result):
         return f"{self.run}, step {self.step}: {active} of {self.C * len(self.sites)} subcomponents active somewhere"
 
     def tables(self) -> tuple[Table, ...]:
-        """Every part with what is lost without it, site by site."""
+        """Every subcomponent with the KL without it, site by site."""
         names = columns("site", "subcomponent", "highest g", "mean g", "removed, nats", "from the masked model, nats")
         rows = (
             row(
@@ -95,7 +95,7 @@ class Catalogue(Result):
 
 @torch.no_grad()
 def catalogue(run: Run, *, threshold: float = ACTIVE, batches: int = 16) -> Catalogue:
-    """Look at every part of `run` on `batches` held-out batches. Raises `ConfigError` as `circuit` does."""
+    """Describe every active subcomponent of `run` on `batches` held-out batches. Raises `ConfigError` as `circuit` does."""
     require_threshold(threshold)
     decomposition, task = run.decomposition, data_of(run)
     with at_rest(task.model), machine(run.config):
@@ -132,7 +132,7 @@ def _summed(shown: Sentences, site: str) -> list[list[float]]:
 
 
 class _Removal:
-    """KL of runs without one subcomponent, on one batch."""
+    """KL divergences without one subcomponent, on one batch."""
 
     def __init__(self, run: Run, held: HeldOut) -> None:
         self.decomposition, self.held = run.decomposition, held
@@ -142,7 +142,7 @@ class _Removal:
         [self.masked] = self._divergences([held.masked])
 
     def __call__(self, site: str, parts: Sequence[int]) -> tuple[list[float], list[float]]:
-        """For each of `parts`: out of the target, and out of the masked model."""
+        """KL without each of `parts`: removed from the target, and removed from the masked model."""
         g = self.held.g[site]
         whole: list[Plan] = [{site: Replacement(_without(torch.ones_like(g), c))} for c in parts]
         masked: list[Plan] = [{**self.held.masked, site: Replacement(_without(g, c))} for c in parts]
@@ -150,7 +150,7 @@ class _Removal:
 
     def _divergences(self, plans: Sequence[Plan]) -> list[float]:
         found = divergences(self.decomposition, self.inputs, plans, at=self.at, log_probs=self.log_probs)
-        return [max(0.0, value) for value in found]  # rounding alone goes below
+        return [max(0.0, value) for value in found]  # below 0 only by rounding
 
 
 def _without(mask: Tensor, part: int) -> Tensor:

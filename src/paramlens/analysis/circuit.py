@@ -1,4 +1,4 @@
-"""The circuit of a run: which subcomponents are active at which role of token, and how well they stand for the model (Table 1)."""
+"""The circuit of a run: which subcomponents are active at which token role, and how faithful they are to the model (Table 1)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -29,7 +29,7 @@ from paramlens.method.threshold import ACTIVE, require_threshold
 from paramlens.runs.rundir import Run
 
 EXAMPLE_LENGTH = 128
-"""Longest example whose attention patterns are kept, tokens."""
+"""Maximum length, in tokens, of an example whose attention patterns are kept."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class SiteCircuit:
     importance: dict[str, float]
     """Role → mean over positions of Σ_c g."""
     unique: int
-    """Subcomponents active at one evaluated position at least."""
+    """Number of subcomponents active at one evaluated position at least."""
     subcomponents: dict[str, list[float]]
     """Role → mean importance of each of the C subcomponents, in [0, 1]."""
     silent: str | None
-    """What it means that no subcomponent is active anywhere; none if one is."""
+    """If no subcomponent is active anywhere, a text that says what this means. None: at least one is active."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,10 @@ class PatternPair:
 
 @dataclass(frozen=True)
 class ExampleSequence:
-    """One of the sequences: tokens (where the input is tokens), roles, and at each site and position the summed importance Σ_c g."""
+    """One of the sequences: its tokens (if the input is tokens), roles, and the summed importance Σ_c g at each site and position."""
 
     tokens: list[str]
-    """Their text, or their numbers where the task has none."""
+    """Text of the tokens, or their ids if the task has no texts."""
     roles: list[str]
     importance: dict[str, list[float]]
     attention: dict[str, PatternPair]
@@ -70,11 +70,11 @@ class ExampleSequence:
 
 @dataclass(frozen=True, repr=False)
 class Circuit(Result):
-    """Table 1 of a run, and what its parts do (§6.1).
+    """Table 1 of a run, and what its subcomponents do (§6.1).
 
-    metrics: faithfulness (eq. 1; relative: over the mean squared weight), reconstructions and attention_kl in nats, accuracies in
-    [0, 1]. attention_kl is the mean over the task's links of the KL at the link's query, since the output is free of the others;
-    attention_kl_all, over all patterns and queries.
+    metrics: faithfulness (eq. 1; relative: divided by the mean squared weight), reconstructions and attention_kl in nats, accuracies in
+    [0, 1]. attention_kl is the KL at the query of each of the task's links, mean over links: the output does not depend on the other
+    queries. attention_kl_all is the mean over all patterns and queries.
     """
 
     run: str
@@ -82,20 +82,20 @@ class Circuit(Result):
     threshold: float
     sequences: int
     evaluated_on: EvaluatedOn
-    """What the sequences are: held-out ones, the training data, or what `open_run` was given."""
+    """What the sequences are: held-out data, the training data, or the batches given to `open_run`."""
     roles: list[str]
     sites: dict[str, SiteCircuit]
     metrics: dict[str, float]
     attention_kl: dict[str, dict[str, float]]
-    """Attention pattern → KL(target ‖ masked) in nats, mean over heads and queries: of all positions, and of each role."""
+    """Attention pattern → role, or "all" → KL(target ‖ masked) in nats, mean over heads and over queries of that role."""
     attention_by_role: dict[str, PatternPair]
     """Attention pattern → attention that queries of a role (rows) give to all keys of a role (columns), mean over heads."""
     interventions: list[Intervention]
     maps: dict[str, AlignedImportance]
-    """Role that stands at one position of every sequence → mean importance around it."""
+    """Role that has exactly one position in every sequence → mean importance around it."""
     example: ExampleSequence
     off_data: OffData | None
-    """The same decomposition on inputs of another kind; none where the task offers none."""
+    """The same decomposition on inputs of another kind. None: the task has no such inputs."""
     verdicts: list[Verdict]
     """Whether the decomposition can be trusted."""
 
@@ -109,7 +109,7 @@ class Circuit(Result):
         )
 
     def tables(self) -> tuple[Table, ...]:
-        """Tables 1a and 1b as one, with a word on silent sites; 1c; interventions, where they say more than the divergence; verdicts."""
+        """Tables 1a and 1b as one, with notes on silent sites; 1c; interventions, if they have more than a divergence; verdicts."""
         highest = max(count for site in self.sites.values() for count in site.active.values())
         places = 1 if len(self.roles) > _WIDE else 3
         active = Table(
@@ -137,7 +137,7 @@ class Circuit(Result):
 
 
 _WIDE = 6
-"""Roles that are given three places each; more are given one."""
+"""Up to this many roles, the table shows three decimal places; with more roles, one."""
 
 
 def _changes(changes: Sequence[Intervention]) -> Table:
@@ -160,10 +160,10 @@ def _changes(changes: Sequence[Intervention]) -> Table:
 def circuit(run: Run, *, threshold: float = ACTIVE, batches: int = 16, adversary: int = STEPS) -> Circuit:
     """Table 1 of `run` on `batches` held-out batches: a (active by role), b (unique), c (metrics); interventions and maps.
 
-    A task without held-out batches has its training data looked at, which `evaluated_on` says.
+    A task without held-out batches is evaluated on its training data, and `evaluated_on` says so. A task without roles has one, "all".
 
-    adversary: steps of projected gradient that look for the worst masks (recon_adversarial); 0 leaves it out. The roles of a task without
-    any are one, "all". Raises `ConfigError` for a number out of range and for a run on your own model that was opened without batches.
+    adversary: number of steps of projected gradient ascent to the worst masks (recon_adversarial); 0 leaves it out.
+    Raises `ConfigError` for a number out of range and for a run on your own model that was opened without batches.
     """
     task = data_of(run)
     require_threshold(threshold)
@@ -176,7 +176,7 @@ def circuit(run: Run, *, threshold: float = ACTIVE, batches: int = 16, adversary
         changed = interventions(decomposition, task, data, threshold=threshold, last_token_only=last_token_only)
         elsewhere = off_data(run, data, threshold=threshold)
         patterns = [_patterns(decomposition, held, task.attention_patterns) for held in data]
-    ragged = len({held.roles.shape[1:] for held in data}) > 1  # batches of several lengths have no positions in common
+    ragged = len({held.roles.shape[1:] for held in data}) > 1  # batches of different lengths cannot be stacked
     role_index = torch.cat([held.roles.flatten() if ragged else held.roles for held in data])
     g = {name: torch.cat([held.g[name].flatten(0, -2) if ragged else held.g[name] for held in data]) for name in decomposition.names}
     divergence = {
@@ -203,7 +203,7 @@ def circuit(run: Run, *, threshold: float = ACTIVE, batches: int = 16, adversary
             for name in task.attention_patterns
         },
         interventions=changed,
-        maps=aligned_importance(g, role_index, roles) if task.roles and not data[0].batch.texts else {},  # roles that are no tokens
+        maps=aligned_importance(g, role_index, roles) if task.roles and not data[0].batch.texts else {},  # roles other than tokens
         example=_example(data[0], roles, patterns[0]),
         off_data=elsewhere,
         verdicts=list(verdicts(metrics, off_data=None if elsewhere is None else asdict(elsewhere), target=trained)),
@@ -241,7 +241,7 @@ def _metrics(run: Run, task: Task, data: Sequence[HeldOut], *, threshold: float,
 
 
 def _patterns(decomposition: Decomposition, held: HeldOut, names: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Attention pattern → of the target, of the masked model."""
+    """Attention pattern → (of the target, of the masked model)."""
     target, masked = (attention_patterns(decomposition, held.batch, [plan], names) for plan in ({}, held.masked))
     return {name: (target[name], masked[name]) for name in names}
 
@@ -270,7 +270,7 @@ def _if_silent(run: Run, name: str, threshold: float) -> str:
 
 
 def silence(site: str, *, has_bias: bool, threshold: float, added_after: bool) -> str:
-    """What a site still does where no subcomponent exceeds the threshold (footnote 3): it is not unused.
+    """A text that says what a site does if no subcomponent exceeds the threshold (footnote 3): such a site still has an effect.
 
     Zero queries or keys make attention uniform unless a bias or a position encoding is added to them after the projection.
     """

@@ -1,4 +1,4 @@
-"""Single subcomponents of a run: which are active on which token, which are a sentence's own, what one reads and writes."""
+"""Single subcomponents of a run: which are active on which token, which are unique to a sentence, what one reads and writes."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,10 +23,10 @@ from paramlens.tasks.language_models.encoding import encode_sentence, padded
 from paramlens.tasks.language_models.limits import require_tokens
 
 SEQUENCES = 6
-"""Held-out sequences shown of a run that has no sentences of its own."""
+"""Number of held-out sequences shown for a run that has no sentences of its own."""
 
 INPUTS = 32
-"""Inputs shown of a model whose inputs have no positions."""
+"""Number of inputs shown for a model whose inputs have no positions."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class Active:
     importance: float
     """g, in [0, 1]."""
     inner: float
-    """Inner activation x · u, of the target's own input."""
+    """Inner activation x · u, where x is the site's input in the target."""
     written: float
-    """Length of what it writes there, |x · u| ‖v‖."""
+    """Norm of what it writes at the token, |x · u| ‖v‖."""
 
 
 @dataclass(frozen=True, repr=False)
 class Inspection(Result):
-    """Which subcomponents are active on which token of a sentence. unique: active in none of the other sentences of the run."""
+    """Which subcomponents are active on which token of a sentence. unique: active in no other sentence of the run."""
 
     run: str
     step: int
@@ -59,7 +59,7 @@ class Inspection(Result):
     by_site: dict[str, list[int]]
     """Site → number of active subcomponents at each position."""
     total: int
-    """Subcomponents of the run, C times its sites."""
+    """Number of subcomponents of the run: C times the number of sites."""
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
@@ -68,7 +68,7 @@ class Inspection(Result):
         return f"{self.run}, step {self.step}: {self._different} of {self.total} active in {self.prompt!r}, {len(self.unique)} its own"
 
     def tables(self) -> tuple[Table, ...]:
-        """One row a site, one column a token: how many subcomponents are active; and how many are the sentence's own."""
+        """One row per site, one column per token: how many subcomponents are active; last, how many are unique to the sentence."""
         own = [site for site, _ in self.unique]
         highest = max((max(counts) for counts in self.by_site.values()), default=0)
         sites = [
@@ -87,12 +87,12 @@ class Inspection(Result):
 
 @dataclass(frozen=True, repr=False)
 class Subcomponent(Result):
-    """One rank-1 part outer(u, v) of a site's weight.
+    """One rank-1 subcomponent outer(u, v) of a site's weight.
 
-    reads: tokens whose embedding, through the norm before the site, has the largest inner activation; positions: likewise; both empty for
-    a site that does not read the residual stream. writes, suppresses: tokens whose logit it raises and lowers most, through the gain of the
-    norms on the way, before a cap on logits; empty for a site that does not write to the residual stream. What a site reads and writes is
-    measured; where a model does anything else on the way, nothing is known, and they are empty too.
+    reads: tokens whose embedding, passed through the norm before the site, has the largest inner activation. positions: the same for
+    position encodings. Both are empty for a site that does not read the residual stream. writes, suppresses: tokens whose logit it raises
+    and lowers most, through the gain of the norms in between, before a cap on logits. Both are empty for a site that does not write to the
+    residual stream. All are measured, and empty if anything but norms lies in between.
     """
 
     run: str
@@ -105,7 +105,7 @@ class Subcomponent(Result):
     writes: list[Read]
     suppresses: list[Read]
     tokens: list[list[str]]
-    """Sentences as tokens."""
+    """The tokens of every sentence."""
     importance: list[list[float]]
     """g at every token of every sentence."""
     inner: list[list[float]]
@@ -145,18 +145,18 @@ def _token_strip(tokens: Sequence[str], importance: Sequence[float], inner: Sequ
 
 @dataclass(frozen=True)
 class Sentences:
-    """Sentences through the target and γ: texts of the tokens, site inputs x [sentence, pos, d_in] and g [sentence, pos, C]."""
+    """What the target and γ give for sentences: token texts, site inputs x [sentence, pos, d_in] and g [sentence, pos, C]."""
 
     batch: Batch
     texts: tuple[tuple[str, ...], ...]
     inputs: Mapping[str, Float[Tensor, "sentence pos d_in"]]
     g: Mapping[str, Float[Tensor, "sentence pos C"]]
     roles: tuple[tuple[str, ...], ...] | None = None
-    """Role of every token; none where they have none."""
+    """Role of every token. None: the tokens have no roles."""
 
 
 def tokenizer_of(run: Run) -> Any:
-    """The run's tokenizer. Raises `ConfigError` for a run on no language model."""
+    """The run's tokenizer. Raises `ConfigError` if the target is not a language model."""
     tokenizer = data_of(run).tokenizer
     if tokenizer is None:
         raise ConfigError(f"{run.path}: no language model with a tokenizer, so there are no sentences to look at; see circuit")
@@ -165,7 +165,7 @@ def tokenizer_of(run: Run) -> Any:
 
 @torch.no_grad()
 def run_sentences(run: Run, sentences: Sequence[str]) -> Sentences:
-    """The target and γ on `sentences`. Raises `BatchError` for one of a single token, or of more than the model takes."""
+    """Run the target and γ on `sentences`. Raises `BatchError` for a sentence of a single token, or longer than the model takes."""
     tokenizer = tokenizer_of(run)
     ids = [encode_sentence(tokenizer, sentence) for sentence in sentences]
     require_tokens(run.decomposition.model, ids, [f"sentence {sentence!r}" for sentence in sentences])
@@ -177,10 +177,10 @@ def run_sentences(run: Run, sentences: Sequence[str]) -> Sentences:
 
 @torch.no_grad()
 def shown_sequences(run: Run, texts: Sequence[str] = ()) -> Sentences:
-    """What a run's subcomponents are shown on: `texts`, else the run's own sentences, else its first held-out sequences.
+    """The sequences on which subcomponents are shown: `texts`, else the run's own sentences, else its first held-out sequences.
 
-    Tokens without a text carry their number. Inputs without positions are shown as one sequence of them. Raises `ConfigError` for texts
-    where there is no tokenizer.
+    A token without a text is shown as its number. Inputs without positions are shown as one sequence. Raises `ConfigError` for texts
+    if there is no tokenizer.
     """
     if texts or run.config.task.own_sentences:
         return run_sentences(run, list(texts) or list(run.config.task.own_sentences))
@@ -210,7 +210,7 @@ def shown_sequences(run: Run, texts: Sequence[str] = ()) -> Sentences:
 
 
 def _own_first(values: Tensor, present: Tensor | None) -> Tensor:
-    """Values [sequence, pos, ...], every sequence's present positions first, in their order."""
+    """Reorder values [sequence, pos, ...] so that the present positions of every sequence come first, in their order."""
     if present is None:
         return values
     order = (~present).sort(dim=1, stable=True).indices
@@ -218,21 +218,21 @@ def _own_first(values: Tensor, present: Tensor | None) -> Tensor:
 
 
 def _first(batch: Batch, rows: int) -> Batch:
-    """Its first sequences."""
+    """The first `rows` sequences of a batch."""
     return replace(batch.map(lambda tensor: tensor[:rows]), texts=batch.texts and batch.texts[:rows])
 
 
 def active_in(sentences: Sentences, index: int, *, threshold: float) -> dict[str, Tensor]:
-    """Site → (pos, C), where subcomponents are active in sentence `index`; its own tokens alone."""
+    """Site → (pos, C): which subcomponents are active at which token of sentence `index`, without padding."""
     length = len(sentences.texts[index])
     return {site: g[index, :length] > threshold for site, g in sentences.g.items()}
 
 
 @torch.no_grad()
 def inspect_prompt(run: Run, prompt: str | None = None, *, threshold: float = ACTIVE) -> Inspection:
-    """The subcomponents active (g > threshold) on each token of `prompt`; none: the run's first sentence.
+    """The subcomponents active (g > threshold) on each token of `prompt`. Defaults to the run's first sentence.
 
-    Those of its own are active in no other sentence of the run. Raises `ConfigError` for a run on no language model.
+    Those unique to it are active in no other sentence of the run. Raises `ConfigError` if the target is not a language model.
     """
     require_threshold(threshold)
     own = run.config.task.own_sentences
@@ -267,7 +267,7 @@ def inspect_prompt(run: Run, prompt: str | None = None, *, threshold: float = AC
 
 
 def _anywhere(sentences: Sentences, indices: Iterable[int], threshold: float) -> dict[str, Tensor]:
-    """Site → (C,), whether a subcomponent is active at any token of any of the sentences."""
+    """Site → (C,): which subcomponents are active at any token of the sentences `indices`."""
     seen = {site: torch.zeros(g.shape[-1], dtype=torch.bool, device=g.device) for site, g in sentences.g.items()}
     for index in indices:
         for site, on in active_in(sentences, index, threshold=threshold).items():
@@ -276,7 +276,7 @@ def _anywhere(sentences: Sentences, indices: Iterable[int], threshold: float) ->
 
 
 def require_subcomponent(run: Run, site: str, subcomponent: int) -> None:
-    """Raise `SiteError` unless the run has it."""
+    """Raise `SiteError` unless the run has this subcomponent."""
     names, C = run.decomposition.names, run.decomposition.C
     if site not in names:
         raise SiteError(f"site {site}: not of this run; its sites: {', '.join(names)}")
@@ -286,7 +286,7 @@ def require_subcomponent(run: Run, site: str, subcomponent: int) -> None:
 
 @torch.no_grad()
 def inspect_subcomponent(run: Run, site: str, subcomponent: int, *, texts: Sequence[str] = (), top: int = TOP) -> Subcomponent:
-    """What one subcomponent reads and writes, and where it is active: in `texts`, or in what `shown_sequences` shows without them.
+    """What one subcomponent reads and writes, and where it is active in `texts`. `texts` defaults as in `shown_sequences`.
 
     Raises `SiteError` if there is no such subcomponent, and `ConfigError` for a run on your own model that was opened without batches.
     """
@@ -299,7 +299,7 @@ def inspect_subcomponent(run: Run, site: str, subcomponent: int, *, texts: Seque
 def described(
     run: Run, site: str, subcomponents: Sequence[int], shown: Sentences, streams: Streams, *, top: int = TOP
 ) -> list[Subcomponent]:
-    """`inspect_subcomponent` of several at one site."""
+    """`inspect_subcomponent` for several subcomponents of one site."""
     chosen = list(subcomponents)
     u, v = run.decomposition.U[site][:, chosen], run.decomposition.V[site][chosen]
     inner, g = run.decomposition.site(site).read(shown.inputs[site], u), shown.g[site][..., chosen]

@@ -1,4 +1,4 @@
-"""Controls of an edit: other edits of the same sites that know nothing of the decomposition, each only where it takes as much out."""
+"""Controls of an edit: other edits at the same sites, made without the decomposition's choice, that remove as much as the edit."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,19 +14,19 @@ from paramlens.runs.rundir import Run
 from paramlens.tasks.facts.facts import Fact
 
 DRAWS = 5
-"""Draws of a control that is random; its figures are their means."""
+"""Number of draws of a random control; its figures are means over the draws."""
 
 CONTROLS = ("random directions", "top singular directions", "random subcomponents", "activation read")
 
 ROUNDING = torch.finfo(torch.float32).eps
-"""Relative size below which a number is rounding."""
+"""Relative size below which a number is rounding error."""
 
 
 @dataclass(frozen=True)
 class Control:
-    """New weights for the edited sites, one mapping for each draw; none where `why_not` says why there is no such control.
+    """New weights for the edited sites, one mapping per draw; no draws if `why_not` says why the control is impossible.
 
-    slices: independent rank-1 slices that it takes out, summed over sites.
+    slices: number of independent rank-1 slices that it removes, summed over sites.
     """
 
     draws: tuple[Mapping[str, Tensor], ...] = ()
@@ -35,12 +35,12 @@ class Control:
 
 
 class _NoControlError(Exception):
-    """Its message says why there is no such control."""
+    """Its message says why the control is impossible."""
 
 
 @dataclass(frozen=True)
 class _Place:
-    """An edited site. own, rest: the subcomponents that the edit takes out there, and all others; x: (token, d_in), its inputs."""
+    """An edited site. own: the subcomponents that the edit removes at the site; rest: all others; x: inputs of the site."""
 
     site: str
     W: Float[Tensor, "d_in d_out"]
@@ -53,21 +53,21 @@ class _Place:
 
     @property
     def slices(self) -> int:
-        """Independent slices that the edit takes out."""
+        """Number of independent slices that the edit removes here."""
         return independent_slices(self.U[:, self.own], self.V[self.own], of=self.W)
 
 
 def controls(run: Run, edit: Edit, fact: Fact, names: Sequence[str]) -> dict[str, Control]:
-    """The controls of `names`, each with as many slices at every edited site as the edit takes there, or the reason why there is none.
+    """The controls `names`. Each removes as many slices at every edited site as the edit does, or says why it cannot.
 
-    activation read: as many as the tokens' activations have directions, each with all that the weight writes for it.
+    "activation read" instead removes one slice for each direction of the tokens' activations, with all that the weight writes for it.
     """
     places = _places(run, edit, fact)
     return {name: _control(name, places) for name in names}
 
 
 def edit_slices(run: Run, edit: Edit) -> int:
-    """Independent slices that an edit takes out, summed over sites."""
+    """Number of independent slices that an edit removes, summed over sites."""
     total = 0
     for site in run.decomposition.sites:
         own = [each.subcomponent for each in edit.selected if each.site == site.name]
@@ -77,7 +77,7 @@ def edit_slices(run: Run, edit: Edit) -> int:
 
 
 def independent_slices(reads: Float[Tensor, "d_in r"], writes: Float[Tensor, "r d_out"], *, of: Float[Tensor, "d_in d_out"]) -> int:
-    """How many of the r slices u vᵀ are linearly independent of each other; one that is rounding beside the weight `of` counts as none."""
+    """How many of the r slices u vᵀ are linearly independent; a slice below `ROUNDING` times the norm of the weight `of` is not counted."""
     sizes = reads.double().norm(dim=0) * writes.double().norm(dim=1)
     kept = sizes > ROUNDING * of.double().norm()
     u, v = reads.double()[:, kept], writes.double()[kept]
@@ -86,14 +86,14 @@ def independent_slices(reads: Float[Tensor, "d_in r"], writes: Float[Tensor, "r 
 
 
 def weight_rank(W: Float[Tensor, "row column"]) -> int:
-    """Singular values of W that are more than rounding."""
+    """Number of singular values of W above rounding error."""
     return int(torch.linalg.matrix_rank(W.double(), rtol=max(W.shape) * ROUNDING))
 
 
 def without_activations(W: Float[Tensor, "d_in d_out"], x: Float[Tensor, "token d_in"]) -> Float[Tensor, "d_in d_out"]:
-    """W ← W - X̂ᵀ X̂ W: the plain edit that reads the given activations (rows of x) and takes out all that the weight writes for them.
+    """W ← W - X̂ᵀ X̂ W: the plain edit that removes all that the weight writes for the given activations (rows of x).
 
-    Activations that are alike count once: X̂ are orthonormal directions of their span.
+    The rows of X̂ are an orthonormal basis of the span of the activations, so equal activations count once.
     """
     basis = torch.linalg.svd(x.double(), full_matrices=False).Vh[: weight_rank(x)].T
     return (W.double() - basis @ (basis.T @ W.double())).to(W.dtype)
@@ -133,7 +133,7 @@ def _control(name: str, places: Sequence[_Place]) -> Control:
 
 
 def _without(name: str, place: _Place, draw: int) -> tuple[Tensor, int]:
-    """A control's weight at one site, and the slices that it takes out there."""
+    """A control's weight at one site, and the number of slices it removes there. Raises `_NoControlError` if it is impossible."""
     W, count = place.W, len(place.own)
     if name == "random directions":
         return without_random(W, count, generator=generator("control", place.site, draw)), place.slices
@@ -156,6 +156,6 @@ def _without(name: str, place: _Place, draw: int) -> tuple[Tensor, int]:
 
 
 def _activations(x: Float[Tensor, "pos d_in"], chosen: Sequence[Selected]) -> Float[Tensor, "token d_in"]:
-    """The site's inputs at the tokens where the chosen subcomponents stand; of those named by hand, at all tokens."""
+    """The site's inputs at the tokens of the chosen subcomponents; at all tokens if they were named by hand."""
     places = sorted({each.position for each in chosen if each.position is not None}) or range(len(x))
     return x[list(places)]

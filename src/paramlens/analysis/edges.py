@@ -1,4 +1,4 @@
-"""What each site hands on to the sites after it, measured: its active subcomponents are taken out, and the others are watched."""
+"""The effect of each site on later sites: its active subcomponents are removed, and the change at the later sites is measured."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,15 +18,15 @@ from paramlens.method.threshold import ACTIVE, require_threshold
 from paramlens.runs.rundir import Run
 
 SMALLEST = 1e-6
-"""Relative changes below it are the rounding of two runs, and no edge."""
+"""A relative change below this is rounding error, not an edge."""
 
 
 @dataclass(frozen=True)
 class Edge:
-    """What a later site loses when a site runs without the subcomponents active at each token, all its others on.
+    """What a later site (target) loses when an earlier one (source) runs without its subcomponents active at each token, all others on.
 
-    inner: Σ |a' - a| / Σ |a| over the inner activations a of the later site's active subcomponents at their tokens; 0 unchanged, 1 as much
-    as all of it. importance: (Σ g - Σ g') / Σ g over the same; 1 all importance lost, below 0 gained.
+    inner: Σ |a' - a| / Σ |a| over the inner activations a of the later site's active subcomponents at the tokens where they are active;
+    0: unchanged, 1: the change is as large as a. importance: (Σ g - Σ g') / Σ g over the same; 1: all lost, below 0: gained.
     """
 
     source: str
@@ -37,7 +37,7 @@ class Edge:
 
 @dataclass(frozen=True, repr=False)
 class Edges(Result):
-    """Effects between sites on the evaluated sequences; pairs without any effect are left out."""
+    """Effects between sites on the evaluated sequences; pairs without an effect are left out."""
 
     run: str
     step: int
@@ -52,7 +52,7 @@ class Edges(Result):
         return f"{self.run}, step {self.step}: {len(self.edges)} edges"
 
     def tables(self) -> tuple[Table, ...]:
-        """Every edge, the strongest first."""
+        """Every edge, strongest first."""
         ordered = sorted(self.edges, key=lambda edge: -edge.inner)
         rows = ((Cell(e.source), Cell(e.target), shaded(f"{e.inner:.3f}", e.inner, 1.0), Cell(f"{e.importance:+.3f}")) for e in ordered)
         title = f"Lost by later sites without a site's active subcomponents, {self.sequences} sequences"
@@ -86,7 +86,7 @@ def edges(run: Run, *, threshold: float = ACTIVE, batches: int = 4) -> Edges:
 
 
 def _without(run: Run, held: HeldOut, site: str, active: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Every site's input, and g of it, in the target with the active subcomponents of `site` taken out."""
+    """Every site's input, and its g, in the target without the active subcomponents of `site`."""
     inputs = run.decomposition.masked_inputs(held.batch.inputs, {site: Replacement(1 - active)})
     pre = run.importance(run.decomposition.seen(inputs), run.decomposition.U, held.batch.present)
     return inputs, {name: lower(value) for name, value in pre.items()}
@@ -101,7 +101,7 @@ def _changes(
     g_after: Float[Tensor, "*batch C"],
     active: Float[Tensor, "*batch C"],
 ) -> Float[Tensor, "4"]:
-    """Σ |a' - a|, Σ |a|, Σ g - Σ g', Σ g over what is active at `site`."""
+    """Σ |a' - a|, Σ |a|, Σ g - Σ g', Σ g over the active subcomponents of `site`."""
     a, a_after = (run.decomposition.inner(site, inputs[site]) for inputs in (before, after))
     terms = ((a_after - a).abs(), a.abs(), g - g_after, g)
     return torch.stack([(term * active).sum(dtype=torch.float64).cpu() for term in terms])

@@ -1,7 +1,7 @@
-"""Edits of the target's weights by subcomponents: choosing them, taking them out, and putting the weights back (§5.2).
+"""Edits of the target's weights: choose subcomponents, remove them, and restore the weights (§5.2).
 
 projection   W ← W - Σ_k a_k û_k v̂_kᵀ, orthogonal to every û_k v̂_kᵀ; a_k = û_kᵀ W v̂_k where these are orthogonal to each other (§5.2)
-subtraction  W ← W - Σ_k u_k v_kᵀ, the parts themselves, as a mask of 0 takes them out
+subtraction  W ← W - Σ_k u_k v_kᵀ, the subcomponents themselves, as a mask of 0 removes them
 """
 
 import copy
@@ -36,16 +36,16 @@ Method = Literal["projection", "subtraction"]
 
 @dataclass(frozen=True)
 class Selected:
-    """A subcomponent chosen for an edit, at the token where its score is highest; none of it where it was named by hand."""
+    """A subcomponent chosen for an edit, and the token where its score is highest. None in a field: it was named by hand."""
 
     site: str
     subcomponent: int
     position: int | None = None
     token: str | None = None
     importance: float | None = None
-    """g there."""
+    """g at that token."""
     contribution: float | None = None
-    """What it adds there to the log-probability of the answer, in nats, to first order: (x · u) v · ∂ log p / ∂y."""
+    """What it adds at that token to the answer's log-probability, in nats, to first order: (x · u) v · ∂ log p / ∂y."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -58,19 +58,19 @@ class Edit(Result):
     method: Method
     weights: Mapping[str, Float[Tensor, "d_in d_out"]]
     warnings: tuple[str, ...] = ()
-    """What speaks against trusting it: verdicts that its decomposition fails."""
+    """Reasons not to trust the edit: the verdicts that its decomposition fails."""
 
     def summary(self) -> str:
         return f"{self.method} of {len(self.selected)} subcomponents at {len(self.weights)} sites"
 
     def tables(self) -> tuple[Table, ...]:
-        """The subcomponents that it takes out, and what speaks against trusting that."""
+        """The subcomponents that the edit removes, and the warnings."""
         table = selected_table(self.selected)
         return (replace(table, notes=(*table.notes, *(Cell(text, "warn") for text in self.warnings))),)
 
     @contextmanager
     def applied(self) -> Iterator[nn.Module]:
-        """The model itself with the new weights while the context lasts; then its own again, bit for bit."""
+        """Give the model itself the new weights while the context is active, then restore its own, bit for bit."""
         with changed(self.model, self.weights):
             yield self.model
 
@@ -80,16 +80,17 @@ class Edit(Result):
             return copy.deepcopy(self.model)
 
     def save(self, path: str | Path) -> Path:
-        """Write the edited model as a plain Hugging Face folder. Raises `ConfigError` if something is there, or if it is no such model.
+        """Write the edited model as a plain Hugging Face folder.
 
-        Also if transformers does not read this very model back: nothing is left there then.
+        Raises `ConfigError` if `path` exists and is not an empty folder, if the model is not from transformers, or if transformers does
+        not read back exactly this model; in the last case nothing is left in the folder.
         """
         path = Path(path)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise ConfigError(f"save {path}: exists; give a new folder")
         from transformers import PreTrainedModel
 
-        if not isinstance(self.model, PreTrainedModel):  # one of PEFT's would save what was trained, without the edit
+        if not isinstance(self.model, PreTrainedModel):  # a PEFT model would save only its adapter, without the edit
             raise ConfigError(f"save {path}: {type(self.model).__name__} is no transformers model; use Edit.copy() and save it yourself")
         with self.applied():
             save_language(self.model, self.tokenizer, path)
@@ -97,11 +98,11 @@ class Edit(Result):
 
 
 LISTED = 12
-"""Subcomponents that a table lists one by one."""
+"""Maximum number of subcomponents that a table lists one by one."""
 
 
 def selected_table(selected: Sequence[Selected]) -> Table:
-    """The subcomponents an edit takes out, the first `LISTED` of them each in a row."""
+    """The subcomponents that an edit removes, one row for each of the first `LISTED`."""
     heads = (Column("site", right=False), Column("subcomponent"), Column("token", right=False), Column("importance"), Column("adds, nats"))
     rows = tuple(
         (
@@ -116,7 +117,7 @@ def selected_table(selected: Sequence[Selected]) -> Table:
 
 @contextmanager
 def changed(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """While active, the sites of `model` named in `weights` hold those; restored bit for bit, whatever happens."""
+    """Give the sites named in `weights` these weights while active. Their own are always restored, bit for bit, also after an error."""
     sites = named_sites(model, list(weights)) if weights else ()
     before = [site.W.clone() for site in sites]
     try:
@@ -131,9 +132,10 @@ def changed(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
 def project_out(
     W: Float[Tensor, "d_in d_out"], reads: Float[Tensor, "d_in r"], writes: Float[Tensor, "r d_out"]
 ) -> Float[Tensor, "d_in d_out"]:
-    """W without its part along the r slices û_k v̂_kᵀ: the orthogonal projection onto what is orthogonal to all of them (§5.2).
+    """Project W onto the matrices orthogonal to all r slices û_k v̂_kᵀ (§5.2).
 
-    For slices that are orthogonal to each other, and so for one, W - Σ_k (û_kᵀ W v̂_k) û_k v̂_kᵀ. Applied twice it changes nothing more.
+    For slices orthogonal to each other, and so for a single one, this is W - Σ_k (û_kᵀ W v̂_k) û_k v̂_kᵀ. A second application changes
+    nothing.
     """
     u = reads.double() / reads.double().norm(dim=0).clamp(min=torch.finfo(torch.float64).tiny)
     v = writes.double() / writes.double().norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
@@ -144,14 +146,14 @@ def project_out(
 
 
 def without_random(W: Float[Tensor, "d_in d_out"], count: int, *, generator: torch.Generator) -> Float[Tensor, "d_in d_out"]:
-    """W without `count` slices of random directions: a control."""
+    """A control: project `count` slices of random directions out of W."""
     sizes = ((W.shape[0], count), (count, W.shape[1]))
     reads, writes = (torch.randn(size, generator=generator, dtype=torch.float64).to(W) for size in sizes)
     return project_out(W, reads, writes)
 
 
 def without_largest(W: Float[Tensor, "d_in d_out"], count: int) -> Float[Tensor, "d_in d_out"]:
-    """W without its `count` largest singular slices: a control."""
+    """A control: remove the `count` largest singular slices of W."""
     left, _, right = torch.linalg.svd(W.double(), full_matrices=False)
     return project_out(W, left[:, :count], right[:count])
 
@@ -159,7 +161,7 @@ def without_largest(W: Float[Tensor, "d_in d_out"], count: int) -> Float[Tensor,
 def taken_out(
     W: Float[Tensor, "d_in d_out"], reads: Float[Tensor, "d_in r"], writes: Float[Tensor, "r d_out"], method: Method
 ) -> Float[Tensor, "d_in d_out"]:
-    """W without r slices, by either method."""
+    """W without r slices, removed by `method`."""
     return project_out(W, reads, writes) if method == "projection" else W - reads @ writes
 
 
@@ -176,13 +178,15 @@ def suppress(
     threshold: float = ACTIVE,
     facts: Sequence[Fact] | None = None,
 ) -> Edit:
-    """The edit that takes subcomponents out of the target: those unique to a sentence, or those named.
+    """The edit that removes subcomponents from the target: those unique to a sentence, or those named by hand.
 
-    unique_to: a sentence, or a fact's prompt; of its own subcomponents (active there, in no other sentence of the run) the `top` ones, or
-    the `per_token` ones of every token, in the order of importance × contribution; none: all of them. tokens: words of the sentence
-    (the name, say); only what is active there counts. sites: patterns that a site must match. facts: where the sentence's answer is looked
-    up; none: the shipped ones, and else its last word.
-    Raises `ConfigError` and `SiteError` for what does not exist.
+    unique_to: a sentence or a fact's prompt. Its own subcomponents, active in it and in no other sentence of the run, are removed.
+    top, per_token: remove at most so many, in all or at each token, the highest importance × contribution first. Default to all.
+    tokens: words of the sentence, such as the name; only subcomponents active at these words count.
+    sites: patterns that a site must match. Defaults to all sites.
+    subcomponents: pairs of site and number, instead of `unique_to`.
+    facts: searched first for the sentence's answer, before the shipped facts; if none has it, the answer is the last word.
+    Raises `ConfigError` or `SiteError` if a name or number does not exist.
     """
     if (unique_to is None) == (not subcomponents):
         raise ConfigError("suppress: give a sentence whose own subcomponents go, or a site and its subcomponents; one of the two")
@@ -208,7 +212,7 @@ def suppress(
 
 
 def edit(run: Run, selected: Sequence[Selected], *, method: Method = "projection") -> Edit:
-    """The edit by subcomponents already chosen."""
+    """The edit that removes the subcomponents `selected`."""
     task, weights = data_of(run), dict[str, Tensor]()
     with torch.no_grad():
         for site in run.decomposition.sites:
@@ -221,7 +225,7 @@ def edit(run: Run, selected: Sequence[Selected], *, method: Method = "projection
 
 
 def _warnings(run: Run) -> Iterator[str]:
-    """What speaks against trusting any edit by this run's subcomponents."""
+    """Reasons not to trust any edit made with this run's subcomponents."""
     if any(verdict.name == "target" for verdict in run.verdicts):
         yield "the target had not converged when its training ended: this is an edit of a half-trained model"
     if failed := failures(verdict for verdict in run.verdicts if verdict.name != "target"):
@@ -251,7 +255,7 @@ def unique(
 ) -> list[Selected]:
     """The subcomponents unique to a sentence, the largest importance × contribution at a token first.
 
-    Each stands at the token where that product is largest. Only the target's own run is looked at: nothing is tried.
+    Each is given at the token where that product is largest. The contribution is a gradient in the target: no edit is tried.
     """
     require_threshold(threshold)
     fact = find_fact(run, sentence, facts)
@@ -286,7 +290,7 @@ def unique(
 
 
 def find_fact(run: Run, sentence: str, facts: Sequence[Fact] | None) -> Fact:
-    """The fact a sentence or a prompt states: of the given facts, the shipped ones or the run's sentences."""
+    """The fact of a sentence or prompt, from given facts, shipped ones, or the run's sentences. Raises `ConfigError` for one word."""
     known = [*(facts or ()), *shipped_facts(), *(fact_of(each, shipped_facts()) for each in run.config.task.own_sentences)]
     prompt = sentence.strip()
     found = next((fact for fact in known if prompt in (fact.prompt, fact.sentence)), None)
@@ -297,7 +301,7 @@ def find_fact(run: Run, sentence: str, facts: Sequence[Fact] | None) -> Fact:
 
 
 def answer_slopes(run: Run, fact: Fact) -> dict[str, Float[Tensor, "pos d_out"]]:
-    """∂ log p(answer) / ∂y for the output y of every site at every token of prompt and answer, in the target."""
+    """∂ log p(answer) / ∂y in the target, for the output y of every site at every token of prompt and answer."""
     tokenizer, decomposition = tokenizer_of(run), run.decomposition
     before, answer = encode_fact(tokenizer, fact.prompt, fact.answer)
     ids = torch.tensor([before + answer], device=decomposition.device)

@@ -1,4 +1,4 @@
-"""What an edit does to every fact, beside edits of equal rank at the same sites that know nothing of the decomposition (Figures 3, 4)."""
+"""The effect of an edit on every fact, compared with control edits of equal rank at the same sites (Figures 3, 4)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -29,7 +29,7 @@ KINDS = ("target", "paraphrase", "other-target", "same-sport", "other-sport", "g
 
 @dataclass(frozen=True)
 class FactEffect:
-    """An answer's probability before and after, in [0, 1]; of several tokens, their product."""
+    """An answer's probability before and after the edit, in [0, 1]; for several tokens, the product of theirs."""
 
     prompt: str
     answer: str
@@ -37,30 +37,30 @@ class FactEffect:
     before: float
     after: float
     right_before: bool
-    """Whether the answer was the likeliest continuation, token by token."""
+    """True if every token of the answer was the likeliest one before the edit."""
     right_after: bool
 
 
 @dataclass(frozen=True)
 class Effect:
-    """What one edit leaves: by kind of fact, after / before. kept: its median; kept_mean: its mean; right: share still the likeliest.
+    """What one edit leaves by kind of fact. kept, kept_mean: median and mean of after / before; right: share still likeliest.
 
-    All of the facts that the model knew: those whose answer was the likeliest continuation before. None for a kind of which it knew none.
+    Counts only the facts that the model knew: their answer was the likeliest continuation before. None: it knew none of that kind.
     """
 
     kept: dict[str, float | None]
     kept_mean: dict[str, float | None]
     right: dict[str, float | None]
     perplexity: float | None
-    """exp of the mean cross-entropy in nats per token of unrelated text; none where there is none."""
+    """exp of the mean cross-entropy, in nats per token, of unrelated text. None: there is no such text."""
 
 
 @dataclass(frozen=True, repr=False)
 class Suppression(Result):
-    """An edit, its effect on a fact set, and controls at the same sites.
+    """An edit, its effect on a set of facts, and controls at the same sites.
 
-    controls: as many random slices; as many of the weight's top singular slices; as many of the run's other subcomponents, drawn at
-    random; and the plain edit that reads the tokens' activations, W ← W - x̂ (x̂ᵀ W), one slice for each direction of theirs.
+    The controls remove as many random slices, top singular slices of the weight, or other subcomponents of the run drawn at random; the
+    last, W ← W - x̂ (x̂ᵀ W), removes what the weight writes for the tokens' activations, one slice for each of their directions.
     """
 
     run: str
@@ -73,15 +73,15 @@ class Suppression(Result):
     perplexity_before: float | None
     controls: dict[str, Effect]
     controls_left_out: dict[str, str]
-    """Control → why there is none that takes as much out."""
+    """Control → why it cannot remove as much as the edit."""
     slices: dict[str, int]
-    """Independent rank-1 slices that the "edit" and each control take out, summed over sites."""
+    """Number of independent rank-1 slices that the "edit" and each control remove, summed over sites."""
     known: dict[str, tuple[int, int]]
-    """Kind of fact → how many the model knew before (the answer was the likeliest continuation), of how many."""
+    """Kind of fact → (number that the model knew before the edit, number of facts)."""
     verdicts: list[Verdict]
     """Whether the decomposition can be trusted."""
     warnings: list[str]
-    """What makes the effect mean less than it says."""
+    """Reasons to trust the effect less."""
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
@@ -91,7 +91,7 @@ class Suppression(Result):
         return f"{self.method} of {len(self.selected)} subcomponents from {self.run}, probability kept: {kept}"
 
     def tables(self) -> tuple[Table, ...]:
-        """What was taken out; by kind of fact the share of its probability that an answer keeps, beside the controls; verdicts."""
+        """What was removed; the share of its probability that an answer keeps, by kind of fact, for edit and controls; verdicts."""
         effects = {"these parts": self.effect} | {name.replace("subcomponents", "parts"): each for name, each in self.controls.items()}
         kept = [
             (Cell(kind), Cell("{} of {}".format(*self.known[kind])), *(_kept_cell(effect.kept[kind]) for effect in effects.values()))
@@ -134,10 +134,10 @@ def evaluate_edit(
     texts: Sequence[str] | None = None,
     controls: Sequence[str] = CONTROLS,
 ) -> Suppression:
-    """The effect of `edit` on every one of `facts`, of which `target` (a sentence or prompt) is the one that was to go.
+    """The effect of `edit` on every one of `facts`. target: sentence or prompt of the fact that the edit should remove.
 
-    facts: none: the shipped ones. controls: those of `CONTROLS` to compare with; one that cannot take as much out is left out.
-    texts: unrelated text for the perplexity; none: the sentences of the general facts.
+    facts: Defaults to the shipped facts. texts: unrelated text for the perplexity; defaults to the sentences of the general facts.
+    controls: names from `CONTROLS` to compare with; a control that cannot remove as much is left out.
     """
     facts = list(facts if facts is not None else shipped_facts())
     fact = find_fact(run, target, facts)
@@ -185,7 +185,7 @@ def _known(facts: Sequence[FactEffect]) -> dict[str, tuple[int, int]]:
 
 
 def _unknown(facts: Sequence[FactEffect]) -> Iterator[str]:
-    """A warning where the model does not know the fact that was to go, or no other."""
+    """A warning if the model does not know the fact to remove, and one if it knows no other fact."""
     for fact in facts:
         if fact.kind == "target" and not fact.right_before:
             probability = _probability(fact.before)
@@ -197,9 +197,9 @@ def _unknown(facts: Sequence[FactEffect]) -> Iterator[str]:
 
 @torch.no_grad()
 def perplexity(model: nn.Module, tokenizer: object, texts: Sequence[str], *, batch: int = 32) -> float:
-    """Exp of the mean cross-entropy per token over all tokens of all texts but the first of each.
+    """Exp of the mean cross-entropy per token, over all tokens but the first of each text.
 
-    Raises `ConfigError` if no text has two tokens, and `BatchError` for one that has more than the model takes.
+    Raises `ConfigError` if no text has two tokens, and `BatchError` for a text that is longer than the model takes.
     """
     sequences = [ids for text in texts if len(ids := encode(tokenizer, text)) > 1]
     require_tokens(model, sequences, ["text"] * len(sequences))
@@ -221,7 +221,7 @@ def perplexity(model: nn.Module, tokenizer: object, texts: Sequence[str], *, bat
 def _effect(
     named: Sequence[tuple[Fact, str]], before: Tensor, known: Tensor, after: Tensor, right: Tensor, perplexity: float | None
 ) -> Effect:
-    """What is left of the facts that the model knew before; of a kind of which it knew none there is nothing to say."""
+    """The effect on the facts that the model knew before."""
     kept: dict[str, list[float]] = {kind: [] for kind in KINDS if any(kind == each for _, each in named)}
     still: dict[str, list[bool]] = {kind: [] for kind in kept}
     for (_, kind), was, counts, now, correct in zip(named, before.tolist(), known.tolist(), after.tolist(), right.tolist(), strict=True):

@@ -1,6 +1,6 @@
-"""Held-out batches of a run (its training data, where it has no others), with what every analysis needs of them.
+"""Held-out batches of a run (its training data, if it has no others) with what every analysis needs.
 
-That is the target's run, importances, and the role of each position.
+That is the target's outputs, the importances, and the role of each position.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,14 +21,14 @@ from paramlens.method.task import Task
 from paramlens.runs.rundir import Run
 
 ALL_POSITIONS = "all"
-"""The one role of a task whose positions have none."""
+"""The single role of a task without roles."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """One held-out batch of a run; of the target's run, what all batches together can afford: the logits that the loss sees.
+    """One held-out batch of a run. To save memory, `target` keeps only the logits at the positions of the loss.
 
-    g: site name → (batch, pos, C) in [0, 1]. roles: indices into `role_names`, shaped as the leading axes of g.
+    g: site name → (batch, pos, C) in [0, 1]. roles: indices into `role_names`, shaped as the leading axes of g; -1: no role.
     """
 
     batch: Batch
@@ -38,17 +38,17 @@ class HeldOut:
 
     @property
     def positions(self) -> int:
-        """Present positions of the batch."""
+        """Number of present positions of the batch."""
         present = self.batch.present
         return self.roles.numel() if present is None else int(present.sum())
 
     def at_present(self, values: Float[Tensor, "*batch C"]) -> Float[Tensor, "position C"]:
-        """The rows of `values` at present positions, one after the other: what means over positions are taken of."""
+        """The rows of `values` at present positions; means over positions are taken over these rows."""
         return values.flatten(0, -2) if self.batch.present is None else values[self.batch.present]
 
     @property
     def masked(self) -> Plan:
-        """The masked model: every site replaced, masks g."""
+        """The plan of the masked model: every site is replaced, with masks g."""
         return {site: Replacement(value) for site, value in self.g.items()}
 
 
@@ -60,9 +60,9 @@ def data_of(run: Run) -> Task:
 
 
 def held_out(run: Run, *, batches: int, task: Task | None = None) -> list[HeldOut]:
-    """`batches` batches of the stream that analyses share, so that their numbers are of the same sequences.
+    """The first `batches` batches of the stream that all analyses share, so that their numbers are of the same sequences.
 
-    task: where they come from; none: the run's own.
+    task: source of the batches. Defaults to the run's own. Raises `ConfigError` for fewer than one batch.
     """
     task = task or data_of(run)
     if batches < 1:
@@ -79,7 +79,7 @@ def held_out(run: Run, *, batches: int, task: Task | None = None) -> list[HeldOu
 def divergences(
     decomposition: Decomposition, inputs: Inputs, plans: Sequence[Plan], *, at: LossAt, log_probs: Float[Tensor, "*batch token"]
 ) -> list[float]:
-    """KL(target ‖ plan) in nats of every plan on one batch, as many stacked as `stack_size` allows; log_probs: the target's at the loss."""
+    """KL(target ‖ plan) in nats of every plan on one batch, `stack_size` plans at a time. log_probs: the target's, where the loss is."""
     size, values = stack_size(log_probs.numel(), device=log_probs.device.type), list[float]()
     for start in range(0, len(plans), size):
         values += at.divergence(log_probs, decomposition(inputs, plans[start : start + size])).tolist()
@@ -91,7 +91,7 @@ def role_names(task: Task) -> list[str]:
 
 
 def _roles(batch: Batch, g: Mapping[str, Tensor]) -> Tensor:
-    """-1: of no role."""
+    """Role index of each position; -1: no role."""
     if batch.roles is not None:
         return batch.roles
     first = next(iter(g.values()))

@@ -1,4 +1,4 @@
-"""What the target loses without a site's active subcomponents, with them alone, or with one of its own inputs changed (§6.1)."""
+"""The target without a site's active subcomponents, with only these, or with one of its own inputs changed (§6.1)."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,7 +18,7 @@ from paramlens.method.task import Task
 
 @dataclass(frozen=True)
 class Intervention:
-    """One change, and what the model is left with."""
+    """One change of the target, and the measurements after it."""
 
     name: str
     """"target", "masked", "<site> removed", "<site> alone", or a change of the target that the task names."""
@@ -26,19 +26,19 @@ class Intervention:
     kl: float
     """KL(target ‖ changed) in nats at the loss positions."""
     accuracy: float | None
-    """Share of answers given right; none where the task has no answers."""
+    """Share of correct answers. None: the task has no answers."""
     attention: dict[str, float]
-    """Link → mean attention from its query to its key, of the head where it is largest."""
+    """Link → mean attention from its query to its key, in the head where this is largest."""
 
 
 @torch.no_grad()
 def interventions(
     decomposition: Decomposition, task: Task, data: Sequence[HeldOut], *, threshold: float, last_token_only: bool
 ) -> list[Intervention]:
-    """The target, the masked model (masks g), and one change after the other.
+    """Measure the target, the masked model (masks g), and every change, one at a time.
 
-    removed: at one site all subcomponents are on but those with g > threshold at the token; alone: they are on, and no others. The
-    other sites run the target's own weights. Then what the task itself offers, such as no position encoding at a query.
+    removed: at one site, the subcomponents with g > threshold at the token are off and all others on; alone: the reverse. The other sites
+    run the target's own weights. Last come the task's own changes, such as no position encoding at a query.
     """
     done = [
         _measured("target", None, decomposition, task, data, [{} for _ in data], last_token_only=last_token_only),
@@ -83,7 +83,7 @@ def _measured(
     return Intervention(
         name=name,
         site=site,
-        kl=max(0.0, mean_over_batches(divergences, positions)),  # rounding alone goes below
+        kl=max(0.0, mean_over_batches(divergences, positions)),  # below 0 only by rounding
         accuracy=mean_over_batches(right, sequences) if right else None,
         attention={name: torch.cat(values).double().mean(0).max().item() for name, values in seen.items()},
     )

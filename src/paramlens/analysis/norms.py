@@ -1,4 +1,4 @@
-"""What a norm does, by numbers: at a fixed scale it is a linear map, centred or not, times a gain. Names of classes say nothing of it.
+"""What a norm does, measured rather than read from class names. At a fixed scale it is a linear map: centring or not, then a gain.
 
 norm(x) = gain ⊙ (x - mean?) / rms(x - mean?) + bias
 """
@@ -16,21 +16,21 @@ _PROBES = 8
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm whose scale is held fixed."""
+    """A norm at a fixed scale."""
 
     gain: Float[Tensor, "d"]
     centred: bool
 
     def __call__(self, v: Float[Tensor, "part d"]) -> Float[Tensor, "part d"]:
-        """Directions as they come out of it."""
+        """Apply the norm to directions v, without scale and bias."""
         return (v - v.mean(1, keepdim=True) if self.centred else v) * self.gain
 
 
 @torch.no_grad()
 def norm_of(module: nn.Module, like: Float[Tensor, "*any d"]) -> Norm | None:
-    """What `module` does to vectors as wide as `like`, if it is a norm; none if it is anything else.
+    """What `module` does to vectors as wide as `like`. None: it is not a norm.
 
-    It is run on random vectors of different lengths and on their negatives, and has to be the equation above for one gain and one bias.
+    It is run on random vectors of different lengths and on their negatives, and must satisfy the equation above with one gain and one bias.
     """
     width, close = like.shape[-1], max(1e-3, 4 * torch.finfo(like.dtype).eps)
     sizes = torch.logspace(1, 2.5, _PROBES, dtype=torch.float64)[:, None]
@@ -39,7 +39,7 @@ def norm_of(module: nn.Module, like: Float[Tensor, "*any d"]) -> Norm | None:
     try:
         there, back = (module(each[None]) for each in (x, -x))
         there, back = there[0].double(), back[0].double()
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):  # it is not given one such tensor
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):  # it does not take a single tensor of this shape
         return None
     if there.shape != x.shape:
         return None
@@ -56,7 +56,7 @@ def norm_of(module: nn.Module, like: Float[Tensor, "*any d"]) -> Norm | None:
 
 
 def factor(values: Tensor, of: Tensor, *, close: float = 1e-3) -> float | None:
-    """The number c for which values = c · of, vectors along the last axis; none if there is none, or if either is 0 throughout."""
+    """The number c with values = c · of, up to `close`; vectors lie along the last axis. None: no such c, or `values` or `of` is all 0."""
     if values.shape[-1] != of.shape[-1] or values.numel() != of.numel():
         return None
     values, of = (each.double().reshape(-1, each.shape[-1]) for each in (values, of))

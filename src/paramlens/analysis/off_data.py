@@ -1,7 +1,7 @@
-"""A decomposition where it was not fitted: a few inputs leave everything else open, and training data of one kind leaves other kinds open.
+"""A decomposition on inputs of a kind to which it was not fitted: the fit says nothing about these.
 
-Facts runs are looked at on other facts. Runs on tokens see their sequences with shuffled tokens, each in its sequence: the same tokens,
-without what made them sequences. Other inputs offer nothing of the kind.
+Runs on facts are evaluated on other facts. Runs on tokens are evaluated on their sequences with the tokens of each sequence shuffled.
+For other inputs there is no such evaluation.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,16 +22,16 @@ from paramlens.method.masks import Replacement
 from paramlens.runs.rundir import Run
 
 FACTS = 64
-"""Other facts looked at."""
+"""Maximum number of other facts to evaluate."""
 
 
 @dataclass(frozen=True)
 class OffData:
-    """Off the data, in nats. recon: KL(target ‖ masked model), masks g of γ on these inputs.
+    """Divergences off the data, in nats. recon: KL(target ‖ masked model), masks g of γ on these inputs.
 
-    removed: KL(target ‖ target without the subcomponents that are active anywhere on the run's data), beside weights from which as many
-    slices were taken at the same sites: drawn at random, and the largest singular ones, where every site has as many. A decomposition of
-    these data alone is narrow where `removed` is below both.
+    removed: KL(target ‖ target without the subcomponents that are active anywhere on the run's data). controls: the same with as many
+    slices removed at the same sites, random ones and, if every site has enough, the largest singular ones. If `removed` is below both,
+    the subcomponents matter mostly for the run's own data.
     """
 
     what: str
@@ -40,12 +40,12 @@ class OffData:
     removed: float
     controls: dict[str, float]
     parts: int
-    """Subcomponents active anywhere on the run's data, over all sites: with none, nothing is removed, and there are no controls."""
+    """Number of subcomponents active anywhere on the run's data, all sites; with 0, nothing is removed and there are no controls."""
 
 
 @torch.no_grad()
 def off_data(run: Run, data: Sequence[HeldOut], *, threshold: float) -> OffData | None:
-    """Measured on as many sequences as the first batch of `data` has, or `FACTS` facts; none where there is nothing of the kind."""
+    """Measure off the data, on as many sequences as the first batch of `data` has, or on `FACTS` facts. None: no such inputs exist."""
     found = _elsewhere(run, data[0].batch)
     if found is None:
         return None
@@ -56,7 +56,7 @@ def off_data(run: Run, data: Sequence[HeldOut], *, threshold: float) -> OffData 
     except (IndexError, RuntimeError, ValueError):
         if not run.config.task.given_in_python:
             raise
-        return None  # a model of one's own may have a vocabulary for each place, or refuse an order
+        return None  # a user's model may reject a token at some position
     at = LossAt(run.config.last_token_only, batch.present)
     log_probs = at.log_probs(target.logits)
 
@@ -87,13 +87,13 @@ def _elsewhere(run: Run, batch: Batch) -> tuple[str, Batch] | None:
         return None
     noise = torch.rand(ids.shape, generator=generator("off data")).to(ids.device)
     absent = torch.zeros_like(ids, dtype=torch.bool) if batch.present is None else ~batch.present
-    places, order = absent.sort(dim=1, stable=True).indices, noise.masked_fill(absent, 2).argsort(1)  # present ones first in both
+    places, order = absent.sort(dim=1, stable=True).indices, noise.masked_fill(absent, 2).argsort(1)  # present positions first in both
     shuffled = ids.scatter(1, places, ids.gather(1, order))
     return f"{task.evaluated_on} sequences with their tokens shuffled", batch.with_token_ids(shuffled)
 
 
 def _weights(run: Run, data: Sequence[HeldOut], threshold: float) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], int]:
-    """Every site without its parts that are active somewhere, the controls that take as many slices out there, and how many those are."""
+    """(site → weight without its subcomponents that are active somewhere, the same for each control, number of subcomponents)."""
     own, drawn, largest = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
     total, has_as_many = 0, True
     for site in run.decomposition.sites:

@@ -1,8 +1,8 @@
-"""The direct paths of a model, measured: how a token's embedding reaches a site, and how what a site puts out reaches the unembedding.
+"""The direct paths of a model, measured: how a token's embedding reaches a site, and how a site's output reaches the unembedding.
 
-Direct means: along the residual stream and through norms alone. To see only that, what every weight matrix and norm puts out is held
-while the embeddings are moved (which inputs move with them?), and then is cut off from the gradient of the stream's end (which outputs
-have that gradient?). Nothing is concluded from names. A path that is anything else is left out.
+Direct means along the residual stream and through norms only. To isolate such paths, the outputs of all weight matrices and norms are
+held fixed while the embeddings are moved: which inputs move with them? Then gradients are stopped at these outputs: which outputs have
+the gradient of the stream's end? Nothing is concluded from names. All other paths are left out.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,15 +22,15 @@ from paramlens.method.hooks import hooked
 from paramlens.method.sites import Site, find_sites
 
 _POSITIONS = 16
-"""Positions of the one sequence that is run."""
+"""Number of positions of the one sequence that is run."""
 
 Map = Callable[[Tensor], Tensor]
-"""Vectors [part, d] → what a part of the model makes of them."""
+"""Vectors [row, d] → the same vectors after a part of the model."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a token's embedding passes on its way to a site, and what a vector of the residual stream passes."""
+    """The map from a token's embedding to a site's input, and the map from a vector of the residual stream."""
 
     embedding: Map
     stream: Map
@@ -38,8 +38,8 @@ class Reading:
 
 @dataclass(frozen=True)
 class Paths:
-    """reads: of the sites that the stream reaches directly. writes: of those whose output reaches the unembedding directly, from there to
-    its logits; attention's values pass the projection of the heads' output first.
+    """reads: for sites that the stream reaches directly. writes: for sites whose output reaches the unembedding directly, the map from
+    output to logits; attention's values pass the output projection of the heads first.
     """
 
     reads: dict[str, Reading]
@@ -48,7 +48,7 @@ class Paths:
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """One call of a module without children: what it was given and what it returned, copied, as a model may write to either later."""
+    """One call of a module without children: copies of its input and output, as a model may write to either later."""
 
     module: nn.Module
     given: Tensor
@@ -57,7 +57,7 @@ class _Call:
 
 @torch.no_grad()
 def find_paths(model: nn.Module, sites: Sequence[Site], inputs: Inputs, *, embedding: nn.Module | None, head: nn.Module | None) -> Paths:
-    """The direct paths of `sites`, by running the first sequence of `inputs` four times at most."""
+    """Find the direct paths of `sites`. Runs the first sequence of `inputs` four times at most."""
     inputs = _start(inputs)
     leaves = [module for module in model.modules() if not any(True for _ in module.children())]
     calls, logits = _calls(model, leaves, inputs)
@@ -74,7 +74,7 @@ def find_paths(model: nn.Module, sites: Sequence[Site], inputs: Inputs, *, embed
 
 
 def _start(inputs: Inputs) -> Inputs:
-    """The first sequence, its first positions alone where every tensor is [batch, pos]."""
+    """The first sequence, cut to its first positions if every tensor is [batch, pos]."""
     flat = all(tensor.dim() == 2 and not tensor.is_floating_point() for tensor in tensors_of(inputs))
     return map_tensors(lambda tensor: tensor[:1, :_POSITIONS] if flat else tensor[:1], inputs)
 
@@ -97,7 +97,7 @@ def _given(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 
 
 class _Measured:
-    """A model's run on one sequence, and what is found by running it again with parts of it held."""
+    """A model's run on one sequence, and what is found by running it again with some outputs held fixed."""
 
     def __init__(
         self, model: nn.Module, inputs: Inputs, calls: Sequence[_Call], norms: Mapping[nn.Module, Norm], held: Sequence[nn.Module]
@@ -107,7 +107,7 @@ class _Measured:
         for each in calls:
             counts[each.module] += 1
         self.once = {each.module: each for each in calls if counts[each.module] == 1}
-        """Of the modules that are called once."""
+        """Module → its call, for modules that are called once."""
 
     def reads(self, sites: Sequence[Site], embedding: nn.Module) -> dict[str, Reading]:
         own = self.once.get(embedding)
@@ -137,7 +137,7 @@ class _Measured:
         return found
 
     def _moved(self, embedding: nn.Module, by: Tensor, *, free: nn.Module | None) -> dict[nn.Module, Tensor]:
-        """What every module is given when the embedding is moved and all that is held, but `free`, puts out what it did."""
+        """The input of every module when the embedding is moved and all held modules but `free` return their earlier output."""
         outputs = {each.module: each.output for each in self.once.values()}
         seen: dict[nn.Module, Tensor] = {}
 
@@ -154,7 +154,7 @@ class _Measured:
         return seen
 
     def _maker(self, given: Tensor, *, before: _Call | None = None) -> tuple[_Call, float] | None:
-        """The last norm whose output, times a number, is `given`."""
+        """The last norm whose output, times a number, is `given`, and this number."""
         earlier = self.calls if before is None else self.calls[: self.calls.index(before)]
         for each in reversed(earlier):
             if each.module in self.norms and each.module in self.once and (c := factor(given, each.output)) is not None:
@@ -170,7 +170,7 @@ class _Measured:
             return {}
         final = self._maker(end.given)
         slopes, along = self._slopes(end if final is None else final[0])
-        scale = factor(logits, end.output) or 1.0  # none where they are capped: then these are the logits before the cap
+        scale = factor(logits, end.output) or 1.0  # None if logits are capped: these are logits before the cap
         last: Map = nn.Identity() if final is None else _scaled(self.norms[final[0].module], final[1])
         to_logits = _chained(last, lambda v: v @ W.T, _scaled(nn.Identity(), scale))
         to_end = {site.name: passes for site in sites if (passes := self._to_end(site, slopes, along)) is not None}
@@ -183,7 +183,7 @@ class _Measured:
         return found
 
     def _slopes(self, end: _Call) -> tuple[dict[nn.Module, Tensor], Tensor]:
-        """Of `along` · what `end` is given, at every position, the gradient to each held output, none of which leads to another."""
+        """Gradient of Σ_pos `along` · (input of `end`) to each held output, with gradients stopped there; and the random vector `along`."""
         along = torch.randn(end.given.shape[-1], generator=generator("paths"), dtype=torch.float64).to(end.given)
         cut: dict[nn.Module, Tensor] = {}
         sums: list[Tensor] = []
@@ -204,29 +204,29 @@ class _Measured:
         return {module: slope for module, slope in zip(cut, slopes, strict=True) if slope is not None}, along
 
     def _call_of(self, site: Site) -> "_Call | None":
-        """The one call of the module that is the site's product; None where it is called more than once, or where no module is."""
+        """The call of the site's module. None: the site has no module, or it is called more than once."""
         return None if site.module is None else self.once.get(site.module)
 
     def _to_end(self, site: Site, slopes: Mapping[nn.Module, Tensor], along: Tensor) -> Map | None:
-        """What a site's output passes on its way to the end of the stream; none where it does not get there directly."""
+        """The map from a site's output to the end of the stream. None: there is no direct path."""
         own = self._call_of(site)
         if own is None or site.columns is not None:
             return None
 
-        def adds(module: nn.Module) -> float | None:  # times which its output is added to the stream
+        def adds(module: nn.Module) -> float | None:  # the factor at which its output is added to the stream
             slope = slopes.get(module)
             return None if slope is None or slope.shape[-1] != len(along) else factor(slope, along.expand_as(slope))
 
         c = adds(own.module)
         if c is not None:
             return _scaled(nn.Identity(), c)
-        for each in self.calls[self.calls.index(own) :]:  # a norm may stand between, as after the MLP of Gemma 2
+        for each in self.calls[self.calls.index(own) :]:  # a norm may follow, as after the MLP of Gemma 2
             if each.module in self.norms and (before := factor(each.given, own.output)) and (after := adds(each.module)):
                 return _scaled(self.norms[each.module], before * after)
         return None
 
     def _values_output(self, site: Site) -> Site | None:
-        """The projection that takes heads back to the stream, of attention's values: the first position attends to itself alone."""
+        """If the site is attention's values, the output projection. It is found at the first position, which attends only to itself."""
         own = self._call_of(site)
         if own is None or own.output.dim() != 3:
             return None

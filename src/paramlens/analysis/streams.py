@@ -1,8 +1,8 @@
-"""What stands at either end of a site: tokens and positions whose vectors reach it directly, and the logits that its output reaches.
+"""What is at either end of a site: the tokens and positions whose vectors reach it directly, and the logits that its output reaches.
 
-Reads are taken against the embeddings as they enter the residual stream and pass the norm before the site; writes go through the norms
-between the site and the unembedding, their scale held, attention's values through the output projection first. Whatever else a site is
-given or puts out is made by other parts of the model, and is told by where its subcomponents are active.
+Reads use the embeddings as they enter the residual stream and pass the norm before the site. Writes pass the norms between the site and
+the unembedding, at fixed scale; attention's values pass the output projection first. All other inputs and outputs of a site go through
+other parts of the model; for these, look at where its subcomponents are active.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from paramlens.runs.rundir import Run
 from paramlens.tasks.language_models.tokens import token_texts
 
 TOP = 8
-"""Tokens and positions listed of what a subcomponent reads and writes."""
+"""Number of tokens or positions listed for what a subcomponent reads or writes."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Read:
 
 
 class Streams:
-    """Both ends of every site of a run; found by running `batch` a few times."""
+    """Both ends of every site of a run, found by running `batch` a few times."""
 
     def __init__(self, run: Run, batch: Batch) -> None:
         self.model: Any = run.decomposition.model
@@ -41,7 +41,7 @@ class Streams:
         self._names: list[str] = []
 
     def reads(self, site: str, u: Float[Tensor, "d_in part"], *, top: int = TOP) -> list[tuple[list[Read], list[Read]]]:
-        """For every part the tokens, and the positions, of the largest inner activation, either sign; empty where none reach the site."""
+        """For every subcomponent, the tokens and the positions of largest |inner activation|; empty if none reach the site directly."""
         reading = self._paths.reads.get(site)
         if reading is None or self._embedding is None:
             return [([], [])] * u.shape[1]
@@ -55,7 +55,7 @@ class Streams:
         return [(each, _top(row, row.abs(), [str(i) for i in range(len(row))], top)) for each, row in zip(named, at, strict=True)]
 
     def writes(self, site: str, v: Float[Tensor, "part d_out"], *, top: int = TOP) -> list[tuple[list[Read], list[Read]]]:
-        """For every part the tokens whose logits it raises, and lowers, most; empty where it does not write to the residual stream."""
+        """For every subcomponent, the tokens whose logits it raises most and lowers most; empty if no direct path was found."""
         to_logits = self._paths.writes.get(site)
         if to_logits is None:
             return [([], [])] * len(v)
@@ -72,7 +72,7 @@ class Streams:
 
 
 def _matrix(model: Any, getter: str) -> nn.Module | None:
-    """Input or output embeddings of a model that names them, [token, d]; a model of images names patches, which are none."""
+    """The module of a model's input or output embeddings, weight [token, d]. None: the model names none, or they are not for tokens."""
     module = _named(model, getter)
     weight = getattr(module, "weight", None)
     return module if isinstance(weight, Tensor) and weight.dim() == 2 else None
@@ -81,14 +81,14 @@ def _matrix(model: Any, getter: str) -> nn.Module | None:
 def _named(model: Any, getter: str) -> nn.Module | None:
     try:
         return getattr(model, getter)() if hasattr(model, getter) else None
-    except NotImplementedError:  # what transformers' models without any do
+    except NotImplementedError:  # raised by transformers' models without embeddings
         return None
 
 
 def _positions(model: Any, site: str) -> Tensor | None:
-    """Position encodings that reach the site, [pos, d]; none for a model without a table of them.
+    """Position encodings that reach the site, [pos, d]. None: the model has no table of them.
 
-    A model with a method `position_encodings(site)` tells them itself.
+    They come from the model's method `position_encodings(site)`, if it has one.
     """
     if hasattr(model, "position_encodings"):
         return model.position_encodings(site)

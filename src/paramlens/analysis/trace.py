@@ -1,4 +1,4 @@
-"""Causal tracing: where restoring one state of a run with a corrupted subject brings the answer back (Meng et al. 2022; Figures 7-9)."""
+"""Causal tracing: corrupt the subject, restore one state, see if the answer comes back (Meng et al. 2022; Figures 7-9)."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -26,18 +26,18 @@ NOISE = 3.0
 """Standard deviation of the noise on the subject's embeddings, in standard deviations of the embeddings."""
 
 SAMPLES = 10
-"""Draws of the noise."""
+"""Number of draws of the noise."""
 
 WINDOW = 3
-"""Blocks whose MLPs or attentions are restored together."""
+"""Number of blocks whose MLPs or attentions are restored together."""
 
 
 @dataclass(frozen=True, repr=False)
 class Trace(Result):
     """The answer's probability, in [0, 1], mean over the draws of noise.
 
-    hidden, mlp, attention: [block][position], with that block's state, or the outputs of the MLPs or attentions of `window` blocks around
-    it, restored at that position. zero_mlp: with the whole MLP of a block put to zero, no noise.
+    hidden, mlp, attention: [block][position], with the block's hidden state, or the outputs of the MLPs or attentions of `window` blocks
+    around it, restored at that position. zero_mlp: [block], with the whole MLP of the block set to zero, without noise.
     """
 
     model: str
@@ -48,9 +48,9 @@ class Trace(Result):
     """The prompt's tokens."""
     subject_positions: list[int]
     clean: float
-    """Of the model as it is."""
+    """Probability in the unchanged model."""
     corrupted: float
-    """With noise on the subject, nothing restored."""
+    """Probability with noise on the subject and nothing restored."""
     noise: float
     samples: int
     window: int
@@ -67,7 +67,7 @@ class Trace(Result):
         return f"{self.prompt!r}: p({self.answer}) {self.clean:.3f}, with {self.subject!r} corrupted {self.corrupted:.3f}"
 
     def tables(self, *, zero_mlp: bool = True) -> tuple[Table, ...]:
-        """The three maps, one row a block, one column a token, * at the subject's; and, with `zero_mlp`, the sweep without one MLP."""
+        """The three maps, one row per block, one column per token, * at the subject; with `zero_mlp`, also the sweep without one MLP."""
         heads = tuple(Column(token_text(token) + ("*" if i in self.subject_positions else "")) for i, token in enumerate(self.positions))
         maps = {"hidden state": self.hidden, "MLP": self.mlp, "attention": self.attention}
         highest = max(self.clean, *(value for rows in maps.values() for values in rows for value in values))
@@ -104,13 +104,13 @@ def trace(
     seed: int = 0,
     name: str = "",
 ) -> Trace:
-    """Trace the answer to `prompt` in any causal language model of transformers, by hooks that are taken off again.
+    """Trace the answer to `prompt` in any causal language model of transformers. All hooks are removed afterwards.
 
-    subject: words of the prompt; where they stand more than once, the first place counts. answer: none: the likeliest next token.
-    noise: in standard deviations of what the model's embedding gives over its vocabulary, scaled as the model scales it (Gemma).
-    An MLP or an attention that adds the residual stream to its own result (BLOOM, MPT) is restored, or put to zero, without that stream.
-    Raises `ConfigError` for a subject that is not in the prompt, an odd number, or a model whose blocks are not found or in which what
-    attention and MLP add cannot be told apart, and `BatchError` for a prompt longer than the model takes.
+    subject: words of the prompt; the first occurrence counts. answer: Defaults to the likeliest next token.
+    noise: in standard deviations of the embeddings of the whole vocabulary, scaled as the model scales them (Gemma).
+    An MLP or an attention that adds the residual stream to its own result (BLOOM, MPT) is restored, or set to zero, without that stream.
+    Raises `ConfigError` for a subject that is not in the prompt, for a number out of range, and for a model whose blocks, or what their
+    attention and MLP add, are not found; `BatchError` for a prompt longer than the model takes.
     """
     if samples < 1 or window < 1 or not 0 < noise < float("inf"):
         raise ConfigError(f"noise {noise}, samples {samples}, window {window}: give numbers above 0")
@@ -149,7 +149,7 @@ def trace(
 
 
 class _Tracer:
-    """One prompt with its answer through a model, clean, corrupted and partly restored."""
+    """Runs one prompt with its answer through a model: clean, corrupted, and with states restored."""
 
     def __init__(
         self, model: Any, ids: Int[Tensor, "pos"], prompt: int, subject: Sequence[int], *, noise: float, samples: int, seed: int
@@ -169,7 +169,7 @@ class _Tracer:
         self.states = self._clean_states()
 
     def _clean_states(self) -> dict[Branch, Tensor]:
-        """The contributions of every branch, copied: a model may add to them in place."""
+        """Copies of the contributions of every branch in the clean run; a model may change the originals in place."""
         kept: dict[Branch, Tensor] = {}
 
         def keep(branch: Branch, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -207,7 +207,7 @@ class _Tracer:
             return self._probability(self.samples).mean().item()
 
     def restored(self, kind: str, window: int) -> list[list[float]]:
-        """[block][position]; all positions of a block go through the model together, `samples` rows each."""
+        """Probability as [block][position]. All positions of a block are one batch, `samples` rows each."""
         branches = self.branches[kind]
         rows = []
         for block in range(len(branches)):
@@ -227,7 +227,7 @@ class _Tracer:
         return with_hidden(output, hidden)
 
     def zeroed(self) -> list[float]:
-        """Probability with one block's MLP put to zero at every position."""
+        """Probability with the MLP of each block in turn set to zero at every position."""
         values = []
         for branch in self.branches["mlp"]:
             with hooked([(branch.module, partial(without, branch))]):
@@ -236,7 +236,7 @@ class _Tracer:
 
 
 def _by_row(hidden: Tensor, rows: int) -> Float[Tensor, "row pos d"]:
-    """A view of a hidden state as [row, pos, d]; some modules put out all rows' positions one after the other."""
+    """A view of a hidden state as [row, pos, d]; some modules flatten rows and positions into one axis."""
     return hidden.view(rows, -1, hidden.shape[-1])
 
 
@@ -253,7 +253,7 @@ def _embedding(model: Any) -> nn.Module:
 
 
 def _spread(embedding: nn.Module, ids: Int[Tensor, "pos"]) -> tuple[float, int]:
-    """Standard deviation of what the embedding gives for its whole vocabulary, scaled as the module itself scales it, and its width."""
+    """Standard deviation of the embedding module's outputs over its whole vocabulary, and their width d."""
     count = len(next(embedding.parameters()))
     given = [embedding(part).double() for part in torch.arange(count, device=ids.device).split(8192)]
     return torch.cat(given).std().item(), given[0].shape[-1]

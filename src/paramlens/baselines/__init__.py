@@ -1,1 +1,1 @@
-"""What a user would otherwise take, on the same task: an SVD of each weight (`svd`) and the obvious training step (`naive`, `bench`)."""
+"""Baselines on the same task: an SVD of each weight (`svd`), and a training step written the obvious way (`naive`, `bench`)."""

@@ -1,4 +1,4 @@
-"""Steps per second, side by side with the same step written the obvious way, in one process and alternating (`paramlens bench`)."""
+"""Steps per second of the training step and of the same step written the obvious way, alternating in one process (`paramlens bench`)."""
 
 import multiprocessing
 import os
@@ -44,16 +44,16 @@ GRIDS: dict[str, dict[str, Sequence[Any]]] = {
     "batch": {"importance": ("vector",), "shape": ((64, 16), (64, 32), (64, 64), (64, 128), (64, 256))},
     "sites": {"importance": ("vector",), "sites": (3, 6, 12, 24), "layerwise_sites": ("all", 2)},
 }
-"""Named grids: fields of `Case` (`shape` is length and batch) to the values tried, all combinations of them."""
+"""Grid → field of `Case` (`shape`: length and batch) → the values to try; all combinations are measured."""
 
 D_GATE, VOCABULARY, WIDTH = 16, 128, 16
 NAIVE_SHARE = 0.7
-"""Share of the free memory that the naive step may be expected to need before it is left out."""
+"""The naive step is left out if it is expected to need more than this share of the free memory."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One size: the induction target at Table 3's width, KL at all positions, Table 4's losses, fp32."""
+    """One case to measure: the induction target at Table 3's width, KL at all positions, Table 4's losses, fp32 weights."""
 
     importance: str = "vector"
     length: int = 64
@@ -84,13 +84,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Measured(Case):
-    """A case and what came out: medians of `repeats` steps each, and memory beyond the parameters in bytes; none: not measured."""
+    """A case and its results: medians over `repeats` steps, and peak memory of a step in bytes. None: not measured."""
 
     repeats: int = 0
     naive_steps_per_s: float | None = None
     steps_per_s: float = 0.0
     busy_steps_per_s: float | None = None
-    """Ours while another process keeps one core busy."""
+    """Steps per second of our step while another process keeps one core busy."""
     ratio: float | None = None
     naive_peak_bytes: int | None = None
     peak_bytes: int | None = None
@@ -115,10 +115,10 @@ def cases(grid: str, **fixed: Any) -> list[Case]:
 def bench(
     chosen: Sequence[Case], *, repeats: int = 7, seconds: float = 60.0, naive: bool = True, busy: bool = True, memory: bool = True
 ) -> Iterator[Measured]:
-    """Measure each case: at least 3 steps of each kind, at most `repeats`, fewer once a case has taken `seconds`.
+    """Measure each case: at most `repeats` steps of each kind, fewer once a case has taken `seconds`, but at least 3.
 
-    naive: the naive step too; busy: ours once more beside a busy process; memory: peak memory of each, in a process of its own.
-    Raises `ConfigError` before anything is measured if one of the cases cannot be.
+    naive: measure the naive step too; busy: measure ours again beside a busy process; memory: measure the peak memory of each, in a
+    separate process. Raises `ConfigError` before the first measurement if one of the cases is impossible.
     """
     if repeats < 1 or not seconds > 0:
         raise ConfigError(f"repeats {repeats}, seconds {seconds:g}: give 1 or more repeats, and seconds above 0")
@@ -133,7 +133,7 @@ def bench(
 
 
 def document(measured: Sequence[Measured]) -> dict[str, Any]:
-    """What `bench --json` prints."""
+    """The document that `bench --json` prints."""
     device = torch.cuda.get_device_name() if any(each.device.startswith("cuda") for each in measured) else _processor()
     return {"machine": device, "torch": torch.__version__, "cases": [asdict(each) for each in measured]}
 
@@ -148,7 +148,7 @@ def _processor() -> str:
 
 
 def bench_table(document: Mapping[str, Any]) -> Table:
-    """One row a case: sizes, steps per second of both steps, their ratio, ours beside a busy process, and peak memory of both in MiB."""
+    """One row per case: sizes, steps per second of both steps, their ratio, ours beside a busy process, peak memory of both in MiB."""
     heads = ("γ", "length", "batch", "C", "sites", "alone", "threads", "naive", "ours", "ratio", "busy", "MiB", "MiB")
     rows = []
     for case in document["cases"]:
@@ -188,7 +188,7 @@ def _alternate(case: Case, *, naive: bool, busy: bool, repeats: int, seconds: fl
 
 
 def _times(case: Case, steps: Mapping[str, Callable[[int], Any]], *, repeats: int, seconds: float) -> dict[str, list[float]]:
-    """Seconds of each step, the sides alternating."""
+    """Seconds taken by each step; the sides alternate."""
     times: dict[str, list[float]] = {side: [] for side in steps}
     warm = 5 if case.cuda_graph else 1
     began = time.perf_counter()
@@ -207,7 +207,7 @@ def _times(case: Case, steps: Mapping[str, Callable[[int], Any]], *, repeats: in
 
 @contextmanager
 def busy_process() -> Iterator[None]:
-    """While active, another process computes without a pause; it ends with this one, whatever happens."""
+    """Keep another process computing without a pause while active. It always ends with this process, also after a crash."""
     code = (
         "import os, threading; print(flush=True); threading.Thread(target=lambda: os._exit(len(os.read(0, 1))), daemon=True).start()\n"
         "while True: pass"
@@ -222,7 +222,7 @@ def busy_process() -> Iterator[None]:
 
 
 def training(config: Config, side: Literal["ours", "naive"]) -> Callable[[int], Any]:
-    """A function that does one whole training step, update included, on the batch of its index; the toy target is not trained."""
+    """A function that takes an index and does one training step, with the update, on that batch. The toy target is not trained."""
     longest = config.task.longest
     assert longest is not None
     torch.manual_seed(0)
@@ -260,7 +260,7 @@ def training(config: Config, side: Literal["ours", "naive"]) -> Callable[[int], 
 
 
 def _left_out(case: Case) -> str | None:
-    """Why the naive step is left out: it has not this kind of γ, or what it keeps for autograd would not fit."""
+    """Why the naive step is left out: it lacks this kind of γ, or its autograd memory would not fit. None: it is measured."""
     if case.importance not in HIDDEN:
         return f"has no {case.importance} γ"
     rows, plans = case.batch * case.length, 2 + (case.sites if case.layerwise_sites == "all" else case.layerwise_sites)
@@ -273,7 +273,7 @@ def _left_out(case: Case) -> str | None:
 
 
 def peak(config: Config, side: Literal["ours", "naive"]) -> int | None:
-    """Most memory that steps need beyond what stands before the first, in bytes; on a CPU of a process of its own, where Linux tells."""
+    """Peak memory of a step, in bytes above the level before it; on CPUs, in a separate process. None: not Linux, so not known."""
     if config.device.startswith("cuda"):
         step = training(config, side)
         torch.cuda.reset_peak_memory_stats()
@@ -288,9 +288,9 @@ def peak(config: Config, side: Literal["ours", "naive"]) -> int | None:
 
 def _peak_here(config: Config, side: Literal["ours", "naive"]) -> int:
     with machine(config):
-        training(config.model_copy(update={"batch": 1, "C": 4}), side)(0)  # loads and compiles what a step needs
+        training(config.model_copy(update={"batch": 1, "C": 4}), side)(0)  # load and compile what a step needs
         step = training(config, side)
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark becomes what is resident now
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # reset the peak to what is resident now
         before = _resident("VmRSS")
         step(0)
         step(1)

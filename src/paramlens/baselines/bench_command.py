@@ -1,4 +1,4 @@
-"""Measured speed as a command. No torch before it runs."""
+"""The command `bench`, which measures speed. It loads torch only when it runs."""
 
 from paramlens.config.file import parse_value
 from paramlens.display.outcome import Outcome
@@ -25,26 +25,26 @@ def bench(
     skip_busy: bool = False,
     skip_memory: bool = False,
 ) -> Outcome:
-    """Measure steps per second, beside the same step written the obvious way, alternating in one process.
+    """Measure steps per second and compare with the same step written the obvious way, alternating in one process.
 
     Args:
-        grid: Cases: like-for-like, table2, C, length, batch or sites.
-        importance: This γ alone: scalar, vector or attention.
+        grid: Cases to measure: like-for-like, table2, C, length, batch or sites.
+        importance: Measure only this kind of γ: scalar, vector or attention.
         length: Tokens per sequence.
         batch: Sequences per step.
         C: Subcomponents per site.
         sites: Number of sites, three per block.
-        layerwise_sites: Sites that the layerwise loss replaces in a step: all, or a number.
-        threads: CPU threads.
+        layerwise_sites: Number of sites that the layerwise loss replaces in a step, or all.
+        threads: Number of CPU threads.
         device: cpu or cuda.
-        matmul: fp32, tf32 or bf16 inside matrix products.
-        compile_: With torch.compile.
-        cuda_graph: With the step captured as one CUDA graph.
-        repeats: Steps of either kind per case, at most.
-        seconds: A case stops repeating after this long.
+        matmul: Precision of matrix products: fp32, tf32 or bf16.
+        compile_: Use torch.compile.
+        cuda_graph: Capture the step as one CUDA graph.
+        repeats: Maximum number of steps of each kind per case.
+        seconds: Seconds after which a case stops repeating.
         skip_naive: Measure the library alone.
-        skip_busy: Leave the step beside a busy process out.
-        skip_memory: Leave peak memory out.
+        skip_busy: Do not measure beside a busy process.
+        skip_memory: Do not measure peak memory.
     """
     from paramlens.baselines import bench as measure
 

@@ -1,7 +1,7 @@
-"""The same training step written the obvious way, to be measured against: loops over sites and plans, one einsum over all hidden units.
+"""The training step written the obvious way, to compare with: loops over sites and plans, one einsum over all hidden units.
 
-It is what one writes first and no slower: batched over subcomponents, in PyTorch's own operations, every intermediate kept for
-autograd. The losses are those of Table 4; tests hold its losses and gradients to the library's.
+It is what one would write first, without needless slowness: batched over subcomponents, in PyTorch's own operations; autograd keeps
+every intermediate. The losses are those of Table 4; tests check that losses and gradients equal the library's.
 """
 
 from collections.abc import Callable, Mapping
@@ -33,7 +33,7 @@ class _Lower(torch.autograd.Function):
 
 
 class NaiveStep(nn.Module):
-    """U, V and γ of every site as parameters of its own, copied from a decomposition, and one step on them."""
+    """U, V and γ of every site as the module's own parameters, copied from a decomposition. `forward` is one step."""
 
     def __init__(self, config: Config, decomposition: Decomposition, importance: Importance, *, max_length: int) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class NaiveStep(nn.Module):
         )
 
     def forward(self, tokens: Tensor, step: int, noise: Callable[[str, str, Tensor], Tensor], layerwise: tuple[str, ...]) -> Tensor:
-        """The weighted loss. noise(loss, site, g): numbers in [0, 1]; layerwise: names of the sites replaced alone."""
+        """The weighted loss. noise(loss, site, g): numbers in [0, 1], shaped as g; layerwise: names of the sites to replace alone."""
         losses = self.config.losses
         logits, inputs = self._target_run(tokens)
         log_p = logits.log_softmax(-1)
@@ -116,4 +116,4 @@ def _attention(x: Tensor, U: Tensor, p: Any, max_length: int) -> Tensor:
 
 
 HIDDEN: dict[str, Callable[[Tensor, Tensor, Any, int], Tensor]] = {"scalar": _scalar, "vector": _vector, "attention": _attention}
-"""`gamma.kind` → what the hidden units of a site's MLPs are given, before bias and GELU, from the site's x, U and parameters."""
+"""`gamma.kind` → function of a site's x, U and parameters: hidden units of its MLPs before bias and GELU."""

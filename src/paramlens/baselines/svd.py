@@ -1,4 +1,4 @@
-"""Greedy rank-1 SVD pruning beside the decomposition (Algorithm 2, Figure 2): the rank that the same divergence costs."""
+"""Greedy SVD pruning compared with the decomposition (Algorithm 2, Figure 2): the rank that SVD needs for the same divergence."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,12 +23,12 @@ from paramlens.method.threshold import ACTIVE
 from paramlens.runs.rundir import Run
 
 THRESHOLDS = (0.5, 0.3, 0.2, ACTIVE, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
-"""Where the decomposition's own curve is taken: parts with g above each of these, on; all others, off."""
+"""Thresholds of the decomposition's curve: subcomponents with g above the threshold are on, all others off."""
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """A point of the greedy path: the rank left at every site, and KL(target ‖ pruned) in nats."""
+    """A point of the greedy path: KL(target ‖ pruned) in nats, and the rank left at every site."""
 
     kl: float
     ranks: dict[str, int]
@@ -38,17 +38,17 @@ class Pruned:
 
 @dataclass(frozen=True)
 class ThresholdPoint:
-    """A point of the decomposition's curve: subcomponents with g > threshold, and what is lost with no others."""
+    """A point of the decomposition's curve: the subcomponents with g > threshold, and the divergence with only these on."""
 
     threshold: float
     kl: float
-    """KL(target ‖ masked) in nats, every token with its own active subcomponents fully on."""
+    """KL(target ‖ masked) in nats; at every token, its own active subcomponents are fully on."""
     active: dict[str, float]
-    """Per site the mean number active at the role where it has most."""
+    """Site → mean number of active subcomponents at the role where this is largest."""
     unique: dict[str, int]
-    """Per site the number active at one evaluated position at least: what is needed in all."""
+    """Site → number of subcomponents active at one evaluated position at least."""
     kl_static: float
-    """KL in nats with the unique ones fully on at every token alike, which is how the pruned SVD runs."""
+    """KL in nats with the unique subcomponents fully on at every token, as in the pruned SVD."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -59,24 +59,24 @@ class SvdBaseline(Result):
     step: int
     sequences: int
     tolerance: float
-    """nats; the decomposition's own recon unless one was given."""
+    """Largest KL allowed, in nats; by default the decomposition's own recon."""
     kl: float
     """KL(target ‖ pruned) in nats where the pruning stopped."""
     ranks: dict[str, int]
     """Site → rank left there."""
     curve: list[Pruned]
-    """From full rank down. Its KL need not grow at every step, and the pruning at a tolerance stops the first time it is exceeded."""
+    """From full rank to 0. The KL may fall at some steps; the pruning stops before the first step that exceeds the tolerance."""
     recon: float
     """KL(target ‖ masked) in nats of the decomposition, masks g."""
     decomposition: list[ThresholdPoint]
     """At each of `THRESHOLDS`."""
     factor_active: float | None
-    """Rank that SVD keeps, over the subcomponents active (g > 0.1) at each site's busiest role, both summed over sites; none: none is."""
+    """Rank that SVD keeps, divided by the `active` subcomponents (g > 0.1), both summed over sites. None: none is active."""
     factor_unique: float | None
-    """Rank that SVD keeps, over the unique subcomponents, both summed over sites."""
+    """Rank that SVD keeps, divided by the unique subcomponents, both summed over sites. None: there are none."""
 
     def rank_at(self, tolerance: float) -> int:
-        """Rank left in all where the pruning stops at `tolerance` nats."""
+        """Total rank left, summed over sites, if the pruning stops at `tolerance` nats."""
         return pruned_to(self.curve, tolerance).total
 
     @property
@@ -92,7 +92,7 @@ class SvdBaseline(Result):
         return f"{self.run}, step {self.step}: rank {ranks} at KL {self.kl:.2e} nats, {unique} subcomponents at {self.recon:.2e}"
 
     def tables(self) -> tuple[Table, ...]:
-        """Ranks at the tolerance beside the decomposition's counts, and both curves at a few points."""
+        """The ranks at the tolerance and the decomposition's counts, site by site; then both curves at a few points."""
         ours = self.counted
         sums = row("sum", str(sum(self.ranks.values())), f"{sum(ours.active.values()):.3f}", str(sum(ours.unique.values())), tone="strong")
         factors = [(name, factor) for name, factor in (("active", self.factor_active), ("unique", self.factor_unique)) if factor]
@@ -121,7 +121,7 @@ class SvdBaseline(Result):
         return row(f"{tolerance:.0e}", str(self.rank_at(tolerance)), *ours)
 
     def charts(self) -> tuple[Chart, ...]:
-        """Figure 2: what is lost with so many parts alone."""
+        """Figure 2: KL against rank or number of subcomponents."""
         lines = (
             Line("SVD, rank left", tuple((float(point.total), point.kl) for point in self.curve)),
             Line("active at their role", tuple((sum(point.active.values()), point.kl) for point in self.decomposition)),
@@ -131,20 +131,20 @@ class SvdBaseline(Result):
 
 
 def pruned_to(curve: Sequence[Pruned], tolerance: float) -> Pruned:
-    """Where Algorithm 2 stops: the last point before the first whose KL exceeds `tolerance`, and full rank if none is below."""
+    """Where Algorithm 2 stops: the last point before the first one whose KL exceeds `tolerance`, or full rank if there is none before."""
     stop = next((i for i, point in enumerate(curve) if point.kl > tolerance), len(curve))
     return curve[max(0, stop - 1)]
 
 
 @torch.no_grad()
 def svd_baseline(run: Run, *, tolerance: float | None = None, batches: int = 16, at_once: int = 1) -> SvdBaseline:
-    """Algorithm 2 on the target of `run`, with the decomposition's own counts and divergence on the same held-out sequences.
+    """Algorithm 2 on the target of `run`, compared with the decomposition's counts and divergence on the same held-out sequences.
 
-    Every pick tries, at each site with rank left, to remove the smallest remaining singular values (`at_once` of them), and keeps
-    the attempt with the lowest KL, all sites compared. The pruning ends with the first pick whose KL exceeds the tolerance, which
-    is not made; the printed algorithm ends inside its loop over sites, before all are compared, if their best so far exceeds it.
-    tolerance: nats; none: the decomposition's recon. The path goes on down to rank 0, so that `curve` answers every other tolerance.
-    Raises `ConfigError` for a negative tolerance, fewer than one batch or value at once, and a run opened without batches.
+    Every step tries, at each site with rank left, to remove the `at_once` smallest remaining singular values. It keeps the attempt with
+    the lowest KL over all sites. The pruning stops before the first step whose KL exceeds the tolerance. The algorithm as printed stops
+    inside its loop over sites, before all are compared, if the best attempt so far exceeds the tolerance.
+    tolerance: in nats. Defaults to the decomposition's recon. The path continues to rank 0, so that `curve` answers every tolerance.
+    Raises `ConfigError` for a negative tolerance, for `batches` or `at_once` below 1, and for a run opened without batches.
     """
     if tolerance is not None and not 0 <= tolerance < float("inf"):
         raise ConfigError(f"tolerance {tolerance}: give nats, 0 or more")
@@ -176,7 +176,7 @@ def svd_baseline(run: Run, *, tolerance: float | None = None, batches: int = 16,
 
 
 class _Divergence:
-    """KL(target ‖ plan) in nats of plans on held-out batches, mean over their loss positions."""
+    """KL(target ‖ plan) in nats on held-out batches, mean over the positions of the loss."""
 
     def __init__(self, run: Run, data: Sequence[HeldOut]) -> None:
         self.data, self.last_token_only = data, run.config.last_token_only
@@ -187,7 +187,7 @@ class _Divergence:
         self.log_probs = [at.log_probs(held.target.logits) for at, held in zip(self.at, data, strict=True)]
 
     def __call__(self, decomposition: Decomposition, plans: Callable[[HeldOut], Sequence[Plan]]) -> list[float]:
-        """One number for each plan of the list that `plans` makes of a batch."""
+        """One number for each plan. plans: makes a list of plans from a batch; all lists have the same length."""
         runs = zip(self.data, self.inputs, self.at, self.log_probs, strict=True)
         each = [divergences(decomposition, inputs, plans(held), at=at, log_probs=log_probs) for held, inputs, at, log_probs in runs]
         return [mean_over_batches(values, self.counts) for values in zip(*each, strict=True)]
@@ -214,7 +214,7 @@ def _threshold_point(decomposition: Decomposition, data: Sequence[HeldOut], dive
 
 
 class _Pruning:
-    """The greedy path. The SVD is a decomposition whose subcomponents are singular pairs in order, so that ranks are masks."""
+    """The greedy path. The SVD is a decomposition whose subcomponents are the singular pairs in order, so a rank is a mask."""
 
     def __init__(self, decomposition: Decomposition, divergence: _Divergence, at_once: int) -> None:
         sites = decomposition.sites
@@ -224,7 +224,7 @@ class _Pruning:
         self.divergence, self.at_once = divergence, at_once
 
     def path(self) -> list[Pruned]:
-        """From full rank to rank 0 at every site, one pick after the other."""
+        """All points from full rank to rank 0 at every site."""
         points = [self._point(self._divergences([self.ranks])[0])]
         while any(self.ranks.values()):
             attempts = [self.ranks | {site: max(0, rank - self.at_once)} for site, rank in self.ranks.items() if rank]

@@ -1,4 +1,4 @@
-"""Greedy SVD pruning as a command, and the section `Beside SVD` of the page. No torch before it runs."""
+"""The command `svd` (greedy SVD pruning), and the section `Beside SVD` of the page. It loads torch only when it runs."""
 
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -18,13 +18,13 @@ class SvdAnalysis(Analysis):
     section = Section("baseline", "Beside SVD")
 
     def compute(self, run: "Run", *, tolerance: float | None = None, batches: int = 16, at_once: int = 1) -> Outcome:
-        """Prune the target by greedy rank-1 SVD (Algorithm 2), and compare with the decomposition.
+        """Prune the target's weights greedily by SVD (Algorithm 2), and compare with the decomposition.
 
         Args:
             run: Run directory.
             tolerance: KL in nats at which the pruning stops. Defaults to the decomposition's own recon.
-            batches: Number of batches evaluated: held-out ones, if the run has them.
-            at_once: Singular values removed with every pick: more is faster and less exact.
+            batches: Number of batches to evaluate: held-out ones, if the run has them.
+            at_once: Number of singular values removed at once: more is faster and less exact.
         """
         from paramlens.baselines.svd import svd_baseline
 
@@ -37,7 +37,7 @@ class SvdAnalysis(Analysis):
 
 
 def svd_figure(svd: Mapping[str, Any]) -> go.Figure:
-    """Figure 2 as curves: KL against the number of rank-1 parts, for pruned SVD and for the decomposition at several thresholds."""
+    """Figure 2 as curves: KL against rank for the pruned SVD, and against subcomponents for the decomposition at several thresholds."""
     figure = go.Figure()
     curve, ours = svd["curve"], svd["decomposition"]
     counts = {name: [sum(point[name].values()) for point in ours] for name in ("active", "unique")}

@@ -1,1 +1,1 @@
-"""The command line: parse, call, print. Read `main` first."""
+"""The command line. Read `main` first."""

@@ -1,4 +1,4 @@
-"""The commands that are no analysis, each a function: its parameters are the options, its docstring the help."""
+"""The commands other than analyses. Each is a function: its parameters are the options, its docstring is the help text."""
 
 import dataclasses
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def demo(*, seed: int = 0, out: Path | None = None, overwrite: bool = False) -> 
     """Train the induction target, decompose it, print Table 1 and write report.html.
 
     Args:
-        seed: Seeds target and decomposition.
+        seed: Seed of the target and of the decomposition.
         out: Run directory. Defaults to runs/demo-s<seed>.
         overwrite: Replace an existing run.
     """
@@ -38,7 +38,7 @@ def demo(*, seed: int = 0, out: Path | None = None, overwrite: bool = False) -> 
         from paramlens.tracking.tracker import Terminal
 
         resume = is_begun(path) and not overwrite
-        overwrite = overwrite or (is_run(path) and not resume)  # what a demo left that was stopped before its first step
+        overwrite = overwrite or (is_run(path) and not resume)  # an earlier demo stopped before its first step
         paramlens.decompose_config(config, out=path, resume=resume, overwrite=overwrite, tracker=Terminal(stderr))
     run = paramlens.open_run(path)
     found, page = CircuitAnalysis().kept(run), paramlens.report(path)
@@ -55,7 +55,7 @@ def train_target(config: Config, /, *, out: Path | None = None, overwrite: bool 
 
     Args:
         config: Shipped name or YAML path, as CONFIG.
-        out: Directory for it. Defaults to runs/<name>-target-s<seed>.
+        out: Directory of the target. Defaults to runs/<name>-target-s<seed>.
         overwrite: Replace an existing target.
     """
     path = out or Path(RUNS) / f"{config.name}-target-s{config.seed}"
@@ -99,12 +99,12 @@ def decompose(
     Args:
         config: Shipped name or YAML path, as CONFIG.
         target: Directory that holds the target. Defaults to training it first. With --seeds, {seed} in it stands for the seed.
-        seeds: This many seeds in one go, as many at a time as the usable cores carry; those of one --target are compared.
+        seeds: Number of seeds to run, as many at a time as the usable cores allow. Runs of one --target are compared.
         out: Run directory. Defaults to runs/<name>-s<seed>. With --seeds, the folder of the run directories s<seed>.
-        resume: Continue the run at its last checkpoint, to the same bytes as if it had never stopped.
-        extend_steps: With --resume: train to this many steps, where nothing the run did so far depended on their number.
+        resume: Continue the run from its last checkpoint; the result is the same, byte for byte, as without the stop.
+        extend_steps: With --resume: train to this many steps; allowed if nothing so far depended on the number of steps.
         overwrite: Replace an existing run.
-        track: Trackers that follow the run beside the terminal: tensorboard, wandb, trackio.
+        track: Trackers to use besides the terminal: tensorboard, wandb, trackio.
     """
     how: dict[str, Any] = {"target": target, "resume": resume, "overwrite": overwrite}
     if seeds is not None:
@@ -142,9 +142,9 @@ def report(run: Path | None = None, /, *, example: bool = False, budget: float =
 
     Args:
         run: Run directory; with --example, where the shipped run goes (runs/example).
-        example: Of a finished run that comes with the library: nothing needs to be trained.
-        budget: Size in MB; above it the token strips of the least important subcomponents are left out, and the page says so.
-        open_: Show it in the browser.
+        example: Use a finished run that comes with the library, so that nothing needs to be trained.
+        budget: Size in MB. A larger page leaves out the token strips of the least important subcomponents, and says so.
+        open_: Open the page in the browser.
     """
     if example:
         path = paramlens.example() if run is None else paramlens.example(run)
@@ -162,7 +162,7 @@ def report(run: Path | None = None, /, *, example: bool = False, budget: float =
 
 
 def verify(run: Path, /) -> Outcome:
-    """Check a run directory: checksums, shapes, metrics, and that all is of one run.
+    """Check a run directory: checksums, shapes, metrics, and that all files belong to one run.
 
     Args:
         run: Run directory.
@@ -182,7 +182,7 @@ def push(
         private: Make a new repository private.
         revision: Branch, made if it is missing. Defaults to main.
         message: The commit's message. Defaults to the run's name and step.
-        resumable: With optimizer and generators, so that the run can go on elsewhere: three times the bytes.
+        resumable: Include optimizer and generators, so that the run can continue elsewhere; three times the size.
     """
     require_run(run)
     commit = paramlens.push_to_hub(run, repo, private=private or None, revision=revision, message=message, resumable=resumable)
@@ -190,7 +190,7 @@ def push(
 
 
 def doctor(config: Config, /) -> Outcome:
-    """Count parameters and memory by part, before anything starts."""
+    """Count parameters and estimate memory of each part of a run, before it starts."""
     from paramlens.runs.forecast import diagnose_config
 
     diagnosis = diagnose_config(config)

@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. Results go to stdout, everything else to stderr."""
+"""The command line parses, calls and prints. Results go to stdout, everything else to stderr."""
 
 import inspect
 import shlex
@@ -33,7 +33,7 @@ OVERVIEW = f"""paramlens {__version__} takes a Transformer's weights apart: whic
 paramlens --help lists all commands, paramlens COMMAND --help their options."""
 
 _PARAMETER = Parameter(
-    name_transform=lambda name: name.strip("_").replace("_", "-"),  # C stays a capital
+    name_transform=lambda name: name.strip("_").replace("_", "-"),  # not lower(): C keeps its capital
     negative=(),  # no --no-json
     consume_multiple=(1, None),
     show_default=lambda value: value or None,
@@ -46,7 +46,7 @@ def entry() -> None:
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()
-    except OSError as error:  # the reader of stdout, such as head, has gone, or the disk under it is full
+    except OSError as error:  # the reader of stdout, such as head, has ended, or the disk is full
         if not isinstance(error, BrokenPipeError):
             _told(f"stdout: {error.strerror or error}", 1, "red")
         abandon(sys.stdout)
@@ -83,7 +83,7 @@ def _told(text: str, code: int, style: str) -> int:
 
 
 def _again(argv: Sequence[str], given: Mapping[str, Any]) -> list[str]:
-    """The command that goes on with an interrupted run: a demo does so by itself; a run has its toy target, and refuses another."""
+    """The command that continues an interrupted run. A demo needs no --resume; a run holds its toy target and refuses --target."""
     toy = given.get("seeds") is None and given.get("target") is not None and holds_toy(given["target"])
     left_out = {"--resume", "--overwrite", "--json", *(["--target"] if toy else [])}
     kept = [word for before, word in pairwise(["", *argv]) if word.partition("=")[0] not in left_out and not (toy and before == "--target")]
@@ -91,7 +91,7 @@ def _again(argv: Sequence[str], given: Mapping[str, Any]) -> list[str]:
 
 
 def parsed(argv: Sequence[str]) -> tuple[Callable[..., Any], inspect.BoundArguments]:
-    """The function of the command in `argv`, and its arguments. Raises `ConfigError` for words that no command takes."""
+    """The function of the command in `argv`, and its arguments. Raises `ConfigError` for words that the command does not take."""
     _require_text(argv)
     words = ["--help"] if argv[0] == "help" else list(argv)
     try:
@@ -103,7 +103,7 @@ def parsed(argv: Sequence[str]) -> tuple[Callable[..., Any], inspect.BoundArgume
 
 
 def command_line(words: Sequence[str] = ()) -> App:
-    """All commands. words: those to be parsed; `CONFIG --help` shows the values of that configuration."""
+    """The app with all commands. words: the words to parse; `CONFIG --help` shows the values of that configuration."""
     named = words[1] if len(words) > 1 and not words[1].startswith("-") else DEMO_CONFIG
     app = App(
         name="paramlens",
@@ -124,10 +124,10 @@ def command_line(words: Sequence[str] = ()) -> App:
 
 
 def completion(shell: Literal["bash", "zsh", "fish"], /) -> None:
-    """Print a script by which a shell completes commands, options and fields.
+    """Print a script that lets a shell complete commands, options and fields.
 
     Args:
-        shell: The shell that is to read it.
+        shell: The shell that will read the script.
     """
     print(command_line().generate_completion(shell=shell))
     if shell == "zsh":  # so that the script can be sourced too
@@ -135,7 +135,7 @@ def completion(shell: Literal["bash", "zsh", "fish"], /) -> None:
 
 
 def _complaint(error: CycloptsError) -> str:
-    """What cyclopts says, with the remedy where it gives none."""
+    """The message of cyclopts, with a remedy where it has none."""
     error.command_chain, argument = (), error.argument
     if isinstance(error, MissingArgumentError) and argument is not None and not argument.name.startswith("-"):
         explained = error.app.assemble_argument_collection(parse_docstring=True) if error.app else ()
@@ -152,7 +152,7 @@ def _complaint(error: CycloptsError) -> str:
 
 
 def _require_text(argv: Sequence[str]) -> None:
-    """Raise `ConfigError` for a word that no encoding holds, unless a file here has that name."""
+    """Raise `ConfigError` for a word that cannot be decoded as text, unless a file has that name."""
     for word in argv:
         if any("\ud800" <= letter <= "\udfff" for letter in word) and not Path(word.partition("=")[2] or word).exists():
             raise ConfigError(f"{word!r}: not text in {sys.getfilesystemencoding().upper()}, as the words of a command are")

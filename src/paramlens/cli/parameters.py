@@ -1,4 +1,4 @@
-"""From functions to commands: what the first word may be, `--json`, and every field of a configuration as an option."""
+"""Functions become commands: the type of the first word, `--json`, and an option for every field of a configuration."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -17,10 +17,10 @@ from paramlens.fields import expand_home
 from paramlens.runs.layout import is_hub_id, is_run, require_run
 
 DEMO_CONFIG = "induction-quick"
-"""The configuration of the demo; `--help` without one shows its values."""
+"""The configuration of the demo. `--help` without a configuration shows its values."""
 
 FIELDS = {"--" + path.replace("_", "-"): path for path in (*section_paths(), *fields())}
-"""Every section and every field of a configuration, by its option."""
+"""Option → the section or field of a configuration that it sets."""
 
 CONFIGS = f"{', '.join(shipped_configs())}, or a YAML file."
 
@@ -31,9 +31,9 @@ _JSON = Annotated[bool, Parameter(help="Print one JSON document on stdout.")]
 
 
 def command(function: Callable[..., Outcome], *, config: Config | None = None) -> Callable[..., int]:
-    """A function as a command with `--json`, which prints what the function finds and returns the exit code.
+    """The function as a command with `--json`: it prints the function's outcome and returns the exit code.
 
-    A parameter `config` becomes the word CONFIG and an option for each field. config: the one whose values `--help` shows.
+    A parameter `config` becomes the word CONFIG and an option for each field. config: the configuration whose values `--help` shows.
     """
     signature = inspect.signature(function)
     parameters = list(signature.parameters.values())
@@ -55,7 +55,7 @@ def command(function: Callable[..., Outcome], *, config: Config | None = None) -
 
 
 def analysis_command(analysis: Analysis) -> Callable[..., Outcome]:
-    """An analysis as a function of paths: runs are opened, and the document is kept in their directories."""
+    """The analysis as a function of paths: it opens the runs and writes the document to their directories."""
     signature = inspect.signature(analysis.compute)
     hints = get_type_hints(analysis.compute, localns={"Run": Path})
     first, *options = signature.parameters.values()
@@ -71,19 +71,19 @@ def analysis_command(analysis: Analysis) -> Callable[..., Outcome]:
 
 
 def _at_home(value: Any) -> Any:
-    """A path whose `~`, which a shell leaves in `--out=~/runs`, is the home directory; any other value as it is."""
+    """A path with `~` replaced by the home directory (a shell leaves it in `--out=~/runs`); any other value unchanged."""
     return Path(expand_home(str(value))) if isinstance(value, Path) else value
 
 
 def _signed(run: Callable[..., Any], like: Callable[..., Any], parameters: list[inspect.Parameter]) -> Callable[..., Any]:
-    """`run` with the docstring of `like` and these parameters, as cyclopts reads them."""
+    """`run` with the docstring of `like` and these parameters, in the form that cyclopts reads."""
     run.__doc__, run.__annotations__ = like.__doc__, {parameter.name: parameter.annotation for parameter in parameters}
     run.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
     return run
 
 
 def located(run: Path) -> Path:
-    """The run's directory, fetched from the Hub if it is user/name[@revision] and no path here. Raises `RunDirError` for any other."""
+    """The run's directory; user/name[@revision] is fetched from the Hub if no such path exists. Raises `RunDirError` if it is not a run."""
     name, _, revision = str(run).partition("@")
     if not run.exists() and is_hub_id(name):
         from paramlens.runs.hub import fetch
@@ -94,7 +94,7 @@ def located(run: Path) -> Path:
 
 
 def overrides(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields among a command's options, as `load_config` takes them. Raises `ConfigError` for an empty value."""
+    """The configuration fields among a command's options, as `load_config` takes them. Raises `ConfigError` for an empty value."""
     found: dict[str, Any] = {}
     for flag, path in FIELDS.items():
         if (value := given.get(_name(path))) is None:
@@ -109,7 +109,7 @@ def overrides(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _field_parameters(config: Config | None) -> list[inspect.Parameter]:
-    """A keyword for every field, and, not shown, for every section: words that YAML reads. config: has the defaults to show."""
+    """A keyword for every field and, hidden, for every section; values are parsed as YAML. config: its values are shown as defaults."""
     found: list[inspect.Parameter] = []
     for flag, path in FIELDS.items():
         infos, listed = fields().get(path, []), path in list_fields()
@@ -129,13 +129,13 @@ def _field_parameters(config: Config | None) -> list[inspect.Parameter]:
 
 
 def _choices(hints: list[Any]) -> tuple[str, ...] | None:
-    """The words that a field allows, if it allows no others."""
+    """The words that a field allows. None: it allows other values too."""
     literals = [hint for hint in hints if get_origin(hint) is Literal]
     return tuple(str(word) for hint in literals for word in get_args(hint)) if literals and len(literals) == len(hints) else None
 
 
 def _shown(config: Config | None, path: str) -> str | bool:
-    """A field's value as `--help` shows it; none of a field that another kind of task has."""
+    """A field's value as `--help` shows it. False: the configuration's kind of task does not have this field."""
     value: Any = config
     for name in path.split("."):
         value = getattr(value, name, None)

@@ -1,4 +1,4 @@
-"""From a run directory to one offline HTML file: no server, no network, no torch."""
+"""Makes one offline HTML file from a run directory, without a server, network or torch."""
 
 import json
 import math
@@ -31,15 +31,15 @@ if TYPE_CHECKING:
     from paramlens.runs.rundir import Run
 
 SCRIPTS = ("base", "map", "panel", "circuit", "plots", "main")
-"""The page's own scripts, which run as one."""
+"""The page's own scripts, joined into one in this order."""
 
 BUDGET = 8.0
-"""Size of a page in MB that is kept to where it can be."""
+"""Size of a page in MB; it is exceeded only if the page cannot be made smaller."""
 
 
 @dataclass(frozen=True)
 class _Section:
-    """A section as the template shows it. text: HTML above the figures."""
+    """A section of the page for the template. text: HTML above the figures."""
 
     id: str
     title: str
@@ -48,10 +48,11 @@ class _Section:
 
 
 def report(run: "Run | str | Path", *, budget: float = BUDGET) -> Path:
-    """Write `report.html` into a run directory and return its path; analyses are made where they are missing or older than the run.
+    """Write `report.html` into a run directory and return its path. Analyses that are missing or older than the run are computed.
 
-    budget: MB. Above it the token strips of the least important subcomponents are left out, and the page says how many. Raises
-    `RunDirError` if the path is no run. A run on your own model is given as the `Run` that `decompose` or `open_run` returned.
+    run: path or `Run`; for a run on your own model, the `Run` that `decompose` or `open_run` returned.
+    budget: size in MB. A larger page leaves out the token strips of the least important subcomponents, and says how many.
+    Raises `RunDirError` if the path is not a run, and `ConfigError` for a budget that is not above 0.
     """
     if not 0 < budget < math.inf:
         raise ConfigError(f"budget {budget}: give MB, above 0")
@@ -95,7 +96,7 @@ def report(run: "Run | str | Path", *, budget: float = BUDGET) -> Path:
 
 
 def _sections(environment: jinja2.Environment, analyses: Analyses) -> Iterator[_Section]:
-    """The sections of the analyses that the run has, if there is something to show in them."""
+    """The sections of the analyses that the run has, without empty ones."""
     for analysis in ANALYSES:
         section = analysis.section
         document = analyses.get(analysis.name) if section else None
@@ -107,13 +108,13 @@ def _sections(environment: jinja2.Environment, analyses: Analyses) -> Iterator[_
 
 
 def _policy(scripts: list[str]) -> str:
-    """A Content-Security-Policy: these scripts and no others, nothing from anywhere, nothing sent anywhere."""
+    """A Content-Security-Policy that allows these scripts only, and neither loads nor sends anything over the network."""
     hashes = " ".join(f"'sha256-{b64encode(sha256(script.encode()).digest()).decode()}'" for script in scripts)
     return f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
 
 
 def _drawn(figure: Figure) -> dict[str, Any]:
-    """A figure as Plotly takes it, its texts as it shows them letter by letter, and its data as a table."""
+    """A figure in Plotly's format, with its texts escaped, and its data as a table."""
     plot: dict[str, Any] = _literal(figure.plot.to_plotly_json())
     plot["layout"].pop("template", None)
     columns, rows = figure.table()
@@ -121,7 +122,7 @@ def _drawn(figure: Figure) -> dict[str, Any]:
 
 
 def _embedded(document: Any) -> Markup:
-    """JSON that cannot end the script element it stands in."""
+    """JSON that is safe inside a script element: it cannot end the element."""
     return Markup(json.dumps(document, allow_nan=False).replace("<", "\\u003c").replace("&", "\\u0026"))
 
 
@@ -134,7 +135,7 @@ def _own_scripts() -> str:
 
 
 def _offline(script: str) -> str:
-    """A script whose addresses have lost their scheme, so that the page holds none that could be asked; XML namespaces are names."""
+    """Remove the scheme of every address in a script, so that the page can call none. XML namespaces stay: they are only names."""
     return re.sub(r"(?:https?|wss?)://(?!www\.w3\.org/)", "", script)
 
 
@@ -142,9 +143,9 @@ _OWN_TAGS = ("<br>", "<extra>", "</extra>")
 
 
 def _literal(tree: Any) -> Any:
-    """Every text of a figure with the letters that Plotly would read as a tag or an entity escaped, our own tags apart.
+    """Escape, in every text of a figure, the letters that Plotly would read as a tag or an entity; our own tags stay.
 
-    A number that is not finite is none: JSON has no word for it.
+    A number that is not finite becomes None, as JSON cannot hold it.
     """
     if isinstance(tree, str):
         text = tree.replace("&", "&amp;").replace("<", "&lt;")

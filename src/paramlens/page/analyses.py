@@ -1,4 +1,4 @@
-"""The analyses that a page shows: those of the run directory, and what it cannot do without, made where it is missing."""
+"""The analyses that a page shows: those in the run directory, and the required ones, computed if they are missing."""
 
 from functools import cached_property
 from pathlib import Path
@@ -17,23 +17,23 @@ _READ = {
     "edges": {"threshold", "edges"},
     "inspect": {"prompts"},
 }
-"""What the page reads of an analysis; one that has less, such as of an earlier version, is made again."""
+"""Required analysis → keys that the page reads. An analysis without them, such as one of an earlier version, is computed again."""
 
 
 class Analyses:
-    """A run's analyses by name; circuit, catalogue, edges and inspect are made where they are missing, older than the run or unlike.
+    """A run's analyses by name. circuit, catalogue, edges and inspect are computed if they are missing, older than the run or unfit.
 
-    Raises `RunDirError` as `open_run` does if something has to be made.
+    Raises `RunDirError` as `open_run` does if an analysis has to be computed.
     """
 
     def __init__(self, run: "Run | str | Path", path: Path) -> None:
         self._run, self._path = run, path
-        newest = checkpoint_step(find_checkpoint(path, None))  # of which all that is shown is, though a run under way writes newer ones
+        newest = checkpoint_step(find_checkpoint(path, None))  # all analyses shown are of this one, even if the run goes on
         self._step = newest if isinstance(run, str | Path) else run.step
         self._read: dict[str, dict[str, Any]] = {}
 
     def get(self, name: str) -> dict[str, Any] | None:
-        """An analysis that the page needs, made if it is missing; of the others what the run has, None if it is missing or older."""
+        """A required analysis, computed if it is missing; or another one from the run directory. None: it is missing or older."""
         return self[name] if name in _READ else self._current(name)
 
     def __getitem__(self, name: str) -> dict[str, Any]:
@@ -49,12 +49,12 @@ class Analyses:
         return self._path / "analysis" / f"{name}.json"
 
     def _current(self, name: str) -> dict[str, Any] | None:
-        """None if it is missing or of another checkpoint."""
+        """The analysis in the run directory. None: it is missing or of another checkpoint."""
         document = read_json(self._file(name), most=MOST_ANALYSIS) if self._file(name).is_file() else None
         return document if document and document.get("step") == self._step else None
 
     def _serves(self, name: str, document: dict[str, Any]) -> bool:
-        """Whether it is of the run's own sentences or sites, and counts as active what the circuit does."""
+        """True if it is of the run's own sentences or sites, and has the circuit's threshold."""
         if name == "inspect":
             return {each["prompt"] for each in document["prompts"]} == set(self._sentences)
         if name == "edges":

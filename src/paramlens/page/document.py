@@ -1,4 +1,4 @@
-"""What the page's scripts read: one document, and a packed one for each site, opened when it is asked for."""
+"""The data for the page's scripts: one document, and a packed one for each site, unpacked when the reader opens the site."""
 
 import base64
 import gzip
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 ROUNDED = 4
-"""Significant digits of numbers in the page; the run directory's analysis holds them all."""
+"""Number of significant digits in the page; the analyses in the run directory have full precision."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A page's data. sites: gzipped JSON in base64, one for each site. left_out: parts whose token strips are not in it."""
+    """A page's data. sites: gzipped JSON in base64, one per site. parts: number of subcomponents; left_out: those without token strips."""
 
     document: dict[str, Any]
     sites: list[str]
@@ -24,16 +24,16 @@ class Packed:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size of the data, in bytes."""
         return len(json.dumps(self.document)) + sum(map(len, self.sites))
 
 
 def pack(
     opened: str, circuit: Mapping[str, Any], catalogue: Mapping[str, Any], edges: Mapping[str, Any], *, command: str | None, room: float
 ) -> Packed:
-    """All of it, or, where that is above `room` bytes, without the token strips of the least important parts: as few as it takes.
+    """Pack all data; if it exceeds `room` bytes, leave out the token strips of the least important subcomponents until it fits.
 
-    opened: the Python that opens the run; command: what inspects it from a terminal, none for a run that no command can open.
+    opened: Python code that opens the run. command: the shell command that inspects the run. None: no command can open it.
     """
     parts = [(part["mean"], site, i) for site, each in catalogue["sites"].items() for i, part in enumerate(each["parts"])]
     parts.sort(reverse=True)
@@ -71,7 +71,7 @@ def _document(circuit: Mapping[str, Any], catalogue: Mapping[str, Any], edges: M
 
 
 def _views(circuit: Mapping[str, Any], catalogue: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The importance map by role, around each role that stands once, and for each shown sequence: Σ_c g, site × column."""
+    """Importance maps Σ_c g, site × column: by role, around each role with a single position, and for each shown sequence."""
     sites, roles = circuit["sites"], circuit["roles"]
     label = "all positions" if len(roles) == 1 else "by token" if catalogue["roles"] is None else "by role"
     yield {
@@ -102,7 +102,7 @@ def _site(name: str, circuit: Mapping[str, Any], catalogue: Mapping[str, Any], w
 
 
 def _place(site: str) -> Iterator[str]:
-    """The block a site lies in, and its name inside it: ("blocks.0", "attn.q")."""
+    """The block of a site and the site's name in the block, such as ("blocks.0", "attn.q")."""
     found = re.match(r"(.*?\.?\d+)\.(.+)$", site)
     yield from found.groups() if found else ("", site)
 
@@ -112,7 +112,7 @@ def _packed(document: Any) -> str:
 
 
 def _short(tree: Any) -> Any:
-    """Every float of a tree with `ROUNDED` significant digits; none for one that is not finite, which JSON has no word for."""
+    """Round every float of a tree to `ROUNDED` significant digits. One that is not finite becomes None, as JSON cannot hold it."""
     if isinstance(tree, float):
         return float(f"{tree:.{ROUNDED}g}") if math.isfinite(tree) else None
     if isinstance(tree, Mapping):

@@ -1,4 +1,4 @@
-"""The page's section `Training`: figures of `metrics.jsonl` and of the target's own training."""
+"""The page's section `Training`: figures from `metrics.jsonl` and from the training of the target."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from paramlens.display.figures import NEUTRAL, Figure, add_line, styled
 
 
 def training_figures(metrics: Sequence[Mapping[str, Any]], target: Mapping[str, Any] | None) -> Iterator[Figure]:
-    """target: as in `target.json`, for a target that was trained here."""
+    """The figures of the section. target: content of `target.json`. None: the target was not trained here."""
     yield Figure("losses", "Losses over training, logarithmic.", losses_figure(metrics))
     yield Figure("active", "Active subcomponents per position over training, by site.", active_figure(metrics))
     if target is not None:
@@ -17,7 +17,7 @@ def training_figures(metrics: Sequence[Mapping[str, Any]], target: Mapping[str, 
 
 
 def losses_figure(metrics: Sequence[Mapping[str, Any]]) -> go.Figure:
-    """Training losses and evaluated reconstruction over steps."""
+    """Training losses and the evaluated reconstruction over steps."""
     figure = go.Figure()
     trained = [line for line in metrics if "losses" in line]
     evaluated = [line for line in metrics if "evaluation" in line]
@@ -32,7 +32,7 @@ def losses_figure(metrics: Sequence[Mapping[str, Any]]) -> go.Figure:
 
 
 def active_figure(metrics: Sequence[Mapping[str, Any]]) -> go.Figure:
-    """Active subcomponents per position over steps, a line a site."""
+    """Active subcomponents per position over steps, one line per site."""
     figure = go.Figure()
     trained = [line for line in metrics if "active" in line]
     for colour, site in enumerate(trained[-1]["active"] if trained else []):
@@ -43,7 +43,7 @@ def active_figure(metrics: Sequence[Mapping[str, Any]]) -> go.Figure:
 
 
 def target_figure(target: Mapping[str, Any]) -> go.Figure:
-    """Cross-entropy, accuracy and what else was measured over the target's training."""
+    """Cross-entropy, accuracy and the other measurements over the target's training."""
     checks = target["checks"]
     steps = [check["step"] for check in checks]
     figure = go.Figure()

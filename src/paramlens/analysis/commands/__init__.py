@@ -1,4 +1,4 @@
-"""Every analysis as an object: one file each, with its command's options, what it keeps in the run directory and its section of the page.
+"""Every analysis as an object, one per file: the options of its command, what it writes to the run directory, its section of the page.
 
-Read `circuit` first. Nothing here loads torch before an analysis runs.
+Read `circuit` first. No module here loads torch before its analysis runs.
 """

@@ -1,4 +1,4 @@
-"""Agreement between runs as a command, and the section `Agreement of seeds` of the page."""
+"""The command `agreement`, and the section `Agreement of seeds` of the page."""
 
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -19,12 +19,12 @@ class AgreementAnalysis(Analysis):
     section = Section("seeds", "Agreement of seeds")
 
     def compute(self, *runs: "Run", threshold: float = ACTIVE, batches: int = 16) -> Outcome:
-        """Show how far runs of one target agree: subcomponents matched by direction and by where they are active.
+        """Show how far runs of one target agree: subcomponents are matched by direction and by where they are active.
 
         Args:
             runs: Run directories, two or more.
-            threshold: A subcomponent takes part where its importance exceeds this at one token at least.
-            batches: Number of batches evaluated, of the first run: held-out ones, if it has them.
+            threshold: A subcomponent counts if its importance exceeds this at one token at least.
+            batches: Number of batches of the first run to evaluate: held-out ones, if it has them.
         """
         from paramlens.analysis.agreement import agreement
 
@@ -37,7 +37,7 @@ class AgreementAnalysis(Analysis):
 
 
 def agreement_figure(agreement: Mapping[str, Any]) -> go.Figure:
-    """By site how far runs of other seeds agree, in [0, 1]: together, by direction and by pattern, and by chance."""
+    """How far runs of different seeds agree at each site, in [0, 1]: overall, by direction, by pattern, and by chance."""
     sites, figure = agreement["sites"], go.Figure()
     names = {"agreement": "agreement", "direction": "direction", "pattern": "pattern", "chance": "by chance"}
     for colour, (key, name) in enumerate(names.items()):

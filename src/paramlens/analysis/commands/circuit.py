@@ -1,4 +1,4 @@
-"""Table 1 as a command, and the section `Attention` of the page."""
+"""The command `circuit` (Table 1), and the section `Attention` of the page."""
 
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -24,8 +24,8 @@ class CircuitAnalysis(Analysis):
         Args:
             run: Run directory.
             threshold: A subcomponent is active where its importance exceeds this, in [0, 1).
-            batches: Number of batches evaluated: held-out ones, if the run has them.
-            adversary: Steps of projected gradient towards the worst masks; 0 leaves recon_adversarial out.
+            batches: Number of batches to evaluate: held-out ones, if the run has them.
+            adversary: Steps of projected gradient ascent to the worst masks; 0 leaves out recon_adversarial.
         """
         from paramlens.analysis.circuit import circuit
 
@@ -33,7 +33,7 @@ class CircuitAnalysis(Analysis):
         return Outcome(result.to_json(), result.tables())
 
     def figures(self, document: Mapping[str, Any]) -> Iterator[Figure]:
-        """Attention of one sequence, by role, and how far it moves: those for which there are data."""
+        """Attention in one sequence, attention by role, and how far it moves; a figure without data is left out."""
         if document["example"]["attention"]:
             yield Figure("patterns", "Attention in one sequence: the target's, and the masked model's.", patterns_figure(document))
         if document["attention_by_role"]:
@@ -44,7 +44,7 @@ class CircuitAnalysis(Analysis):
 
 
 def attention_figure(circuit: Mapping[str, Any]) -> go.Figure:
-    """Patterns × roles of the query, KL in nats."""
+    """KL in nats for every attention pattern (down) and role of the query (across)."""
     patterns = list(circuit["attention_kl"])
     roles = [*circuit["roles"], "all"] if "all" not in circuit["roles"] else circuit["roles"]
     z = [[circuit["attention_kl"][pattern][role] for role in roles] for pattern in patterns]
@@ -55,13 +55,13 @@ def attention_figure(circuit: Mapping[str, Any]) -> go.Figure:
 
 
 def patterns_figure(circuit: Mapping[str, Any]) -> go.Figure:
-    """Attention of one sequence, target beside masked model, a row for each pattern; keys across, queries down."""
+    """Attention in one sequence, the target beside the masked model, one row per pattern; keys across, queries down."""
     attention = circuit["example"]["attention"]
     positions = list(range(len(circuit["example"]["roles"])))
     return pairs_figure(attention, x=positions, y=positions, hover="query %{y}, key %{x}: %{z:.3f}", height=330)
 
 
 def role_attention_figure(circuit: Mapping[str, Any]) -> go.Figure:
-    """Attention from queries of a role (down) to all keys of a role (across), target beside masked model, a row for each pattern."""
+    """Attention from queries of a role (down) to all keys of a role (across), target beside masked model, one row per pattern."""
     roles = circuit["roles"]
     return pairs_figure(circuit["attention_by_role"], x=roles, y=roles, hover="from %{y} to %{x}: %{z:.4f}", height=220, texts=True)

@@ -1,4 +1,4 @@
-"""Subcomponents by token, and single ones, as a command. The page shows them for the run's own sentences, in its table of counts."""
+"""The command `inspect`: active subcomponents by token, or a single one. The page shows the counts for the run's own sentences."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,10 +29,10 @@ class InspectAnalysis(Analysis):
 
         Args:
             run: Run directory.
-            prompt: A sentence. Defaults to the run's first.
-            site: Site of the subcomponent to look at.
+            prompt: A sentence. Defaults to the run's first sentence.
+            site: Site of the subcomponent to show.
             subcomponent: Its number, 0 to C - 1.
-            text: Text file whose lines the subcomponent is looked at on. Defaults to the run's sentences.
+            text: Text file; the subcomponent is shown on its lines. Defaults to the run's sentences.
             threshold: A subcomponent is active where its importance exceeds this, in [0, 1).
         """
         from paramlens.analysis.components import inspect_prompt, inspect_subcomponent
@@ -48,4 +48,4 @@ class InspectAnalysis(Analysis):
         return Outcome(result.to_json(), result.tables())
 
     def keep(self, run: "Run", document: Any) -> None:
-        """Keep nothing: `analysis/inspect.json` is the page's, of all the run's sentences."""
+        """Write nothing: the page writes `analysis/inspect.json`, for all sentences of the run."""

@@ -1,4 +1,4 @@
-"""Taking subcomponents out as a command, and the section `Edits` of the page."""
+"""The command `suppress`, which removes subcomponents, and the section `Edits` of the page."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -78,24 +78,24 @@ class SuppressAnalysis(Analysis):
         threshold: float = ACTIVE,
         save: Path | None = None,
     ) -> Outcome:
-        """Take subcomponents out of the target, and see what that does to every fact.
+        """Remove subcomponents from the target, and show the effect on every fact.
 
         Args:
             run: Run directory.
-            unique_to: Sentence or prompt whose own subcomponents go: active there, in no other sentence of the run.
-            top: At most this many of them, by importance and contribution. Defaults to all.
-            tokens: Words of the sentence; only subcomponents active there go.
-            per_token: At most this many at each token.
-            sites: Patterns of the sites whose subcomponents may go. Defaults to all.
-            site: Site of subcomponents named by hand.
-            subcomponent: Their numbers.
-            fact: Sentence the effect is judged by, if subcomponents are named by hand. Defaults to the run's first.
+            unique_to: Sentence or prompt; removes subcomponents active in it and in no other sentence of the run.
+            top: Remove at most this many, the highest importance × contribution first. Defaults to all.
+            tokens: Words of the sentence; removes only subcomponents active at these words.
+            per_token: Remove at most this many at each token.
+            sites: Patterns of the sites to edit. Defaults to all.
+            site: Site of the subcomponents given by --subcomponent.
+            subcomponent: Numbers of the subcomponents to remove.
+            fact: With --subcomponent: sentence whose effect is measured. Defaults to the run's first sentence.
             method: Projection (§5.2), or subtraction of the subcomponents themselves.
-            evaluate: Facts to look at: a YAML or JSON file, shipped, or none.
+            evaluate: Facts to evaluate: a YAML or JSON file, shipped, or none.
             text: Text file for the perplexity, one text per line. Defaults to the general facts.
-            skip_controls: Leave out the other edits of equal rank.
+            skip_controls: Do not compare with control edits.
             threshold: A subcomponent is active where its importance exceeds this, in [0, 1).
-            save: Write the edited model there, as a plain Hugging Face folder.
+            save: New folder for the edited model, in the Hugging Face format.
         """
         from paramlens.analysis.controls import CONTROLS
         from paramlens.analysis.edit import suppress
@@ -129,7 +129,7 @@ class SuppressAnalysis(Analysis):
         return Outcome(document, tables)
 
     def keep(self, run: "Run", document: Mapping[str, Any]) -> None:
-        """Add an edit that was evaluated to those of `analysis/suppress.json`."""
+        """Add an edit to `analysis/suppress.json` if it was evaluated."""
         if "facts" in document:
             kept = {key: value for key, value in document.items() if key != "saved"}
             run.keep_analysis(self.name, "edits", kept, same=("target", "method", "selected"))
@@ -141,7 +141,7 @@ class SuppressAnalysis(Analysis):
 
 
 def suppression_figure(edit: Mapping[str, Any]) -> go.Figure:
-    """Figures 3 and 4 as bars: by kind of fact the share of its probability that an answer keeps, for the edit and its controls."""
+    """Figures 3 and 4 as bars: the share of its probability that an answer keeps, by kind of fact, for the edit and its controls."""
     figure = go.Figure()
     effects = {f"{len(edit['selected'])} subcomponents": edit["effect"], **edit["controls"]}
     for colour, (name, effect) in enumerate(effects.items()):

@@ -1,4 +1,4 @@
-"""Causal tracing as a command, and the section `Tracing` of the page."""
+"""The command `trace` (causal tracing), and the section `Tracing` of the page."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,18 +32,18 @@ class TraceAnalysis(Analysis):
         seed: int = 0,
         zero_mlp: bool = False,
     ) -> Outcome:
-        """Show by causal tracing where the answer to a prompt comes back, in any causal language model.
+        """Show where in a causal language model restored states bring the answer to a prompt back (causal tracing).
 
         Args:
             model: Run directory, local folder, or id on the Hugging Face Hub.
             prompt: The prompt, up to the answer.
-            subject: Its words that are corrupted.
+            subject: Words of the prompt to corrupt.
             answer: The answer. Defaults to the model's likeliest next token.
             noise: Noise on the subject's embeddings, in standard deviations of all embeddings.
-            samples: Draws of the noise.
-            window: Blocks whose MLPs or attentions are restored together.
-            seed: Seeds the noise.
-            zero_mlp: Show the sweep in which one whole MLP is put to zero.
+            samples: Number of draws of the noise.
+            window: Number of neighbouring blocks whose MLPs or attentions are restored together.
+            seed: Seed of the noise.
+            zero_mlp: Also show the sweep that sets one whole MLP to zero.
         """
         from paramlens.analysis.components import tokenizer_of
         from paramlens.analysis.trace import trace
@@ -71,7 +71,7 @@ class TraceAnalysis(Analysis):
 
 
 def trace_figure(trace: Mapping[str, Any]) -> go.Figure:
-    """Figures 7 and 8: blocks (across) and tokens (down), the answer's probability with that state restored; hidden, MLP, attention."""
+    """Figures 7 and 8: the answer's probability with one state restored, by block (across) and token (down); hidden, MLP, attention."""
     kinds = ("hidden", "mlp", "attention")
     figure = make_subplots(1, 3, shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=["hidden state", "MLP", "attention"])
     marked = trace["subject_positions"]
@@ -88,7 +88,7 @@ def trace_figure(trace: Mapping[str, Any]) -> go.Figure:
 
 
 def zero_figure(traces: Sequence[Mapping[str, Any]]) -> go.Figure:
-    """Figure 9: the answer's probability with one whole MLP put to zero; dashed: with all of them."""
+    """Figure 9: the answer's probability with one whole MLP set to zero; dashed: with all MLPs."""
     figure = go.Figure()
     for colour, trace in enumerate(traces):
         blocks, name = list(range(len(trace["zero_mlp"]))), f"{trace['prompt']} {trace['answer']}"
