@@ -55,7 +55,7 @@ def _first(batches: Iterable[Any]) -> list[Any]:
 
 
 def batch_function(batches: Batches, model: nn.Module, *, name: str = "batches") -> Callable[[int, str], Batch]:
-    """The function (step, stream) → batch of a task, from a function of the step, a sequence (cycled), or an iterable (restarted at its end).
+    """A task's function of (step, stream), made from a function of the step, a sequence (cycled), or an iterable (restarted at its end).
 
     Held-out streams get the same batches. name: name of the argument in messages. Raises `ConfigError` and `BatchError` for anything else.
     """
