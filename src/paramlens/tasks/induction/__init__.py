@@ -1,1 +1,1 @@
-"""The paper's toy model (§5.1): `task` has its configuration, `model` its target, `sequences` its data, and `training` trains the target."""
+"""The paper's toy model (§5.1): `task` is its configuration, `model` its target, `sequences` its data; `training` trains the target."""
