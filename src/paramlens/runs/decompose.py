@@ -130,7 +130,7 @@ def decompose_config(
     """Run a configuration. A toy target is trained first, unless `target` is a directory with a trained one.
 
     target: for language models, also a Hugging Face Hub id or a local folder of any model.
-    out: the run directory. Defaults to runs/<name>-s<seed>. resume, extend_steps, tracker: as for `decompose`. Raises what `decompose` does.
+    out: the run directory. Defaults to runs/<name>-s<seed>. resume, extend_steps, tracker: as for `decompose`, as are the errors.
     """
     target = None if target is None else expand_home(str(target))
     follower, named = as_tracker(tracker), with_target(config, target)

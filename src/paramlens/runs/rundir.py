@@ -199,7 +199,7 @@ def open_run(
 def _whole_checkpoint(path: Path, step: int | None, described: ModelDescription) -> Path:
     """The newest checkpoint, or the one at `step`. Raises `RunDirError` if it is damaged or of another run.
 
-    If a running run removes it during the check, because there are newer ones, the search starts again.
+    If a run in progress removes it during the check, because there are newer ones, the search starts again.
     """
     while True:
         folder = find_checkpoint(path, step)

@@ -140,7 +140,7 @@ def set_rates(optimizer: torch.optim.Optimizer, share: float) -> None:
 
 
 def held_out(config: Config, task: Task, decomposition: Decomposition, importance: Importance) -> dict[str, float]:
-    """Metrics of `evaluation.evaluate`: mean over the loss positions of `evaluate.batches` held-out batches, or of all if there are fewer."""
+    """Metrics of `evaluation.evaluate`: mean over the loss positions of `evaluate.batches` held-out batches, or of all there are."""
     rows, counts = list[dict[str, float]](), list[int]()
     for index in range(min(config.evaluate.batches, task.held_out or config.evaluate.batches)):
         batch = task.batch(index, "evaluate").to(decomposition.device)

@@ -50,7 +50,7 @@ class PretrainedTask(BaseTask):
         if (vocabulary := embedding_rows(model)) is None:
             raise ConfigError(f"model {self.model}: {type(model).__name__} has no table of tokens; give a language model on tokens")
         ids = torch.empty(1, length, dtype=torch.long, device="meta")
-        mask = torch.empty(1, 1, length, length, dtype=torch.bool, device="meta")  # a full mask, so that transformers does not have to make one from values
+        mask = torch.empty(1, 1, length, length, dtype=torch.bool, device="meta")  # a full mask, whose values are not read
         return Skeleton(model, {"input_ids": ids, "attention_mask": mask, "use_cache": False}, rows, length, vocabulary)
 
     def _named_model(self) -> str:
