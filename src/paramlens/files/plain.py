@@ -27,7 +27,7 @@ MOST_JSON = 64 * 2**20
 
 
 def read_json(path: Path, *, most: int = MOST_JSON) -> dict[str, Any]:
-    """Read the mapping in a JSON file of at most `most` bytes. Raises `RunDirError` if it is missing, unreadable or no mapping."""
+    """Read the mapping in a JSON file of at most `most` bytes. Raises `RunDirError` if it is missing, unreadable or not a mapping."""
     text = read_text(path, most=most)
     try:
         document = json.loads(text)

@@ -40,14 +40,14 @@ def decompose_seeds(
     overwrite: bool = False,
     track: Sequence[str] = (),
 ) -> list[Path]:
-    """Run `count` seeds, starting at `config.seed`, as many at a time as there are usable cores. Returns their run directories.
+    """Run `count` seeds, starting at `config.seed`, as many at a time as the usable cores allow. Returns their run directories.
 
     target: as for `decompose_config`; {seed} in it is replaced by the seed. Defaults to training a target for each seed.
     out: the folder of the run directories `s<seed>`. Defaults to runs/<name>-s<seed> for each seed.
     resume: continue the runs that have begun and start the others.
     track: names of trackers that every seed uses besides the terminal.
-    If several seeds run at a time and `threads` is not set, each uses one thread, which is faster than sharing cores. A seed that fails
-    does not stop the others; its error is raised when all have ended. After a Ctrl-C or SIGTERM, or if this process ends, all seeds save
+    If several seeds run at a time and `threads` is not set, each uses one thread, which is faster than more threads on shared cores. A
+    seed that fails does not stop the others; its error is raised when all have ended. After a Ctrl-C or SIGTERM, or if this process ends, all seeds save
     a checkpoint and end; a second signal ends them at once. Raises what `decompose_config` does.
     """
     if count < 1:

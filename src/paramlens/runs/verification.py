@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """The problems of one checkpoint; none if it is whole."""
+    """The problems of one checkpoint. There are none if it is whole."""
 
     step: int
     problems: tuple[str, ...]

@@ -94,7 +94,7 @@ class TrainingPlan:
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A target on the meta device, that is without weights, and the size of its batches."""
+    """A target without weights, on the meta device, and the size of its batches."""
 
     model: "nn.Module"
     inputs: "Inputs"

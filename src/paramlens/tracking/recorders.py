@@ -70,9 +70,9 @@ class TensorBoard:
 
 
 class AppendingRecorder:
-    """A library that cannot remove steps; `run.json` beside its files has its run's id and the last recorded step.
+    """Base class for libraries that cannot remove steps. `run.json` in its folder has the run's id and the last recorded step.
 
-    A resumed run repeats steps with the same values, so recorded steps are skipped.
+    A resumed run repeats steps with the same values, so steps that are already recorded are skipped.
     """
 
     def __init__(self, folder: Path, name: str, config: Mapping[str, Any], done: int) -> None:  # noqa: ARG002  # required by the protocol

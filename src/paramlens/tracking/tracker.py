@@ -68,7 +68,7 @@ class TargetTracker(Tracker, Protocol):
 
 
 def report_target(tracker: Tracker, step: int, text: str) -> None:
-    """Pass a check of the target's training to a tracker, as a message if the tracker is no `TargetTracker`."""
+    """Pass a check of the target's training to a tracker, as a message if the tracker is not a `TargetTracker`."""
     if isinstance(tracker, TargetTracker):
         tracker.target(step, text)
     else:

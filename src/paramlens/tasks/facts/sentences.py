@@ -17,7 +17,7 @@ from paramlens.tasks.language_models.limits import require_tokens, that_fit
 
 
 def facts_task(task: FactsTask, target: Target, *, seed: int) -> Task:
-    """Batches of the task's sentences and of `others` other shipped facts, drawn anew for each step.
+    """Batches of the task's sentences and of `others` other shipped facts, newly drawn for each step.
 
     The role of a position is its token. Nothing is held out: these sentences are what is decomposed.
     Raises `BatchError` for a sentence of one token or of more than the model can take. Other facts that are too long are not drawn.

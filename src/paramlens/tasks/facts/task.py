@@ -87,9 +87,9 @@ class FactsTask(PretrainedTask):
     )
     """Sentences that are decomposed. All of them are in every batch. §5.2: these two."""
     others: Natural = 0
-    """Number of further sentences in every batch, drawn anew for each step from the shipped facts and also decomposed. §5.2: 0."""
+    """Number of further sentences in every batch, drawn from the shipped facts for each step and also decomposed. §5.2: 0."""
     elsewhere: Natural = 0
-    """Number of other shipped facts in every step for `losses.elsewhere`, drawn anew and not decomposed. §5.2: 0."""
+    """Number of other shipped facts in every step for `losses.elsewhere`, drawn for each step and not decomposed. §5.2: 0."""
     miniature: Miniature = Miniature()
 
     @property

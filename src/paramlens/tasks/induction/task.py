@@ -17,7 +17,7 @@ class TargetTraining(Section):
     """How a toy target is trained (Table 3)."""
 
     optimizer: Literal["adam", "adamw"] = "adamw"
-    """Table 3: AdamW."""
+    """Optimizer. Table 3: AdamW."""
     lr: Positive = 1e-3
     """Learning rate. Table 3: 0.001."""
     weight_decay: NonNegative = 0.01
