@@ -46,9 +46,9 @@ def decompose_seeds(
     out: the folder of the run directories `s<seed>`. Defaults to runs/<name>-s<seed> for each seed.
     resume: continue the runs that have begun and start the others.
     track: names of trackers that every seed uses besides the terminal.
-    If several seeds run at a time and `threads` is not set, each uses one thread, which is faster than more threads on shared cores. A
-    seed that fails does not stop the others; its error is raised when all have ended. After a Ctrl-C or SIGTERM, or if this process ends, all seeds save
-    a checkpoint and end; a second signal ends them at once. Raises what `decompose_config` does.
+    If several seeds run at a time and `threads` is not set, each uses one thread, which is faster than more threads on shared cores.
+    A seed that fails does not stop the others; its error is raised when all have ended. After a Ctrl-C or SIGTERM, or if this process
+    ends, all seeds save a checkpoint and end; a second signal ends them at once. Raises the errors of `decompose_config`.
     """
     if count < 1:
         raise ConfigError(f"seeds {count}: give 1 or more")
