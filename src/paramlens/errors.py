@@ -1,16 +1,16 @@
-"""Every error ParamLens raises on purpose: one family, each message naming the value, the place and the remedy."""
+"""Every error that ParamLens raises on purpose. Each message names the value, the place and the remedy."""
 
 import signal
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, and of one that ends in a colon the next as well. Defaults to the name of its type."""
+    """The first line of an error's message, and the second if the first ends in a colon. Defaults to the name of the error's type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 class ParamLensError(Exception):
-    """Base of the family. `exit_code` is what the command line returns: 2 the user's input is wrong, 1 anything else."""
+    """Base class of these errors. `exit_code` is what the command line returns: 2 if the user's input is wrong, 1 otherwise."""
 
     exit_code = 1
 
@@ -34,25 +34,25 @@ class BatchError(ParamLensError):
 
 
 class RunDirError(ParamLensError):
-    """A run directory is missing, unfinished, already there, or not what it says it is."""
+    """A run directory is missing, unfinished, already there, or its content does not match its description."""
 
     exit_code = 2
 
 
 class SaveError(ParamLensError):
-    """A checkpoint could not be written, again and again; those written before are whole."""
+    """A checkpoint could not be written after several tries. Earlier checkpoints are intact."""
 
 
 class TrackerError(ParamLensError):
-    """A tracker beside a run has failed; the run goes on without it."""
+    """A tracker has failed. The run goes on without it."""
 
 
 class DivergedError(ParamLensError):
-    """Training produced a value that is not finite; raised before the optimizer step."""
+    """Training produced a value that is not finite. Raised before the optimizer step."""
 
 
 class Terminated(KeyboardInterrupt):
-    """A signal ended what was under way; not part of the family, as that is no error."""
+    """A signal stopped the program. This is not an error, so it is not a `ParamLensError`."""
 
     def __init__(self, number: int = signal.SIGINT) -> None:
         super().__init__()
@@ -60,4 +60,4 @@ class Terminated(KeyboardInterrupt):
 
 
 class RunInterrupted(Terminated):
-    """A signal during training: after the first, the step under way was finished and saved; a second leaves the last good checkpoint."""
+    """A signal stopped training. The first signal lets the current step finish and saves it; a second stops at once, without saving."""

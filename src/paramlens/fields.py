@@ -1,4 +1,4 @@
-"""What sections of a configuration are made of, frozen models with checked numbers, and how their values are listed."""
+"""The building blocks of a configuration: `Section`, a frozen model, the types of its fields, and functions that list its values."""
 
 import numbers
 import os
@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 
 def plain_number(value: Any) -> Any:
-    """A number as Python's own, NumPy's among them; anything else unchanged, true and false refused."""
+    """Convert a number, also one of NumPy's, to `int` or `float`. Leaves other values as they are; raises `ValueError` for a bool."""
     if isinstance(value, bool):
         raise ValueError("a number is needed, not true or false")
     if isinstance(value, numbers.Integral):
@@ -18,7 +18,7 @@ def plain_number(value: Any) -> Any:
 
 
 def expand_home(path: str) -> str:
-    """A path with the home directory in place of a leading ~. One of a user who does not exist stays as it is."""
+    """Replace a leading ~ by the home directory. Leaves the path as it is if the user does not exist."""
     return os.path.expanduser(path)  # noqa: PTH111  # pathlib raises for such a user
 
 
@@ -52,7 +52,7 @@ class Section(BaseModel):
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of nested mappings under dotted names."""
+    """Flatten nested mappings: dotted name → value."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         found |= leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
@@ -60,6 +60,6 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """`name old → new` for each value of `after` that `before` lacks or has otherwise."""
+    """`name old → new` for each value of `after` that is missing from `before` or differs there."""
     old, new = leaves(before), leaves(after)
     return [f"{name} {old.get(name)!r} → {value!r}" for name, value in new.items() if value != old.get(name)]

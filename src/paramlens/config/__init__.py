@@ -1,5 +1,5 @@
-"""One configuration of a run: its fields, its files, and messages about both.
+"""The configuration of a run: its fields, its files, and messages about both.
 
-`model` has all fields (those of the method, the machine and the tasks are defined beside them), `file` reads YAML and flags and explains
-what is wrong, `shipped/` holds the named configurations.
+`model` combines all fields (those of the method, the machine and the tasks are defined in their own modules), `file` reads YAML and flags
+and explains errors, and `shipped/` has the named configurations.
 """

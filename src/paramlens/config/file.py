@@ -1,6 +1,6 @@
-"""Configurations in and out of files and flags; every message names the field, the value and what to write instead.
+"""Read and write configurations. Every error message names the field, the value and what to write instead.
 
-Needs no torch, so a wrong configuration is refused at once.
+This module does not import torch, so that a wrong configuration is reported at once.
 """
 
 import difflib
@@ -20,7 +20,7 @@ from paramlens.files.yaml import MOST_BYTES, parse_yaml
 
 
 def parse_value(text: str) -> Any:
-    """A field's value as YAML reads it: 3e-3 is a number, true a boolean, none and null nothing, the rest text."""
+    """The value of a field, read as YAML: 3e-3 is a number, true a boolean, none and null are None, and the rest is text."""
     if text.lower() == "none":
         return None
     try:
@@ -30,15 +30,15 @@ def parse_value(text: str) -> Any:
 
 
 def shipped_configs() -> list[str]:
-    """Names of the configurations in the package."""
+    """Names of the shipped configurations."""
     folder = resources.files("paramlens.config") / "shipped"
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
 def load_config(name_or_path: str | Path, *, overrides: Mapping[str, Any] | None = None) -> Config:
-    """The configuration of a shipped name or a YAML path, with dotted `overrides` ({"optim.lr": 3e-3}) on top.
+    """Load a shipped configuration by its name, or one from a YAML file, and apply dotted `overrides` ({"optim.lr": 3e-3}).
 
-    Raises `ConfigError` for a name that is neither, a file that is no YAML mapping, or a field that does not hold.
+    Raises `ConfigError` if the name is neither, the file is not a YAML mapping, or a field is invalid.
     """
     source, tree = read_tree(name_or_path)
     for path, value in (overrides or {}).items():
@@ -47,7 +47,7 @@ def load_config(name_or_path: str | Path, *, overrides: Mapping[str, Any] | None
 
 
 def read_tree(name_or_path: str | Path) -> tuple[str, dict[str, Any]]:
-    """What messages call a configuration, and its fields as they are written, unchecked. Raises `ConfigError` as `load_config` does."""
+    """The configuration's name in messages, and its fields as written, not validated. Raises `ConfigError` as `load_config` does."""
     source, text = _read(str(name_or_path))
     try:
         tree = parse_yaml(text)
@@ -64,7 +64,7 @@ def read_tree(name_or_path: str | Path) -> tuple[str, dict[str, Any]]:
 
 
 def make_config(tree: Mapping[str, Any], *, source: str = "config") -> Config:
-    """A `Config` from a nested mapping; raises `ConfigError` naming `source`, the field, the value and the remedy."""
+    """Make a `Config` from a nested mapping. Raises `ConfigError`, whose message names `source`, the field, the value and the remedy."""
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -72,7 +72,7 @@ def make_config(tree: Mapping[str, Any], *, source: str = "config") -> Config:
 
 
 def with_known_fields(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration's nested mapping without the fields that this version does not know."""
+    """The nested mapping of a configuration without the fields that this version does not know."""
     known = set(field_paths())
 
     def kept(node: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -83,16 +83,16 @@ def with_known_fields(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def dump_config(config: Config) -> str:
-    """YAML that `load_config` reads back to an equal configuration."""
+    """The configuration as YAML, from which `load_config` reads an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def explain(error: ValidationError, *, source: str) -> str:
-    """The first problem of a validation error in one line, with the count of the others."""
+    """The first problem of a validation error in one line, and the number of other problems."""
     problems = error.errors()
     first = problems[0]
     place = [str(part) for part in first["loc"]]
-    kind = place.pop(1) if place[:1] == ["task"] and len(place) > 1 else None  # pydantic names the kind of task there
+    kind = place.pop(1) if place[:1] == ["task"] and len(place) > 1 else None  # pydantic puts the kind of task there
     field = ".".join(place)
     if first["type"] == "extra_forbidden":
         text = _unknown(place, first["input"], kind=kind)
@@ -140,7 +140,7 @@ def _remedy(problem: Mapping[str, Any]) -> str:
 
 
 def _unknown(place: list[str], value: Any, *, kind: str | None) -> str:
-    """An unknown field and what was meant: a key with dots, a field of another task, or the nearest name, of the same level first."""
+    """Message for an unknown field that suggests what was meant: nested keys, another kind of task, or the most similar field name."""
     path, above = ".".join(place), [part for name in place[:-1] for part in name.split(".")]
     known = field_paths()
     if path in known and "." in place[-1]:
@@ -162,13 +162,13 @@ def _unknown(place: list[str], value: Any, *, kind: str | None) -> str:
 
 
 def field_paths() -> list[str]:
-    """Every field of a configuration as a dotted path."""
+    """The dotted paths of all fields of a configuration."""
     return list(fields())
 
 
 @functools.cache
 def fields() -> dict[str, list[FieldInfo]]:
-    """Every field of a configuration by its dotted path; a field that several kinds of task have, once for each."""
+    """All fields of a configuration: dotted path → the field, once for each kind of task that has it."""
     found: dict[str, list[FieldInfo]] = {}
 
     def walk(model: type[BaseModel], prefix: str) -> None:
@@ -184,17 +184,17 @@ def fields() -> dict[str, list[FieldInfo]]:
 
 
 def section_paths() -> list[str]:
-    """Every section of a configuration as a dotted path: what the fields' paths have before their last dot."""
+    """The dotted paths of all sections of a configuration: the paths of fields up to their last dot."""
     return list(dict.fromkeys(path.rpartition(".")[0] for path in fields() if "." in path))
 
 
 def switches() -> list[str]:
-    """Fields that are true or false; on the command line, the bare flag is true."""
+    """Fields that are true or false. On the command line, the flag without a value means true."""
     return [path for path, kinds in fields().items() if [field.annotation for field in kinds] == [bool]]
 
 
 def list_fields() -> list[str]:
-    """Fields that hold several values; on the command line, values apart."""
+    """Fields that hold several values. On the command line, each value is a separate argument."""
     return [path for path, kinds in fields().items() if any(get_origin(field.annotation) is tuple for field in kinds)]
 
 

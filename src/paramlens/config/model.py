@@ -1,4 +1,4 @@
-"""What a run is made of: frozen models in which every field states its unit, the paper's symbol and the paper's value."""
+"""The fields of a configuration, as frozen models. The text of a field states its unit, the paper's symbol and the paper's value."""
 
 from typing import Annotated
 
@@ -12,25 +12,25 @@ from paramlens.tasks.registry import AnyTask
 
 class Checkpoint(Section):
     every: Count = 5000
-    """Steps between checkpoints; one is always written at the end."""
+    """Steps between checkpoints. A checkpoint is always written at the end."""
     keep_last: Count = 2
-    """Checkpoints kept, the newest."""
+    """Number of newest checkpoints that are kept."""
     keep_every: Count | None = None
-    """Steps whose multiples keep their checkpoint for good; none: no others are kept."""
+    """Checkpoints at multiples of this step are never deleted. None: only the newest are kept."""
 
 
 class Evaluate(Section):
     every: Count = 1000
     """Steps between evaluations on held-out batches."""
     batches: Count = 1
-    """Held-out batches per evaluation."""
+    """Number of held-out batches per evaluation."""
 
 
 class Config(MethodSettings):
-    """One run: what the method and the machine need, the task, and what is written and measured. Shipped: `config/shipped/*.yaml`."""
+    """All fields of a run: method, machine, task, and what is measured and written. The shipped ones are `config/shipped/*.yaml`."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "custom"
-    """The run's name; runs go to runs/<name>-s<seed>."""
+    """Name of the run. Its directory is runs/<name>-s<seed>."""
     batch: Count = 64
     """Sequences per step. Table 4: 1024. Figure 6: 2."""
     task: AnyTask = CustomTask()
@@ -44,7 +44,7 @@ class Config(MethodSettings):
         table, longest = self.gamma.max_length, self.task.longest
         if table is None or longest is None or table >= longest:
             return self
-        from paramlens.method.importance.kind import kind_class  # needs torch, which a configuration that is right does not wait for
+        from paramlens.method.importance.kind import kind_class  # imports torch, which is slow and rarely needed here
 
         if kind_class(self.gamma.kind).has_table:
             raise ValueError(

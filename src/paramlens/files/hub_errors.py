@@ -1,4 +1,4 @@
-"""What the Hugging Face Hub's library raises, as one error that names the repository and a remedy."""
+"""Translate errors of the Hugging Face Hub's library into errors that name the repository and a remedy."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +15,9 @@ def hub_errors(
     raises: type[ParamLensError] = RunDirError,
     offline: str = "try again where there is a network",
 ) -> Iterator[None]:
-    """While active, an error of the Hub's library becomes one of `raises`, or a `ConfigError` for what is no repository's id.
+    """While active, errors of the Hub's library are raised as `raises`, or as `ConfigError` if `repo` is not a repository id.
 
-    place: start of the message. Defaults to the repository and the revision. offline: the remedy where the Hub cannot be reached.
+    place: start of the message. Defaults to the repository and the revision. offline: the remedy if the Hub cannot be reached.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import (

@@ -1,4 +1,4 @@
-"""One writer per run directory: a lock that the operating system releases when its holder dies, and a note of who holds it."""
+"""One writer per run directory: a lock that the operating system releases when its process ends, and a file that names this process."""
 
 import contextlib
 import json
@@ -16,15 +16,15 @@ from paramlens.errors import RunDirError
 from paramlens.files.plain import write_json
 
 LOCK, OWNER = ".lock", ".lock.json"
-"""The file that a writer locks, and the file in which it names itself."""
+"""The file that a writer locks, and the file that names the writer."""
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """While active, this process alone writes to the run directory `path`, which is made if it is missing.
+    """While active, only this process writes to the run directory `path`, which is made if it is missing.
 
-    The lock of a process that died is free again. A directory that was made here and stayed empty is removed. Raises `RunDirError` if
-    another process holds the lock, naming it, or if the directory cannot be written.
+    The lock of a process that died is free again. A directory that was made here and is still empty at the end is removed. Raises
+    `RunDirError` if another process has the lock, or if the directory cannot be written.
     """
     made = [place for place in (path, *path.parents) if not place.exists()]
     try:

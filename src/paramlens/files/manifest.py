@@ -1,4 +1,4 @@
-"""MANIFEST.json: name, bytes and sha256 of the files of a folder, by which a changed bit is found before it is used."""
+"""MANIFEST.json: name, size in bytes and sha256 of a folder's files, with which a changed file is found before it is used."""
 
 import hashlib
 import re
@@ -13,12 +13,12 @@ MANIFEST = "MANIFEST.json"
 
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
-"""A file of the folder, or of a folder in it; nothing that leads out of it."""
+"""Name of a file in the folder or in a folder in it. No name can lead out of the folder."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with one file."""
+    """A problem of one file."""
 
     file: Path
     expected: str
@@ -29,15 +29,15 @@ class Problem:
 
 
 def write_manifest(folder: Path, files: Iterable[Path]) -> None:
-    """Write `MANIFEST.json` over `files`, all of which lie in `folder`."""
+    """Write `MANIFEST.json` of `files`, which must be in `folder`."""
     entries = {file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": file_sha256(file)} for file in files}
     write_json(folder / MANIFEST, entries)
 
 
 def problems(folder: Path, names: Sequence[str] | None = None, *, required: Sequence[str] = ()) -> list[Problem]:
-    """What differs from the folder's manifest, in the files `names` or in all.
+    """Differences from the folder's manifest, in the files `names`, or in all files if `names` is None.
 
-    required: files that the manifest must name. Raises `RunDirError` if the manifest itself cannot be read or is not one.
+    required: files that the manifest must list. Raises `RunDirError` if the manifest itself cannot be read or is invalid.
     """
     entries = _entries(folder / MANIFEST)
     found = [Problem(folder / MANIFEST, f"an entry for {name}", "none") for name in required if name not in entries]
@@ -53,7 +53,7 @@ def problems(folder: Path, names: Sequence[str] | None = None, *, required: Sequ
 
 
 def file_sha256(path: Path) -> str:
-    """Hash of a file's bytes; raises `RunDirError` if it cannot be read."""
+    """Hash of a file's bytes. Raises `RunDirError` if the file cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

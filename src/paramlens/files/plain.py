@@ -1,4 +1,4 @@
-"""Text and JSON files that are complete or absent; errors say why one cannot be read."""
+"""Read and write text and JSON files that are complete or absent. Errors say why a file cannot be read."""
 
 import contextlib
 import errno
@@ -13,7 +13,7 @@ from typing import Any
 from paramlens.errors import RunDirError
 
 PART = ".part"
-"""Ending of a file or folder that is being written or removed: never read, and removed by the next writer."""
+"""Ending of a file or folder that is being written or removed. It is never read, and the next writer removes it."""
 
 
 WINDOWS = os.name == "nt"
@@ -27,7 +27,7 @@ MOST_JSON = 64 * 2**20
 
 
 def read_json(path: Path, *, most: int = MOST_JSON) -> dict[str, Any]:
-    """The mapping in a JSON file of at most `most` bytes. Raises `RunDirError` if it is missing, unreadable or not a JSON mapping."""
+    """Read the mapping in a JSON file of at most `most` bytes. Raises `RunDirError` if it is missing, unreadable or not a mapping."""
     text = read_text(path, most=most)
     try:
         document = json.loads(text)
@@ -39,7 +39,7 @@ def read_json(path: Path, *, most: int = MOST_JSON) -> dict[str, Any]:
 
 
 def read_text(path: Path, *, most: int | None = None) -> str:
-    """A text file of at most `most` bytes; raises `RunDirError` if it cannot be read, is longer, or is not in UTF-8."""
+    """Read a text file of at most `most` bytes. Raises `RunDirError` if it cannot be read, is longer, or is not in UTF-8."""
     try:
         if most is not None and (size := path.stat().st_size) > most:
             raise RunDirError(f"{path}: {size} bytes, at most {most} were expected; restore the file from a copy")
@@ -53,22 +53,22 @@ def read_text(path: Path, *, most: int | None = None) -> str:
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Replace a file by indented JSON, at once."""
+    """Replace a file by indented JSON, as `write_text` does."""
     write_text(path, json_text(document))
 
 
 def json_text(document: Mapping[str, Any]) -> str:
-    """JSON as it is written in run directories: indented, with a newline at the end."""
+    """JSON as in run directories: indented, with a newline at the end."""
     return json_line(document, indent=2) + "\n"
 
 
 def json_line(document: Mapping[str, Any], *, indent: int | None = None) -> str:
-    """JSON in ASCII, with null for a number that is not finite, which the standard cannot write."""
+    """JSON in ASCII, with null for numbers that are not finite, which JSON cannot express."""
     return json.dumps(_finite(document), indent=indent, allow_nan=False)
 
 
 def with_nan(tree: Any) -> Any:
-    """A tree of numbers as it was before it was written: each null is NaN again."""
+    """Replace each None in nested mappings by NaN, which `json_line` writes as null."""
     if isinstance(tree, Mapping):
         return {key: with_nan(value) for key, value in tree.items()}
     return math.nan if tree is None else tree
@@ -83,7 +83,7 @@ def _finite(tree: Any) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file at once: readers see the old text or the new one, even if the process is killed."""
+    """Replace a file in one step: readers see the old text or the new text, even if the process is killed."""
     part = path.with_name(path.name + PART)
     try:
         with part.open("w", encoding="utf-8", newline="\n") as file:
@@ -99,9 +99,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Force a file to the disk, or the names in a directory, where the system can open one and its file system can flush it.
+    """Force a file, or the names in a directory, to the disk. Directories are skipped if the system cannot open or flush them.
 
-    Windows cannot open a directory, and flushes only what is open for writing.
+    Windows cannot open a directory, and flushes only files that are open for writing.
     """
     folder = path.is_dir()
     try:
@@ -120,7 +120,7 @@ def sync(path: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Remove a directory that others may read; it is renamed first, so that nobody reads half of it."""
+    """Remove a directory that others may read. It is renamed first, so that nobody reads half of it."""
     part = folder.with_name(folder.name + PART)
     shutil.rmtree(part, ignore_errors=True)
     folder.rename(part)

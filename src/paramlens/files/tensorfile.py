@@ -1,4 +1,4 @@
-"""Tensors in safetensors files; errors name the file and what was expected."""
+"""Read and write tensors in safetensors files. Errors name the file and what was expected."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a file and force it to the disk. Raises `OSError` if the disk does not take it."""
+    """Write a file and force it to the disk. Raises `OSError` if that fails."""
     try:
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, file)
     except SafetensorError as error:  # the library wraps the operating system's error
@@ -24,7 +24,7 @@ def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def load_tensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of a file. Raises `RunDirError` if it is missing or not a safetensors file."""
+    """Read all tensors of a file. Raises `RunDirError` if it is missing or not a safetensors file."""
     try:
         return load_file(file)
     except FileNotFoundError:
@@ -34,14 +34,14 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def require_fit(file: Path, targets: Mapping[str, Tensor]) -> None:
-    """Raise `RunDirError` naming the first tensor that is missing, unexpected, of another shape or type; reads the file's header alone.
+    """Raise `RunDirError` if a tensor is missing, is unexpected, or has another shape or type. Reads only the file's header.
 
-    `targets` may lie on the meta device.
+    `targets` may be on the meta device.
     """
     found: dict[str, tuple[tuple[int, ...], str]] = {}
     try:
         with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118  # no mapping
+            for name in opened.keys():  # noqa: SIM118  # not a mapping
                 part = opened.get_slice(name)
                 found[name] = tuple(part.get_shape()), part.get_dtype()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""YAML as people write it: 1e-3 is a number, a key stands once, and a file has a size."""
+"""Read YAML that people write: 1e-3 is a number, and repeated keys and aliases are errors."""
 
 import re
 from typing import Any
@@ -13,13 +13,13 @@ _READ_AS_TEXT = {f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's floats: 1e-3 is a number, which YAML 1.1 reads as a string; a key given twice is an error.
+    """Reads floats as YAML 1.2 does: 1e-3 is a number, while YAML 1.1 reads a string. A key that is given twice is an error.
 
-    Anchors are one too: by them a file of a few lines can unfold to gigabytes, or hold itself.
+    Aliases are errors too: with them, a file of a few lines can expand to gigabytes or contain itself.
     """
 
     texts: tuple[str, ...] = ()
-    """Keys whose values are text as they stand, even where they look like a number or a boolean."""
+    """Keys whose values are read as text, even if they look like a number or a boolean."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -38,7 +38,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _plain_integer(loader: _Loader, node: yaml.ScalarNode) -> int:
-    """A whole number; one that YAML 1.1 reads in base 8 or 60, and YAML 1.2 otherwise, is refused."""
+    """A whole number. Raises an error for a number that YAML 1.1 reads in base 8 or 60 and YAML 1.2 does not."""
     value, text = loader.construct_yaml_int(node), node.value.lstrip("+-")
     if ":" in text or re.fullmatch("0[0-9_]+", text):
         other = "text" if ":" in text else str(int(text.replace("_", "")))
@@ -54,9 +54,9 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+
 
 
 def parse_yaml(text: str, *, texts: tuple[str, ...] = ()) -> Any:
-    """What a YAML text says. texts: keys whose values are text as they stand.
+    """Parse a YAML text. texts: keys whose values are read as text.
 
-    Raises `yaml.YAMLError`, `ValueError` or `RecursionError` for one that is none, or has aliases.
+    Raises `yaml.YAMLError`, `ValueError` or `RecursionError` if it is not valid YAML or has aliases.
     """
     loader = _Loader(text)
     loader.texts = texts

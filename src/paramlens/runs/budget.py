@@ -1,4 +1,4 @@
-"""What a configuration will need, told before anything is started: parameters and bytes by part."""
+"""Estimate what a run will need before it starts: parameters and bytes by part."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -24,24 +24,24 @@ from paramlens.method.masks import Replacement
 from paramlens.method.sites import Site, at_rest
 
 _ADAM_STATE = 2
-"""Moments per parameter."""
+"""Numbers that Adam keeps per parameter."""
 
 CHECKED = 7
-"""Logits of one plan that the checks of the first batch hold at once, at every position."""
+"""Number of logit tensors of one plan, with all positions, that the checks of the first batch hold at once."""
 
 SCATTERED = 1.25
-"""Memory that a process takes for what it makes and frees in every step, to what that is: the gaps in between are not given back."""
+"""Factor on the memory that every step allocates and frees, as a process does not give back the gaps between allocations."""
 
 MOST_NUMBERS = 2**61
-"""Numbers whose bytes in fp32 no longer fit into 64 bits."""
+"""Count of fp32 numbers whose size in bytes no longer fits into 64 bits."""
 
 COMPILED = 64 * 2**20
-"""Bytes that the CPU's compiled loops, and what compiles them, take once they run."""
+"""Bytes of the CPU's compiled loops and of their compiler."""
 
 
 @dataclass(frozen=True, repr=False)
 class Diagnosis(Result):
-    """parameters, bytes: part → count. bytes holds libraries, weights, gradients, optimizer state, and an estimate of one step's needs."""
+    """parameters, bytes: part → count. bytes has libraries, weights, gradients, optimizer state, and an estimate for one step."""
 
     sites: int
     parameters: dict[str, int]
@@ -69,11 +69,11 @@ class Diagnosis(Result):
 
 @dataclass(frozen=True)
 class Footprint:
-    """What is known of a batch, and of what a masked run of it keeps for its gradient.
+    """The size of a batch, and of what a masked run of it keeps for the gradient.
 
-    rows: sequences in the batch. length: positions in each. vocabulary: classes of the logits.
-    kept: bytes that the model itself keeps for each sequence, all sites replaced, as `footprint` measures them; None if that is not known.
-    last: whether the model can be asked for the logits of the last position alone.
+    rows: sequences in the batch. length: positions in each. vocabulary: size of the logits' last dimension.
+    kept: bytes that the model keeps per sequence when all sites are replaced, as measured by `footprint`. None: not known.
+    last: whether the model can compute the logits of the last position alone.
     """
 
     rows: int
@@ -84,9 +84,9 @@ class Footprint:
 
 
 def footprint(model: nn.Module, sites: Sequence[Site], inputs: Inputs, *, last: bool = False) -> Footprint | None:
-    """Measure a batch by running its first sequence alone, masked and with gradients; a model on the meta device is measured as well.
+    """Measure a batch by running its first sequence alone, masked and with gradients. The model may be on the meta device.
 
-    Returns None for a model that does not take one sequence.
+    Returns None if the model cannot be run on one sequence.
     """
     rows = row_count(inputs)
     first = map_tensors(lambda tensor: tensor[:1] if tensor.dim() and tensor.shape[0] == rows else tensor, inputs)
@@ -115,9 +115,9 @@ def footprint(model: nn.Module, sites: Sequence[Site], inputs: Inputs, *, last: 
 def diagnose(config: Config, sites: Sequence[Site], size: Footprint, *, target: int = 0, libraries: int = 0) -> Diagnosis:
     """Count U, V and γ of `sites` and estimate the memory of a step on a batch of that size.
 
-    target, libraries: bytes of both; 0 where they are there already.
-    Parts are the most that each takes at once, and are counted as if all came at the same time: what is freed in between is seldom all
-    given back. Raises `ConfigError` for sizes beyond what any machine could hold.
+    target, libraries: bytes of the target and of the libraries; 0 if they are already in memory.
+    The total is the sum of the parts' maxima, as if all came at the same time, because freed memory is rarely given back completely.
+    Raises `ConfigError` for sizes that no machine could hold.
     """
     word = torch.finfo(getattr(torch, config.dtype)).bits // 8
     factors = sum((site.d_in + site.d_out) * config.C for site in sites)
@@ -150,7 +150,7 @@ def diagnose(config: Config, sites: Sequence[Site], size: Footprint, *, target: 
 
 
 def _gamma_parameters(config: Config, sites: Sequence[Site], length: int) -> tuple[int, int]:
-    """Parameters of γ, and those of the largest that a group of sites rearranges, with its gradient."""
+    """Number of γ's parameters, and the size of the largest one that is copied to rearrange it, with its gradient."""
     kind, table = kind_class(config.gamma.kind), config.gamma.max_length or length
     total = rearranged = 0
     for d_in, count in Counter(site.d_seen for site in sites).items():
@@ -167,19 +167,19 @@ def _gamma_parameters(config: Config, sites: Sequence[Site], length: int) -> tup
 
 
 def _gamma_activations(config: Config, sites: Sequence[Site], size: Footprint) -> int:
-    """Numbers: the sites' inputs, what γ makes of them and keeps, and pre-activations, importances and their gradients."""
+    """Count of numbers: the sites' inputs, γ's inner activations, its pre-activations, the importances, and their gradients."""
     kind, C = kind_class(config.gamma.kind), config.C
     kept = [kind.activations(config.gamma, d_in=site.d_seen, C=C, length=size.length) for site in sites]
     return (sum(kept) + sum(site.d_seen + 5 * C for site in sites)) * size.rows * size.length
 
 
 def _compiled(config: Config) -> bool:
-    """Whether a run's inner loops are the CPU's compiled ones."""
+    """Whether a run uses the CPU's compiled loops."""
     return native.serves(torch.empty(0, dtype=getattr(torch, config.dtype), device="cpu" if config.device == "cpu" else "meta"))
 
 
 def _masked_runs(config: Config, sites: Sequence[Site], size: Footprint, word: int) -> dict[str, int]:
-    """Bytes that one pass of plans keeps, and the logits of target and plans with what the divergence makes of them."""
+    """Bytes that one pass of plans keeps, and bytes of the logits and of the divergence."""
     positions = size.rows * size.length
     masked = [loss for loss in enabled(config.losses) if isinstance(loss, Reconstruction)]
     each = sum(loss.count(config.losses, len(sites)) for loss in masked if loss.sites == "each")
@@ -197,9 +197,9 @@ def _masked_runs(config: Config, sites: Sequence[Site], size: Footprint, word: i
 
 
 def require_memory(config: Config, sites: Sequence[Site], size: Footprint, *, target: int = 0, free: int | None = None) -> None:
-    """Raise `ConfigError` if the run needs more than is free on its device, naming what to lower and the figures for each.
+    """Raise `ConfigError` if the run needs more memory than is free on its device. The message lists what to lower, with numbers.
 
-    target: bytes of it, 0 where it is there already. free: bytes. Defaults to what the device tells; there is no check where it does not.
+    target: bytes of the target; 0 if it is already in memory. free: bytes. Defaults to the device's free memory; unknown: no check.
     """
     free = free_memory(config.device) if free is None else free
 

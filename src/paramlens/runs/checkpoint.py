@@ -1,8 +1,8 @@
-"""A checkpoint: written whole or not at all, and checked before it is read.
+"""Checkpoints: each is written completely or not at all, and is checked before it is read.
 
     step-00002000/ {components, importance, optimizer, rng}.safetensors, state.json, MANIFEST.json
 
-Everything is written beside its place as `.part` and synced, the manifest last; then the directory is renamed and its parent synced.
+The files are written to a folder with the ending `.part` and synced, the manifest last. Then the folder is renamed and its parent synced.
 """
 
 import shutil
@@ -24,26 +24,26 @@ from paramlens.runs.description import parameters
 from paramlens.runs.layout import checkpoint_path, checkpoint_step, checkpoints, is_resumable
 
 LOADED = ("components.safetensors", "importance.safetensors")
-"""What reading a run needs."""
+"""Files that are needed to read a run."""
 
 RESUMED = ("optimizer.safetensors", "rng.safetensors")
-"""What only resuming needs; a copy that was pushed without them lacks them in its manifests too."""
+"""Files that are needed only to resume. A copy pushed without them does not list them in its manifests."""
 
 FILES = (*LOADED, *RESUMED, "state.json")
-"""All of a checkpoint."""
+"""All files of a checkpoint."""
 
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """What resuming needs beside U, V and γ. Format 1 has no threads, metrics, model and config; they are None."""
+    """What is needed to resume, besides U, V and γ. In format 1, threads, metrics, model and config are None."""
 
     step: int
     optimizer: dict[str, Tensor]
     rng: dict[str, Tensor]
     threads: int | None
-    """CPU threads; with another number, sums round differently."""
+    """Number of CPU threads. With another number, sums are rounded differently."""
     metrics: Mapping[str, Any] | None
-    """Bytes and sha256 of metrics.jsonl at this step."""
+    """Size in bytes and sha256 of metrics.jsonl at this step."""
     model: str | None
     """sha256 of the run's model.json."""
     config: str | None
@@ -51,7 +51,7 @@ class CheckpointState:
 
 
 def write_checkpoint(path: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
-    """Write the checkpoint of `state["step"]` into a run directory. If the disk fails, raises `OSError` and leaves nothing."""
+    """Write the checkpoint of `state["step"]` into a run directory. If that fails, raises `OSError` and leaves no files."""
     final = checkpoint_path(path, state["step"])
     part = final.with_name(final.name + PART)
     shutil.rmtree(part, ignore_errors=True)
@@ -72,14 +72,14 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Mapping[str, Tensor]], st
 
 
 def prune(path: Path, *, keep_last: int, keep_every: int | None) -> None:
-    """Remove all but the newest `keep_last`, and those of every `keep_every`-th step. Raises `OSError` if one cannot be removed."""
+    """Remove old checkpoints. Keeps the newest `keep_last` and those at multiples of `keep_every`. Raises `OSError` if that fails."""
     for old in checkpoints(path)[:-keep_last]:
         if not keep_every or checkpoint_step(old) % keep_every:
             discard(old)
 
 
 def require_whole(folder: Path, files: Sequence[str] = FILES) -> None:
-    """Raise `RunDirError` unless `files` are as the checkpoint's manifest says, naming the newest checkpoint that is whole."""
+    """Raise `RunDirError` unless `files` match the checkpoint's manifest. The message names the newest undamaged checkpoint."""
     if not (damaged := damage(folder, files)):
         return
     others = [each for each in reversed(checkpoints(folder.parent.parent)) if each != folder and not damage(each)]
@@ -92,7 +92,7 @@ def require_whole(folder: Path, files: Sequence[str] = FILES) -> None:
 
 
 def damage(folder: Path, files: Sequence[str] | None = None) -> list[str]:
-    """What is wrong with a checkpoint, in `files` or in all it has."""
+    """The problems of a checkpoint, in `files` or, if that is None, in all its files."""
     required = FILES if is_resumable(folder.parent.parent) else [name for name in FILES if name not in RESUMED]
     try:
         found: list[Problem] = problems(folder, files, required=required)
@@ -102,7 +102,7 @@ def damage(folder: Path, files: Sequence[str] | None = None) -> list[str]:
 
 
 def load_state(folder: Path) -> CheckpointState:
-    """Raises `RunDirError` for a state.json that is not of this step."""
+    """Read the state that resuming needs. Raises `RunDirError` if state.json is of another step."""
     state = read_json(folder / "state.json")
     if state.get("step") != checkpoint_step(folder):
         raise RunDirError(f"{folder / 'state.json'}: step {checkpoint_step(folder)} expected, {state.get('step')!r} found; remove {folder}")
@@ -116,6 +116,6 @@ def load_state(folder: Path) -> CheckpointState:
 
 @torch.no_grad()
 def load_parameters(folder: Path, decomposition: Decomposition, importance: Importance) -> None:
-    """Copy a checkpoint's U, V and γ in. Raises `RunDirError` naming the tensor that is missing, of another shape or type."""
+    """Load a checkpoint's U, V and γ. Raises `RunDirError` for a tensor that is missing or has another shape or type."""
     for name, tensors in parameters(decomposition, importance).items():
         copy_into(folder / f"{name}.safetensors", tensors)

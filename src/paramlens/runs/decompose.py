@@ -65,17 +65,17 @@ def decompose(
 ) -> Run:
     """Decompose any `nn.Module` that maps a batch to logits (a tensor, or an output with `.logits`).
 
-    batches: a function of the step, a sequence (cycled), or an iterable (iterated anew when exhausted; such a run cannot be resumed).
-    A batch is passed as `model(x)`, `model(*sequence)` or `model(**mapping)`; tensors lead with the batch axis. What `forward` has no
-    place for (labels, the y of (x, y) pairs) is left out. Of sequences of several lengths an `attention_mask` (batch, pos), as
-    tokenizers make it, or a `paramlens.Batch` says which positions are present; no others count.
-    held_out: batches that are not decomposed, in the same forms (of an iterable the first 64), which evaluations and analyses look at;
-    without them those look at `batches`, and results say "training".
-    out: the run directory. Defaults to a new temporary one. fields: any field of `Config`, nested ones as mappings (`optim={"lr": 3e-3}`).
-    resume: continue the run in `out` from its newest checkpoint; the result has the same bytes as a run that never stopped.
-    extend_steps: continue to this many steps, if nothing that the run did so far depends on their number.
-    tracker: a `Tracker`, or names out of `trackers.LIBRARIES`, which add to the terminal. Defaults to none.
-    The model comes back exactly as it was. Raises `ConfigError`, `SiteError`, `BatchError`, `RunDirError`, `DivergedError`, `SaveError`.
+    batches: a function of the step, a sequence (cycled), or an iterable (restarted at its end; such a run cannot be resumed).
+    A batch is passed as `model(x)`, `model(*sequence)` or `model(**mapping)`; the first axis of tensors is the batch. What `forward`
+    does not take (labels, the y of (x, y) pairs) is left out. If sequences differ in length, an `attention_mask` (batch, pos), as
+    tokenizers make it, or a `paramlens.Batch` says which positions are present. Other positions are ignored.
+    held_out: batches for evaluations and analyses, which are not decomposed, in the same forms (of an iterable, the first 64 are used).
+    None: evaluations and analyses use `batches`, and results say "training".
+    out: the run directory. Defaults to a new temporary directory. fields: any field of `Config`, as in `optim={"lr": 3e-3}`.
+    resume: continue the run in `out` from its newest checkpoint. The result has the same bytes as a run that never stopped.
+    extend_steps: continue to this number of steps, if the run so far does not depend on the number of steps.
+    tracker: a `Tracker`, or names of `trackers.LIBRARIES`, which are used together with the terminal. Defaults to no tracker.
+    The model is not changed. Raises `ConfigError`, `SiteError`, `BatchError`, `RunDirError`, `DivergedError`, `SaveError`.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model: an nn.Module is needed, not {type(model).__name__}")
@@ -102,7 +102,7 @@ def decompose(
 
 
 def _last_logits(model: nn.Module) -> Callable[[Inputs], Inputs] | None:
-    """Inputs that make a Hugging Face language model unembed its last position alone, by its own argument for it."""
+    """A function that adds `logits_to_keep` to inputs, so that a Hugging Face model computes only the last logits. None: not supported."""
     names = list(inspect.signature(model.forward).parameters)
     if "logits_to_keep" not in names:
         return None
@@ -127,10 +127,10 @@ def decompose_config(
     overwrite: bool = False,
     tracker: Tracker | str | Sequence[str] | None = None,
 ) -> Run:
-    """Run a configuration. A toy target is trained first, unless `target` is a directory that holds one.
+    """Run a configuration. A toy target is trained first, unless `target` is a directory with a trained one.
 
-    target: for language models also any model, an id on the Hugging Face Hub or a local folder.
-    out: the run directory. Defaults to runs/<name>-s<seed>. resume, extend_steps, tracker: as for `decompose`, and it raises as that does.
+    target: for language models, also a Hugging Face Hub id or a local folder of any model.
+    out: the run directory. Defaults to runs/<name>-s<seed>. resume, extend_steps, tracker: as for `decompose`, as are the errors.
     """
     target = None if target is None else expand_home(str(target))
     follower, named = as_tracker(tracker), with_target(config, target)
@@ -153,7 +153,7 @@ def decompose_config(
 
 
 def _target(config: Config, source: Path | None, *, tracker: Tracker) -> Target:
-    """The target of a configuration: the pretrained one, the one in the directory `source`, or one trained now."""
+    """The target of a configuration: pretrained, from the directory `source`, or trained now."""
     if not config.task.trained_here:
         return config.task.pretrained(config.dtype)
     if source is None:
@@ -165,7 +165,7 @@ def _target(config: Config, source: Path | None, *, tracker: Tracker) -> Target:
 
 
 def with_target(config: Config, target: str | Path | None) -> Config:
-    """`config`, its language model replaced by `target` unless that is a directory in which a toy target lies."""
+    """`config` with `target` as its language model, or unchanged if `target` is a directory with a toy target."""
     if target is None or holds_toy(Path(target)):
         return config
     task = config.task.with_model(str(target))
@@ -173,7 +173,7 @@ def with_target(config: Config, target: str | Path | None) -> Config:
 
 
 def trained_target(config: Config, *, tracker: Tracker) -> Target:
-    """Train the toy target of a configuration, and report its progress and whether it converged."""
+    """Train the toy target of a configuration; report its progress and whether it converged."""
     require_device(config.device)
     require_training_room(config)
     if isinstance(tracker, TargetTracker):
@@ -185,7 +185,7 @@ def trained_target(config: Config, *, tracker: Tracker) -> Target:
 
 
 def _require_same_task(task: BaseTask, source: Path) -> None:
-    """Raise unless the target in `source` was trained on this very task; its weights alone do not tell, of heads for example."""
+    """Raise `ConfigError` unless the target in `source` was trained on the same task. Its weights do not show, for example, its heads."""
     if not (source / "config.yaml").is_file():
         raise RunDirError(f"{source}: no config.yaml; give a directory made by train-target or decompose")
     if task.how_trained is None:
@@ -211,7 +211,7 @@ def _run(
     overwrite: bool,
     tracker: Tracker,
 ) -> Run:
-    """Train `task` into `path`. Everything that a user can get wrong is checked before a directory is made or replaced."""
+    """Train `task` and write the run to `path`. All user errors are found before a directory is made or replaced."""
     state = newest_state(path) if resume else None
     threads = config.threads or recorded_threads(path, state)
     with (
@@ -265,7 +265,7 @@ def _built(config: Config, task: Task) -> tuple[Decomposition, Importance]:
     first = task.batch(0, "train").to(config.device)
     inputs = first.inputs
     size = footprint(task.model, sites, inputs, last=task.last_token is not None)
-    if size is not None:  # before anything of that size is made
+    if size is not None:  # before large tensors are made
         require_memory(config, sites, size)
     decomposition = Decomposition(task.model, sites, C=config.C, dtype=dtype)
     target = require_sound(decomposition, inputs)
@@ -287,7 +287,7 @@ def _built(config: Config, task: Task) -> tuple[Decomposition, Importance]:
 
 
 def _start_values(config: Config, decomposition: Decomposition, importance: Importance) -> None:
-    """Starting point of U, V and γ, with the faithfulness-only warm-up where the configuration asks for one."""
+    """Set the initial values of U, V and γ, and do the faithfulness-only warm-up if `init.warmup_steps` is above 0."""
     initialise(decomposition, config.init, generator=generator(config.seed, "init"))
     importance.initialise(generator(config.seed, "gamma"))
     optimizer = torch.optim.Adam(decomposition.parameters(), lr=config.init.warmup_lr)

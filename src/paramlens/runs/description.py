@@ -1,4 +1,4 @@
-"""model.json: what loading a run needs. It is checked like a stranger's file and does not depend on the configuration's fields."""
+"""model.json: all that is needed to load a run. Its content is validated, and it does not depend on the fields of `Config`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,11 +19,11 @@ from paramlens.method.importance.settings import Gamma, Kind
 from paramlens.runs.layout import FORMAT
 
 _REBUILT = ("seed", "batch", "last_token_only", "device", "dtype", "task")
-"""Fields of the configuration from which a task is made again."""
+"""Fields of the configuration from which the task is rebuilt."""
 
 
 Size = Annotated[Count, Field(lt=2**24)]
-"""One dimension of a weight matrix, below 2^24, so that products of several do not overflow."""
+"""One dimension of a weight matrix. Below 2^24, so that products of dimensions do not overflow."""
 
 
 class _Checked(BaseModel):
@@ -35,7 +35,7 @@ class SiteShape(_Checked):
     d_in: Size
     d_out: Size
     d_seen: Size | None = None
-    """Width of what γ sees; None: d_in."""
+    """Width of γ's input. None: d_in."""
 
 
 class GammaShape(_Checked):
@@ -61,20 +61,20 @@ class ModelDescription(_Checked):
     gamma: GammaShape
     target: TargetIdentity
     config: dict[str, Any]
-    """The fields `_REBUILT` of the run's configuration."""
+    """The fields of the run's configuration that are in `_REBUILT`."""
 
     def rebuilt(self) -> Config:
-        """A configuration whose task and data are the run's; fields that this version no longer knows are left out."""
+        """A configuration with the task and data of the run, without fields that this version does not know."""
         return make_config(with_known_fields(self.config), source="model.json")
 
     def importance(self) -> Importance:
-        """γ, still empty."""
+        """γ, without loaded values."""
         gamma = Gamma(kind=self.gamma.kind, d_gate=self.gamma.d_gate, relative=self.gamma.relative)
         shapes = {site.name: (site.d_seen or site.d_in, self.C) for site in self.sites}
         return Importance(shapes, gamma, max_length=self.gamma.max_length).to(getattr(torch, self.dtype))
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """File stem → tensor name → a tensor without memory, as a checkpoint of this run holds it."""
+        """File stem → tensor name → a meta tensor, with the shape and type that it has in a checkpoint of this run."""
         kind = {"dtype": getattr(torch, self.dtype), "device": "meta"}
         components = {f"{site.name}.U": torch.empty(site.d_in, self.C, **kind) for site in self.sites}
         components |= {f"{site.name}.V": torch.empty(self.C, site.d_out, **kind) for site in self.sites}
@@ -83,7 +83,7 @@ class ModelDescription(_Checked):
 
 
 def describe(config: Config, decomposition: Decomposition, importance: Importance, target: dict[str, Any]) -> dict[str, Any]:
-    """The content to write to `model.json`. target: id, revision and sha256."""
+    """The content of `model.json`. target: id, revision and sha256."""
     gamma = importance.gamma
     return {
         "format": FORMAT,
@@ -100,7 +100,7 @@ def describe(config: Config, decomposition: Decomposition, importance: Importanc
 
 
 def require_known_format(path: Path) -> int:
-    """The format of a run directory. Raises `RunDirError` if `model.json` gives none, or one of a newer version than this."""
+    """The format of a run directory. Raises `RunDirError` if `model.json` has none, or one that is newer than `FORMAT`."""
     file = path / "model.json"
     version = read_json(file).get("format")
     if not isinstance(version, int) or version < 1:
@@ -111,10 +111,10 @@ def require_known_format(path: Path) -> int:
 
 
 def read_description(path: Path) -> ModelDescription:
-    """A run directory's `model.json`. Raises `RunDirError` for a newer format and for invalid content."""
+    """Read a run directory's `model.json`. Raises `RunDirError` for a newer format and for invalid content."""
     file = path / "model.json"
     version, document = require_known_format(path), read_json(file)
-    if version == 1:  # the target stood in run.json, the task in config.yaml alone
+    if version == 1:  # the target was in run.json, and the task only in config.yaml
         tree = read_tree(path / "config.yaml")[1]
         document |= {"target": read_json(path / "run.json").get("target"), "config": {key: tree[key] for key in _REBUILT if key in tree}}
     try:
@@ -124,12 +124,12 @@ def read_description(path: Path) -> ModelDescription:
 
 
 def named_parameters(importance: Importance) -> dict[str, Tensor]:
-    """γ's parameters by site, as `importance.safetensors` names them, as views."""
+    """Views of γ's parameters by site, with their names in `importance.safetensors`."""
     return {f"{name}.{key}": value for name, parts in importance.site_parameters().items() for key, value in parts.items()}
 
 
 def parameters(decomposition: Decomposition, importance: Importance) -> dict[str, Mapping[str, Tensor]]:
-    """File stem → tensor name → U, V and γ as a checkpoint holds them, as views."""
+    """File stem → tensor name → view of U, V or γ, as in a checkpoint."""
     U, V = decomposition.U, decomposition.V
     return {
         "components": {f"{name}.U": U[name] for name in U} | {f"{name}.V": V[name] for name in V},

@@ -1,4 +1,4 @@
-"""What a configuration will need, found out from its target's shape alone: nothing is trained, loaded or drawn."""
+"""Estimate what a run will need from the shape of its target alone, without training it, loading weights or sampling batches."""
 
 import math
 from dataclasses import replace
@@ -25,20 +25,20 @@ def forecast(config: Config) -> tuple[tuple[Site, ...], Footprint, int]:
 
 
 def diagnose_config(config: Config) -> Diagnosis:
-    """Parameters and memory of a run, the target and the libraries included."""
+    """Parameters and memory of a run, with the target and the libraries."""
     sites, size, target = forecast(config)
     libraries = psutil.Process().memory_info().rss + COMPILED * native.serves(torch.empty(0))
     return diagnose(config, sites, size, target=target, libraries=libraries if config.device == "cpu" else 0)
 
 
 def require_room(config: Config) -> None:
-    """Raise `ConfigError`, `SiteError` if a run of this configuration cannot be, before anything is made for it."""
+    """Raise `ConfigError` or `SiteError` if a run of this configuration is impossible, before anything is made for it."""
     sites, size, target = forecast(config)
     require_memory(config, sites, size, target=target)
 
 
 def require_training_room(config: Config) -> None:
-    """Raise `ConfigError` if the batches on which a toy target is trained cannot fit into memory."""
+    """Raise `ConfigError` if the training batches of a toy target do not fit into memory."""
     plan, free = config.task.training_plan(), free_memory(config.device)
     if free is not None and plan.bytes > free:
         fitting = 2 ** math.floor(math.log2(max(1, plan.batch * free // plan.bytes)))

@@ -1,8 +1,8 @@
-"""Runs on the Hugging Face Hub: fetched, checked, and laid out as plain run directories.
+"""Fetch runs from the Hugging Face Hub, check them, and make plain run directories of them.
 
-A revision is downloaded into Hugging Face's own cache. Its files there are links, which a run directory must not have; so they are laid out
-once in `HF_HOME/paramlens/<user>--<name>/<commit>`, large files as hard links where the disk allows it. What analyses and the page
-write stays in that folder: it is never uploaded, and another commit has another folder.
+A revision is downloaded into Hugging Face's own cache. The files there are links, which a run directory must not have, so they are copied
+once to `HF_HOME/paramlens/<user>--<name>/<commit>`; large files become hard links if the disk supports them. Files that analyses and the
+page write to that folder stay there and are never uploaded. Each commit has its own folder.
 """
 
 import os
@@ -21,9 +21,9 @@ from paramlens.version import __version__
 
 
 def locate(run: str | Path, *, revision: str | None = None) -> Path:
-    """The directory of a run: a path as it is; for an id on the Hub, user/name, the fetched copy of a revision.
+    """The directory of a run: the path itself, or, for a Hub id user/name, the fetched copy of a revision.
 
-    Raises `ConfigError` if a revision is given for a path, and what `fetch` raises.
+    Raises `ConfigError` if a revision is given for a path, and the errors of `fetch`.
     """
     if isinstance(run, str) and is_hub_id(run):
         return fetch(run, revision=revision)
@@ -33,7 +33,7 @@ def locate(run: str | Path, *, revision: str | None = None) -> Path:
 
 
 def fetch(repo: str, *, revision: str | None = None) -> Path:
-    """Fetch the run of a repository and check all of it; offline, take it from the cache.
+    """Fetch the run of a repository and check all of it. Without a network, it is taken from the cache.
 
     revision: a branch, a tag or a commit. Defaults to main.
 
@@ -56,14 +56,14 @@ def fetch(repo: str, *, revision: str | None = None) -> Path:
 
 
 def _lay_out(snapshot: Path, copy: Path, repo: str) -> None:
-    """Copy the files that a snapshot links to into `copy`, all or none. Raises `RunDirError` if one differs from its manifest."""
+    """Copy the files that a snapshot links to into `copy`, all or none. Raises `RunDirError` if a file differs from its manifest."""
     part = copy.with_name(f"{copy.name}.{os.getpid()}{PART}")
     shutil.rmtree(part, ignore_errors=True)
     for file in sorted(file for file in snapshot.rglob("*") if file.is_file()):
         place = part / file.relative_to(snapshot)
         place.parent.mkdir(parents=True, exist_ok=True)
         try:
-            if file.suffix != ".safetensors":  # anything else may be written in place
+            if file.suffix != ".safetensors":  # other files may be changed in place, so they are copied
                 raise OSError
             os.link(file.resolve(), place)
         except OSError:
@@ -81,5 +81,5 @@ def _lay_out(snapshot: Path, copy: Path, repo: str) -> None:
         part.rename(copy)
     except OSError:
         shutil.rmtree(part)
-        if not copy.is_dir():  # no other process has made it in the meantime
+        if not copy.is_dir():  # otherwise another process has made it in the meantime
             raise

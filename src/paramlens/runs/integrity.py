@@ -1,4 +1,4 @@
-"""Checks that the files of a run directory are as they were written, and all of one run."""
+"""Check that the files of a run directory are unchanged and belong to one run."""
 
 import hashlib
 import re
@@ -16,9 +16,9 @@ from paramlens.runs.layout import checkpoints
 
 
 def require_whole_run(path: Path) -> ModelDescription:
-    """Check configuration, description and target against the run's manifest, and run.json against them; return `model.json`.
+    """Check the configuration, `model.json` and the target against the run's manifest, and run.json against them; return `model.json`.
 
-    Runs of the first format have no manifest. Raises `RunDirError` naming the file that differs.
+    Runs of format 1 have no manifest. Raises `RunDirError`, whose message names the file that differs.
     """
     require_known_format(path)
     require_unchanged(path)
@@ -32,7 +32,7 @@ def require_whole_run(path: Path) -> ModelDescription:
 
 
 def require_unchanged(path: Path) -> None:
-    """Raise `RunDirError` naming the first file that is not as the directory's manifest says, where it has one."""
+    """Raise `RunDirError` if a file differs from the directory's manifest. Does nothing if there is no manifest."""
     if (path / MANIFEST).exists() and (found := problems(path, required=("config.yaml",))):
         more = f" (and {len(found) - 1} more)" if found[1:] else ""
         raise RunDirError(f"{found[0]}{more}; it has changed since it was written: restore the file from a copy")
@@ -49,7 +49,7 @@ def require_target(path: Path, described: ModelDescription, model: nn.Module) ->
 
 
 def newest_state(path: Path) -> CheckpointState | None:
-    """The state of the newest checkpoint, None if there is none yet. Raises `RunDirError` if it is damaged or of another run."""
+    """The state of the newest checkpoint. None: there is none yet. Raises `RunDirError` if it is damaged or of another run."""
     if not (found := checkpoints(path)):
         return None
     require_whole(found[-1])
@@ -68,12 +68,12 @@ def require_own(folder: Path, path: Path) -> None:
 
 
 def config_sha256(path: Path) -> str:
-    """Hash of the text of a run's `config.yaml`, whatever its number of steps; fields that a later version adds do not change it."""
+    """Hash of the text of `config.yaml` without its number of steps. Fields that a later version adds do not change it."""
     return hashlib.sha256(with_steps(read_text(path / "config.yaml"), 1).encode()).hexdigest()
 
 
 def with_steps(text: str, steps: int) -> str:
-    """The text of a `config.yaml` with another number of steps."""
+    """The text of `config.yaml` with another number of steps."""
     return re.sub(r"^steps: \d+$", f"steps: {steps}", text, flags=re.MULTILINE)
 
 

@@ -1,11 +1,11 @@
-"""Names and places in a run directory; needs no torch, so that a wrong path is refused at once.
+"""Names and places in a run directory. Does not import torch, so that a wrong path is reported at once.
 
-config.yaml   resolved, runnable again          run.json   versions, device, dtype, threads, seed, target, status, seconds
+config.yaml   all fields; can be run again      run.json   versions, device, dtype, threads, seed, target, status, seconds
 model.json    format, sites, shapes, γ, target, task: all that loading needs
 metrics.jsonl one line per logged step           target.safetensors, target.json   toy targets: weights, training checks
 target/       a language model that was trained here, as a plain Hugging Face folder
-MANIFEST.json bytes and sha256 of config.yaml, model.json and the target
-checkpoints/  as checkpoint.py says              analysis/*.json, report.html
+MANIFEST.json size in bytes and sha256 of config.yaml, model.json and the target
+checkpoints/  see checkpoint.py                  analysis/*.json, report.html
 """
 
 import contextlib
@@ -24,19 +24,19 @@ from paramlens.files.plain import PART, read_json, read_text, with_nan
 from paramlens.tracking import TRACKING
 
 FORMAT = 2
-"""Version of the directory's format that is written, and the newest that is read. 2: the run's own files have a manifest, model.json
-has the target and the task, and a checkpoint's state.json the threads and the state of metrics.jsonl."""
+"""Format version of the directory: the one that is written, and the newest that can be read. Since version 2, the run's own files have a
+manifest, model.json has the target and the task, and a checkpoint's state.json has the threads and the state of metrics.jsonl."""
 
 
 CONTENTS = (
     *("checkpoints", "analysis", "report.html", "metrics.jsonl", "model.json", "target.safetensors", "target.json", "target"),
     *(MANIFEST, "config.yaml", "run.json", TRACKING),
 )
-"""What a run directory holds; other files in it belong to the user."""
+"""Files and folders of a run directory. Other files in it belong to the user."""
 
 
 RUNS = "runs"
-"""Default folder of runs."""
+"""Default folder for runs."""
 
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -47,7 +47,7 @@ _STEP = re.compile(r"step-(\d{8})")
 
 
 MOST_ANALYSIS = 2**30
-"""Maximum size of an analysis, in bytes; the catalogue holds every active subcomponent at every shown token."""
+"""Maximum size of an analysis, in bytes. The catalogue has every active subcomponent at every shown token."""
 
 
 def default_out(config: Config) -> Path:
@@ -60,19 +60,19 @@ def is_run(path: Path) -> bool:
 
 
 def is_begun(path: Path) -> bool:
-    """Whether a run directory can be resumed: its first step was reached, or all that it needs for it is written."""
+    """Whether a run directory can be resumed: it has a checkpoint, or all files that the first step needs."""
     return bool(checkpoints(path)) or (path / MANIFEST).is_file()
 
 
 def is_resumable(path: Path) -> bool:
-    """False for a copy that was pushed to the Hub without optimizer and random generators; its run.json says so."""
+    """Whether a run can be resumed. False for a copy pushed without optimizer and random generators, as its run.json says."""
     with contextlib.suppress(RunDirError):
         return read_json(path / "run.json").get("resumable") is not False
     return True
 
 
 def holds_toy(path: Path) -> bool:
-    """Whether a directory holds a target that was trained here."""
+    """Whether a directory has a target that was trained here."""
     return (path / "target.json").is_file()
 
 
@@ -84,7 +84,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def require_path(path: Path) -> None:
-    """Raise `RunDirError` for a path that no file can have: too long, with a NUL character, or not in UTF-8."""
+    """Raise `RunDirError` for an impossible path: too long, with a NUL character, or not in UTF-8."""
     try:
         str(path.absolute()).encode()
         path.lstat()
@@ -105,7 +105,7 @@ def require_run(path: Path) -> None:
 
 
 def require_free(path: Path, *, overwrite: bool) -> None:
-    """Raise `RunDirError` if `path` cannot be written or is not empty; with `overwrite`, a run directory may be there."""
+    """Raise `RunDirError` if `path` cannot be written or is not empty. With `overwrite`, it may be a run directory."""
     require_path(path)
     standing = next(place for place in (path, *path.absolute().parents) if place.exists())
     if not standing.is_dir() or not os.access(standing, os.W_OK):
@@ -120,7 +120,7 @@ def require_free(path: Path, *, overwrite: bool) -> None:
 
 
 def clear(path: Path) -> None:
-    """Remove what a run directory holds, and no other file in it."""
+    """Remove the `CONTENTS` of a run directory, and no other files in it."""
     for name in CONTENTS:
         entry = path / name
         if entry.is_dir() and not entry.is_symlink():
@@ -162,7 +162,7 @@ def find_checkpoint(path: Path, step: int | None) -> Path:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of `metrics.jsonl`, without a last line that was cut off. Raises `RunDirError` if another line is not a JSON mapping."""
+    """Lines of `metrics.jsonl`, without an incomplete last line. Raises `RunDirError` if another line is not a JSON mapping."""
     file = path / "metrics.jsonl"
     lines = read_text(file).splitlines() if file.exists() else []
     parsed: list[dict[str, Any]] = []
@@ -178,7 +178,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def remove_unfinished(path: Path) -> None:
-    """Remove what a writer that was killed left unfinished."""
+    """Remove unfinished files and folders of a writer that was killed."""
     for folder in (path, path / "checkpoints", path / "analysis"):
         for entry in folder.glob(f"*{PART}"):
             if entry.is_dir() and not entry.is_symlink():

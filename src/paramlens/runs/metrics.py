@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line per logged step or evaluation, known to the byte, so that it can be cut back to a checkpoint exactly."""
+"""metrics.jsonl: one line per logged step or evaluation. Its size and hash are recorded, so that it can be cut back to a checkpoint."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from paramlens.files.plain import json_line
 
 
 class MetricsFile:
-    """Writes metrics.jsonl. A line that cannot be written is kept and written before the next; half a line is never left."""
+    """Writes metrics.jsonl. A line that cannot be written is kept and written before the next. No partial line is left."""
 
     def __init__(self, path: Path, *, content: bytes = b"") -> None:
         self.path, self._pending = path, b""
@@ -20,7 +20,7 @@ class MetricsFile:
 
     @classmethod
     def cut(cls, path: Path, recorded: Mapping[str, Any] | None, *, step: int) -> "MetricsFile":
-        """The file cut back to what a checkpoint at `step` recorded of it; one that was removed starts anew.
+        """Cut the file back to its content at the checkpoint of `step`. A file that was removed starts empty.
 
         Raises `RunDirError` as `recorded_part` does.
         """
@@ -30,12 +30,12 @@ class MetricsFile:
         return cls(path, content=content)
 
     def append(self, line: Mapping[str, Any]) -> None:
-        """Write a line, and those still to be written before it. Raises `OSError` as `flush` does; nothing is lost by it."""
+        """Write a line, after those that are still to be written. Raises `OSError` if that fails; the lines are then kept."""
         self._pending += json_line(line).encode() + b"\n"
         self._write()
 
     def flush(self) -> dict[str, Any]:
-        """Force everything to the disk; returns bytes and sha256 of the file. Raises `OSError` if the disk does not take it."""
+        """Force everything to the disk; returns size in bytes and sha256 of the file. Raises `OSError` if that fails."""
         self._write()
         if self._bytes:
             with self.path.open("ab") as file:
@@ -58,9 +58,9 @@ class MetricsFile:
 
 
 def recorded_part(path: Path, recorded: Mapping[str, Any] | None, *, step: int) -> bytes:
-    """The file's beginning that a checkpoint at `step` recorded by bytes and sha256, or, in the first format, its lines up to `step`.
+    """The content of the file at the checkpoint of `step`, by the recorded size and sha256. In format 1: its lines up to `step`.
 
-    Empty for a file that was removed. Raises `RunDirError` if it is not what was recorded.
+    Empty if the file was removed. Raises `RunDirError` if the content differs from the record.
     """
     if not path.exists():
         return b""
@@ -78,7 +78,7 @@ def recorded_part(path: Path, recorded: Mapping[str, Any] | None, *, step: int) 
 
 
 def _before(path: Path, content: bytes, step: int) -> bytes:
-    """The lines up to a step; a last line that was cut off goes."""
+    """The lines up to a step, without an incomplete last line."""
     lines = [line for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
     try:
         return b"".join(line for line in lines if json.loads(line)["step"] <= step)

@@ -1,4 +1,4 @@
-"""The random generators that a run, its model or its batches may draw from: seeded for a run, kept in its checkpoints."""
+"""The random generators that a run, its model or its batches may use. They are seeded for a run and saved in its checkpoints."""
 
 import random
 from collections.abc import Iterator, Mapping
@@ -11,10 +11,10 @@ from torch import Tensor
 
 @contextmanager
 def seeded(seed: int, device: str) -> Iterator[None]:
-    """While active, the global generators of Python, NumPy and torch (CPU and `device`) start from `seed`; restored whatever happens."""
+    """While active, the global generators of Python, NumPy and torch (CPU and `device`) start from `seed`. Always restored at the end."""
     before = rng_state(device)
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # the global generator is what a model of the user's may draw from
+    np.random.seed(seed % 2**32)  # the user's model may use the global generator
     torch.manual_seed(seed)
     try:
         yield
@@ -23,7 +23,7 @@ def seeded(seed: int, device: str) -> Iterator[None]:
 
 
 def rng_state(device: str) -> dict[str, Tensor]:
-    """Their states as tensors, by name."""
+    """The states of these generators as tensors, by name."""
     _, words, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     states = {
@@ -39,7 +39,7 @@ def rng_state(device: str) -> dict[str, Tensor]:
 
 
 def set_rng_state(states: Mapping[str, Tensor], device: str) -> None:
-    """Take up states of `rng_state`; a generator whose state is not among them is left as it is."""
+    """Set the states that `rng_state` returned. A generator without a state in `states` is not changed."""
     torch.set_rng_state(states["torch"])
     if "python" in states:
         gauss = states["python.gauss"].tolist()

@@ -1,4 +1,4 @@
-"""Whether a run can start in a directory, or continue there, and how it does."""
+"""Check whether a run can start or continue in a directory, and reopen the directory of a run that continues."""
 
 from pathlib import Path
 
@@ -18,9 +18,9 @@ from paramlens.tracking.tracker import Tracker
 
 
 def begin(config: Config, path: Path, *, resume: bool, extend_steps: int | None, overwrite: bool) -> Config:
-    """The configuration to run in `path`, once it is clear that a run can start there, or with `resume` continue.
+    """Check that a run can start in `path`, or continue there with `resume`, and return its configuration.
 
-    Raises `ConfigError` for arguments that exclude each other, and `RunDirError` for a directory that does not allow it.
+    Raises `ConfigError` for arguments that exclude each other, and `RunDirError` if the directory does not allow it.
     """
     if resume:
         return _continued(config, path, extend_steps=extend_steps, overwrite=overwrite)
@@ -31,9 +31,9 @@ def begin(config: Config, path: Path, *, resume: bool, extend_steps: int | None,
 
 
 def _continued(config: Config, path: Path, *, extend_steps: int | None, overwrite: bool) -> Config:
-    """`config`, with `extend_steps` steps if they are given, once it is clear that the run in `path` can continue with it.
+    """Check that the run in `path` can continue with `config`, and return it, with `extend_steps` steps if given.
 
-    Raises if the run was started with another configuration, is damaged, or is to be overwritten.
+    Raises `ConfigError` if the run has another configuration or `overwrite` is set, and `RunDirError` if it is damaged.
     """
     if overwrite:
         raise ConfigError("resume and overwrite exclude each other; leave one out")
@@ -59,7 +59,7 @@ def _continued(config: Config, path: Path, *, extend_steps: int | None, overwrit
 
 
 def _require_extendable(saved: Config, steps: int) -> None:
-    """Raise `ConfigError` unless a run of `steps` steps would have done the same so far."""
+    """Raise `ConfigError` if a run of `steps` steps would have been different so far."""
     if steps < saved.steps:
         raise ConfigError(f"extend_steps {steps}: the run is of {saved.steps} steps; give more")
     optim, losses = saved.optim, saved.losses
@@ -77,7 +77,7 @@ def _require_extendable(saved: Config, steps: int) -> None:
 
 
 def recorded_threads(path: Path, state: CheckpointState | None) -> int | None:
-    """CPU threads of the run that continues; with another number, sums round differently."""
+    """Number of CPU threads of the run that continues. With another number, sums are rounded differently."""
     return None if state is None else state.threads or read_json(path / "run.json").get("threads")
 
 
@@ -90,7 +90,7 @@ def reopen(
     *,
     tracker: Tracker,
 ) -> RunWriter:
-    """The directory of a run that continues, brought to the current format. Raises `RunDirError`."""
+    """Open the directory of a run that continues, and update it to the current format. Raises `RunDirError` if it is damaged."""
     described = require_whole_run(path)
     require_target(path, described, decomposition.model)
     directory = RunWriter.reopen(path, state)

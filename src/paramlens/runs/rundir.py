@@ -1,4 +1,4 @@
-"""A run directory opened for reading: `Run` and `open_run`. It is the only bridge between training and everything after it."""
+"""A run directory opened for reading: `Run` and `open_run`. Everything after training starts from here."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -42,11 +42,11 @@ from paramlens.tasks.batches import own_task
 
 @dataclass(frozen=True, repr=False)
 class Run(Result):
-    """A run directory opened for reading: the decomposition, γ, metrics, and the task where it can be rebuilt."""
+    """A run directory opened for reading: the decomposition, γ, metrics, and the task if it can be rebuilt."""
 
     path: Path
     step: int
-    """Steps taken when the loaded checkpoint was written."""
+    """Number of steps done at the loaded checkpoint."""
     decomposition: Decomposition
     importance: Importance
     task: Task | None
@@ -56,38 +56,38 @@ class Run(Result):
 
     @cached_property
     def config(self) -> Config:
-        """`config.yaml`; U, V and γ load without it."""
+        """The content of `config.yaml`. U, V and γ are loaded without it."""
         return load_config(self.path / "config.yaml")
 
     @property
     def status(self) -> str:
-        """running, interrupted, diverged, failed or finished."""
+        """One of running, interrupted, diverged, failed, finished."""
         return self.info["status"]
 
     @cached_property
     def info(self) -> dict[str, Any]:
-        """`run.json`."""
+        """The content of `run.json`."""
         return read_json(self.path / "run.json")
 
     @property
     def evaluated_on(self) -> EvaluatedOn:
-        """The data of the evaluations in `metrics.jsonl`; in older runs, which do not record it, it follows from the task."""
+        """The data of the evaluations in `metrics.jsonl`. Older runs do not record it; for them it follows from the task."""
         return self.info.get("evaluated_on", self.config.task.evaluated_on)
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
-        """Lines of `metrics.jsonl`."""
+        """The lines of `metrics.jsonl`."""
         return read_metrics(self.path)
 
     @cached_property
     def target_history(self) -> TargetHistory | None:
-        """How a toy target was trained; None for any other target."""
+        """The training history of a toy target. None for other targets."""
         return targets.history(read_description(self.path).rebuilt().task, self.path) if (self.path / "target.json").exists() else None
 
     @cached_property
     @torch.no_grad()
     def verdicts(self) -> tuple[Verdict, ...]:
-        """Whether the decomposition can be trusted, by the last evaluation before the loaded checkpoint; `circuit` has more verdicts."""
+        """Whether the decomposition can be trusted, by the last evaluation up to the loaded checkpoint. `circuit` adds more verdicts."""
         measured = [line["evaluation"] for line in self.metrics if "evaluation" in line and line["step"] <= self.step]
         left_out = faithfulness(self.decomposition).item()
         now = {"faithfulness": left_out, "faithfulness_relative": left_out / mean_square(self.decomposition)}
@@ -133,9 +133,9 @@ class Run(Result):
         return (Chart("Losses over the steps", "step", "loss", tuple(lines)),)
 
     def keep_analysis(self, name: str, entries: str, document: Mapping[str, Any], *, same: Sequence[str]) -> Path:
-        """Add `document` to the list `entries` of `analysis/<name>.json`, in place of one that agrees in the fields `same`.
+        """Add `document` to the list `entries` of `analysis/<name>.json`. It replaces an entry with the same values of the fields `same`.
 
-        Entries of another checkpoint go.
+        Entries of other checkpoints are removed.
         """
         path = self.path / "analysis" / f"{name}.json"
         before = read_json(path) if path.is_file() else {}
@@ -145,7 +145,7 @@ class Run(Result):
         return self.save_analysis(name, {"step": self.step, entries: [*kept, plain]})
 
     def push_to_hub(self, repo: str, **how: Any) -> str:
-        """Upload the run directory; `how` and what it raises as for `paramlens.push_to_hub`. Returns the commit's address."""
+        """Upload the run directory, with the arguments and errors of `paramlens.push_to_hub`. Returns the commit's URL."""
         return push_to_hub(self, repo, **how)
 
     def save_analysis(self, name: str, document: Mapping[str, Any]) -> Path:
@@ -168,13 +168,13 @@ def open_run(
     """Open a run directory at its newest checkpoint, or at step `checkpoint`.
 
     A string user/name that is not a local path is a repository on the Hugging Face Hub, fetched at the branch, tag or commit `revision`.
-    model: the target of a run on your own model; batches: as for `decompose`, the data for its analyses. Toy targets and their data
-    are in the directory, and open on the CPU if the run's device is missing. Raises `RunDirError` if the path is not a run, holds no
+    model: the target of a run on your own model. batches: data for its analyses, as for `decompose`. Toy targets and their data are in
+    the directory, and are opened on the CPU if the run's device is not available. Raises `RunDirError` if the path is not a run, has no
     checkpoint, needs a model that is not given, or was made from another model.
     """
     path = locate(path, revision=revision)
     require_run(path)
-    find_checkpoint(path, checkpoint)  # before anything else is missed in a run that has only begun
+    find_checkpoint(path, checkpoint)  # first, as other files may also be missing in a run that has just begun
     described = require_whole_run(path)
     folder = _whole_checkpoint(path, checkpoint, described)
     task = None
@@ -197,9 +197,9 @@ def open_run(
 
 
 def _whole_checkpoint(path: Path, step: int | None, described: ModelDescription) -> Path:
-    """The newest checkpoint, or the one at `step`, checked to be whole and of this run. Raises `RunDirError`.
+    """The newest checkpoint, or the one at `step`. Raises `RunDirError` if it is damaged or of another run.
 
-    If a run under way removes it meanwhile, after it wrote newer ones, the newest of those is taken.
+    If a run in progress removes it during the check, because there are newer ones, the search starts again.
     """
     while True:
         folder = find_checkpoint(path, step)
@@ -216,7 +216,7 @@ def _whole_checkpoint(path: Path, step: int | None, described: ModelDescription)
 
 
 def build(described: ModelDescription, model: nn.Module) -> tuple[Decomposition, Importance]:
-    """Decomposition and γ, still empty, as `model.json` describes them. Raises `SiteError` if the model lacks a site."""
+    """Decomposition and γ as `model.json` describes them, without loaded values. Raises `SiteError` if the model lacks a site."""
     sites = named_sites(model, [site.name for site in described.sites])
     decomposition = Decomposition(model, sites, C=described.C, dtype=getattr(torch, described.dtype))
     return decomposition, described.importance().to(sites[0].W.device)

@@ -1,4 +1,4 @@
-"""When a run is saved; after a save that fails, training goes on and the save is tried again soon."""
+"""Save a run during training. If a save fails, training goes on and the save is tried again soon."""
 
 import contextlib
 import math
@@ -18,28 +18,28 @@ from paramlens.runs.layout import checkpoint_path, checkpoint_step, checkpoints
 from paramlens.runs.writer import RunWriter
 
 TRIES = 5
-"""Failed saves in a row after which a run stops."""
+"""Number of failed saves in a row after which a run stops."""
 
 PAUSES = (1.0, 2.0, 4.0)
-"""Seconds before the next try of a save that cannot wait, at the end of a run or after a signal."""
+"""Seconds before each new try of a save that cannot wait: at the end of a run or after a signal."""
 
 
 class Saver:
-    """Writes a run's checkpoints and metrics to a disk that may fail; failures are reported, and what was saved before stays."""
+    """Writes a run's checkpoints and metrics to a disk that may fail. Failures are reported; earlier checkpoints stay."""
 
     def __init__(self, directory: RunWriter, *, every: int, message: Callable[[str], object]) -> None:
         self.directory, self.every, self.message = directory, every, message
         self.again: int | None = None
-        """Step at which a failed save is tried again; None if none failed."""
+        """Step at which a failed save is tried again. None: no save failed."""
         self.failures = 0
         self.lines_wait = False
 
     def due(self, step: int) -> bool:
-        """Whether a checkpoint is to be written at this step."""
+        """Whether a checkpoint is due at this step."""
         return step % self.every == 0 or step == self.again
 
     def append(self, line: Mapping[str, Any]) -> None:
-        """Add a line to metrics.jsonl; if the disk fails, it is written with the next line."""
+        """Add a line to metrics.jsonl. If that fails, the line is written together with the next."""
         try:
             self.directory.metrics.append(line)
             self.lines_wait = False
@@ -49,9 +49,9 @@ class Saver:
             self.lines_wait = True
 
     def save(self, write: Callable[[], object], step: int, *, now: bool) -> None:
-        """Write the checkpoint of `step`; a failure is reported and tried again, at a later step or, with `now`, after a pause.
+        """Write the checkpoint of `step`. A failure is reported, and the save is tried again at a later step or, with `now`, after a pause.
 
-        Raises `SaveError` when that has failed too often.
+        Raises `SaveError` after too many failures.
         """
         for pause in (*PAUSES, None) if now else (None,):
             try:
@@ -76,7 +76,7 @@ class Saver:
                 return
 
     def record(self, **fields: Any) -> None:
-        """Add fields to run.json; a failure is reported and changes nothing else."""
+        """Add fields to run.json. A failure is reported but not raised."""
         try:
             self.directory.record(**fields)
         except (OSError, RunDirError) as error:
@@ -97,7 +97,7 @@ def _reason(error: OSError | RunDirError) -> str:
 
 
 def require_free_space(path: Path) -> None:
-    """Raise `OSError` if the disk has less room than the newest checkpoint takes: the next one is as large."""
+    """Raise `OSError` if the free disk space is below the size of the newest checkpoint, as the next is equally large."""
     if not (found := checkpoints(path)):
         return
     needed = sum((found[-1] / name).stat().st_size for name in FILES)
@@ -109,9 +109,9 @@ def require_free_space(path: Path) -> None:
 def require_space(
     path: Path, checkpoint: Checkpoint, decomposition: Decomposition, importance: Importance, *, start: int, steps: int
 ) -> None:
-    """Raise `RunDirError` before a run that the disk of `path` has no room for: its checkpoints at their most, one being written."""
+    """Raise `RunDirError` if the disk of `path` has no room for the most checkpoints that exist at once, with the one being written."""
     parameters = [*decomposition.parameters(), *importance.parameters()]
-    each = 3 * sum(value.numel() * value.element_size() for value in parameters) + 2**16  # the optimizer holds two numbers for each
+    each = 3 * sum(value.numel() * value.element_size() for value in parameters) + 2**16  # the optimizer has two numbers per parameter
     written = math.ceil(steps / checkpoint.every) - start // checkpoint.every
     kept = 0 if checkpoint.keep_every is None else steps // checkpoint.keep_every - start // checkpoint.keep_every
     count = min(written, checkpoint.keep_last + 1 + kept)
@@ -124,5 +124,5 @@ def require_space(
 
 
 def _held(path: Path) -> int:
-    """Bytes of the checkpoints that newer ones will replace."""
+    """Bytes of the existing checkpoints, which newer ones will replace."""
     return sum(file.stat().st_size for folder in checkpoints(path) for file in folder.iterdir())

@@ -1,4 +1,4 @@
-"""Several seeds of one configuration in one go, each in a process of its own."""
+"""Run several seeds of one configuration, each in its own process."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from paramlens.tracking.tracker import Silent, Terminal
 from paramlens.tracking.trackers import select_trackers
 
 PROGRESS = 30.0
-"""Seconds between lines of progress of one seed."""
+"""Seconds between progress lines of one seed."""
 
 
 def decompose_seeds(
@@ -40,15 +40,15 @@ def decompose_seeds(
     overwrite: bool = False,
     track: Sequence[str] = (),
 ) -> list[Path]:
-    """Run `count` seeds, from `config.seed` on, as many at a time as the usable cores carry; returns their directories.
+    """Run `count` seeds, starting at `config.seed`, as many at a time as the usable cores allow. Returns their run directories.
 
-    target: as for `decompose_config`; with {seed} in it, one for each seed. Defaults to training one for each seed.
-    out: the folder of the run directories `s<seed>`. Defaults to runs/<name>-s<seed> for each.
-    resume: continue the runs that have begun, start the others.
-    track: names of trackers that follow every seed beside the terminal.
-    Where several run at a time and the configuration names no threads, each has one: waiting for each other's cores costs more than
-    threads gain. A seed that fails does not stop the others; its error is raised when all are done. A Ctrl-C or SIGTERM, or the end of
-    this process, ends all with a checkpoint; a second signal ends them at once. Raises as `decompose_config` does.
+    target: as for `decompose_config`; {seed} in it is replaced by the seed. Defaults to training a target for each seed.
+    out: the folder of the run directories `s<seed>`. Defaults to runs/<name>-s<seed> for each seed.
+    resume: continue the runs that have begun and start the others.
+    track: names of trackers that every seed uses besides the terminal.
+    If several seeds run at a time and `threads` is not set, each uses one thread, which is faster than more threads on shared cores.
+    A seed that fails does not stop the others; its error is raised when all have ended. After a Ctrl-C or SIGTERM, or if this process
+    ends, all seeds save a checkpoint and end; a second signal ends them at once. Raises the errors of `decompose_config`.
     """
     if count < 1:
         raise ConfigError(f"seeds {count}: give 1 or more")
@@ -60,12 +60,12 @@ def decompose_seeds(
         each = config.model_copy(update={**shared, "seed": seed})
         path = default_out(each) if out is None else Path(expand_home(str(out))) / f"s{seed}"
         resumable = resume and is_begun(path)
-        anew = overwrite or (resume and is_run(path) and not resumable)  # what was stopped before its first step
+        anew = overwrite or (resume and is_run(path) and not resumable)  # a run that was stopped before its first step
         if not resumable:
             require_free(path, overwrite=anew)
         given = None if target is None else expand_home(str(target).replace("{seed}", str(seed)))
         if given is not None and resumable and holds_toy(Path(given)):
-            given = None  # the run has it
+            given = None  # the run directory already has it
         jobs.append(_Job(each, path, given, resumable, anew and not resumable, tuple(track)))
     if failed := [failure for failure in _run_all(jobs, workers) if failure is not None]:
         raise failed[0]
@@ -83,7 +83,7 @@ class _Job:
 
 
 def _run_all(jobs: Sequence[_Job], workers: int) -> list[ParamLensError | None]:
-    """The error of each job, or None; at most `workers` run at a time. Raises `RunInterrupted` once all have ended for a signal."""
+    """The error of each job, or None. At most `workers` jobs run at a time. After a signal, raises `RunInterrupted` when all have ended."""
     waiting, failures = list(range(len(jobs))), list[ParamLensError | None]([None] * len(jobs))
     running: dict[int, subprocess.Popen[str]] = {}
     told = False
@@ -102,7 +102,7 @@ def _run_all(jobs: Sequence[_Job], workers: int) -> list[ParamLensError | None]:
                     failures[index] = _failure(jobs[index], running.pop(index))
                 time.sleep(0.05)
         finally:
-            for process in running.values():  # after a second signal, which ends them as it ends this process
+            for process in running.values():  # after a second signal, which also ends this process at once
                 process.terminate()
                 process.terminate()
                 process.communicate()
@@ -112,10 +112,10 @@ def _run_all(jobs: Sequence[_Job], workers: int) -> list[ParamLensError | None]:
 
 
 def _start(job: _Job, file: Path) -> subprocess.Popen[str]:
-    """Start a job in a process and a session of its own, so that a terminal's Ctrl-C reaches it through this process alone."""
+    """Start a job in its own process and session, so that a Ctrl-C in the terminal reaches it only through this process."""
     settings = {"path": str(job.path), "target": job.target, "resume": job.resume, "overwrite": job.overwrite, "track": job.track}
     write_json(file, {"config": job.config.model_dump(mode="json"), **settings})
-    quietly = "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL)"  # a Ctrl-C while torch is imported ends in no traceback
+    quietly = "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL)"  # no traceback for a Ctrl-C while torch is imported
     command = [sys.executable, "-c", f"{quietly}; from paramlens.runs.seeds import run_job; run_job()", str(file)]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, **pipes, **own_session())
@@ -133,7 +133,7 @@ def _failure(job: _Job, process: subprocess.Popen[str]) -> ParamLensError | None
 
 
 def run_job() -> None:
-    """Run one seed in this process: an error goes to the parent as JSON; if the parent ends, this process ends as by SIGTERM."""
+    """Run one seed in this process. An error is sent to the parent as JSON. If the parent ends, this process ends as by SIGTERM."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     job: dict[str, Any] = read_json(Path(sys.argv[1]))
@@ -151,6 +151,6 @@ def run_job() -> None:
 
 
 def _end_with_parent() -> None:
-    while os.read(0, 1):  # ends when the parent's side of the pipe does
+    while os.read(0, 1):  # ends when the parent's end of the pipe is closed
         pass
     terminate_self()

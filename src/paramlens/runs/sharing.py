@@ -1,4 +1,4 @@
-"""`paramlens push`: a run directory as a repository on the Hugging Face Hub, with a card that says what it is and how to open it."""
+"""`paramlens push`: upload a run directory to the Hugging Face Hub, with a card that says what it is and how to open it."""
 
 import fnmatch
 from collections.abc import Mapping
@@ -37,13 +37,14 @@ def push_to_hub(
     message: str | None = None,
     resumable: bool = False,
 ) -> str:
-    """Upload a run directory to the repository `repo` (user/name), made if it is missing, as one commit; returns the commit's address.
+    """Upload a run directory to the repository `repo` (user/name) as one commit; returns the commit's URL.
 
-    private: whether a new repository is private. Defaults to the account's setting. revision: the branch, made if it is missing.
-    Defaults to main. resumable: also upload the optimizer and the random generators, which triples the size; without them the copy
-    can be read but not resumed, and its card says so. Files of an earlier push that the run no longer has are deleted there; locks,
-    unfinished files and tracking are not uploaded.
-    Raises `RunDirError` for a run that is damaged, has no checkpoint or is being written to, and for what the Hub refuses.
+    The repository and the branch are created if they are missing. Files of an earlier push that the run no longer has are deleted there.
+    Locks, unfinished files and tracking are not uploaded.
+    private: whether a new repository is private. Defaults to the account's setting. revision: the branch. Defaults to main.
+    resumable: also upload the optimizer and the random generators, which triples the size. Without them, the copy can be read but not
+    resumed, and its card says so.
+    Raises `RunDirError` if the run is damaged, has no checkpoint or is being written to, or if the Hub refuses the upload.
     """
     path = Path(run)
     require_run(path)
@@ -84,7 +85,7 @@ def _require_pushable(path: Path, *, resumable: bool) -> None:
 
 
 def _files(path: Path, *, resumable: bool) -> dict[str, Path | bytes]:
-    """Name in the repository → file, or the bytes to upload in its place."""
+    """Name in the repository → file, or the bytes to upload instead of the file."""
     found = {file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*")) if file.is_file() and not file.is_symlink()}
     kept: dict[str, Path | bytes] = {
         name: file for name, file in found.items() if PART not in name and any(fnmatch.fnmatchcase(name, each) for each in _SHARED)
@@ -101,7 +102,7 @@ def _files(path: Path, *, resumable: bool) -> dict[str, Path | bytes]:
 
 
 def card(path: Path, repo: str, *, resumable: bool) -> str:
-    """The repository's README.md: metadata, what was decomposed, the metrics of `circuit` if it was run, how to open the run."""
+    """The repository's README.md: metadata, what was decomposed, the metrics of `circuit` if it was run, and how to open the run."""
     described, info = read_description(path), read_json(path / "run.json")
     config = load_config(path / "config.yaml")
     metadata: dict[str, Any] = {"library_name": "paramlens", "tags": ["paramlens", "parameter-decomposition", "interpretability"]}

@@ -1,4 +1,4 @@
-"""A finished run that comes with the library: the induction head, decomposed by induction-quick with seed 0."""
+"""A finished run that comes with the library: the induction head, decomposed with the configuration induction-quick and seed 0."""
 
 import shutil
 from importlib import resources
@@ -9,9 +9,9 @@ from paramlens.runs.layout import is_run, require_free
 
 
 def example(out: str | Path = "runs/example") -> Path:
-    """A copy of the shipped run, with its analyses, at `out`; one that is there already is left as it is.
+    """Copy the shipped run, with its analyses, to `out`, unless there is already a run. Returns its path.
 
-    Raises `RunDirError` if `out` holds anything else or cannot be written.
+    Raises `RunDirError` if `out` has other content or cannot be written.
     """
     path = Path(out)
     if is_run(path):

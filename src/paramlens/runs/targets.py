@@ -1,4 +1,4 @@
-"""The target of a configuration: placed, trained with messages, kept in a directory, and read again."""
+"""The target of a configuration: resolve its paths, train it with messages, save it and load it."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,12 +12,12 @@ from paramlens.tasks.base import BaseTask, Target, TargetCheck
 
 
 def placed(config: Config, like: Config | None = None) -> Config:
-    """A configuration with the absolute paths of its task, as `BaseTask.placed` finds them."""
+    """The configuration with absolute paths in its task, as `BaseTask.placed` finds them."""
     return config.model_copy(update={"task": config.task.placed(like and like.task)})
 
 
 def train(config: Config, *, on_message: Callable[[str], object], on_check: Callable[[int, str], object]) -> Target:
-    """Train the toy target of a configuration, telling what it is, its checks (step, and what was found) and whether it converged."""
+    """Train the toy target of a configuration; report what it is, its checks (step and text) and whether it converged."""
     plan = config.task.training_plan()
 
     def given_up(attempt: int, last: TargetCheck) -> None:
@@ -37,16 +37,16 @@ def train(config: Config, *, on_message: Callable[[str], object], on_check: Call
 
 
 def save(task: BaseTask, target: Target, path: Path) -> None:
-    """Write a target that was trained here, and to `target.json` how."""
+    """Write a target that was trained here, and its training history to `target.json`."""
     assert target.history is not None
     task.save(target, path)
     write_json(path / "target.json", {"format": FORMAT, **dataclasses.asdict(target.history)})
 
 
 def load(config: Config, path: Path) -> Target:
-    """The target of a directory that `train-target` or `decompose` made; a pretrained one is loaded from its own place.
+    """Load the target from a directory of `train-target` or `decompose`. A pretrained target is loaded from its own folder or the Hub.
 
-    Raises `RunDirError` if it is missing or of another shape, and `ConfigError` for a pretrained one that cannot be loaded.
+    Raises `RunDirError` if it is missing or has other shapes, and `ConfigError` if a pretrained target cannot be loaded.
     """
     if not config.task.trained_here:
         return config.task.pretrained(config.dtype)
@@ -54,7 +54,7 @@ def load(config: Config, path: Path) -> Target:
 
 
 def history(task: BaseTask, path: Path) -> TargetHistory:
-    """How the toy target of a directory was trained."""
+    """The training history of a directory's toy target."""
     document = read_json(path / "target.json")
     checks = tuple(task.check(**check) for check in document["checks"])
     return TargetHistory(checks, converged=document["converged"], attempts=document["attempts"])

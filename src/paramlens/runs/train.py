@@ -1,4 +1,4 @@
-"""Algorithm 3: learn U, V and γ so that the masked model stays the target with as few subcomponents as possible."""
+"""Algorithm 3: learn U, V and γ so that the masked model behaves like the target with as few subcomponents as possible."""
 
 import math
 import time
@@ -30,7 +30,7 @@ from paramlens.tracking.tracker import LoggedStep, Tracker
 
 
 def make_optimizer(config: Config, decomposition: Decomposition, importance: Importance) -> torch.optim.Optimizer:
-    """Adam or AdamW over U and V, and γ by rate; each group holds its full rate, which the schedule scales."""
+    """Adam or AdamW, with one group for U and V and one per learning rate of γ. The schedule scales each group's `full_lr`."""
     optim = config.optim
     gamma_lr = optim.gamma_lr or optim.lr
     groups: list[dict[str, Any]] = [{"params": list(decomposition.parameters()), "full_lr": optim.lr}]
@@ -45,7 +45,7 @@ def make_optimizer(config: Config, decomposition: Decomposition, importance: Imp
 
 
 def rate(optim: Optim, step: int, steps: int) -> float:
-    """Share of the full learning rate at `step`, in (0, 1]: linear warm-up, then the schedule over what is left."""
+    """Share of the full learning rate at `step`, in (0, 1]: linear warm-up, then the schedule over the remaining steps."""
     warmup = optim.warmup if optim.warmup >= 1 else optim.warmup * steps
     if step < warmup:
         return (step + 1) / (math.floor(warmup) + 1)
@@ -66,8 +66,8 @@ def train(
 ) -> None:
     """The loop of Algorithm 3 from step `start`, with logging, evaluation and checkpoints in `directory`.
 
-    Raises `DivergedError` before an update with a value that is not finite, `RunInterrupted` after a Ctrl-C or SIGTERM, once the step
-    under way is finished and saved, and `SaveError` if the disk refuses checkpoints again and again.
+    Raises `DivergedError` before an update with a value that is not finite, `RunInterrupted` after a Ctrl-C or SIGTERM, when the current
+    step is finished and saved, and `SaveError` if checkpoints cannot be written after several tries.
     """
     began = time.monotonic()
     before = directory.info["seconds"]
@@ -111,11 +111,11 @@ def train(
         try:
             saver.record(status=status, steps=done, seconds=round(before + time.monotonic() - began, 3))
         finally:
-            tracker.close()  # after the status is written: a tracker may wait here, and be interrupted
+            tracker.close()  # after the status is written, as a tracker may wait here and be interrupted
 
 
 class _LongerBatches:
-    """Reports, once, a batch of more positions than γ's tables hold."""
+    """Reports the first batch with more positions than γ's tables have."""
 
     def __init__(self, importance: Importance, tracker: Tracker) -> None:
         self.table, self.kind, self.tracker = importance.table_length, importance.gamma.kind, tracker
@@ -131,7 +131,7 @@ class _LongerBatches:
 
 
 def set_rates(optimizer: torch.optim.Optimizer, share: float) -> None:
-    """Every group's learning rate as `share` of its full one, in place where a captured step reads it from a tensor."""
+    """Set every group's learning rate to `share` of its full rate; in place if it is a tensor, which a captured step reads."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(group["full_lr"] * share)
@@ -140,7 +140,7 @@ def set_rates(optimizer: torch.optim.Optimizer, share: float) -> None:
 
 
 def held_out(config: Config, task: Task, decomposition: Decomposition, importance: Importance) -> dict[str, float]:
-    """Metrics of `evaluation.evaluate`, mean over the loss positions of `evaluate.batches` held-out batches, or all there are."""
+    """Metrics of `evaluation.evaluate`: mean over the loss positions of `evaluate.batches` held-out batches, or of all there are."""
     rows, counts = list[dict[str, float]](), list[int]()
     for index in range(min(config.evaluate.batches, task.held_out or config.evaluate.batches)):
         batch = task.batch(index, "evaluate").to(decomposition.device)
@@ -152,7 +152,7 @@ def held_out(config: Config, task: Task, decomposition: Decomposition, importanc
 
 
 def require_finite_parameters(decomposition: Decomposition, importance: Importance, step: int) -> None:
-    """Raise `DivergedError` if an update with finite gradients left a parameter that is not finite; it must not be saved."""
+    """Raise `DivergedError` if a parameter is not finite after an update with finite gradients, so that it is not saved."""
     parts = {f"{kind} at {name}": value for kind in ("U", "V") for name, value in getattr(decomposition, kind).items()}
     parts |= {f"γ's {name}": value for name, value in named_parameters(importance).items()}
     if broken := [name for name, value in parts.items() if not torch.isfinite(value).all()]:
@@ -163,7 +163,7 @@ def require_finite_parameters(decomposition: Decomposition, importance: Importan
 
 
 def _logged(config: Config, result: Step, done: int, share: float, batch: Batch, tracker: Tracker) -> dict[str, Any]:
-    """The line of metrics.jsonl, which the tracker is shown too."""
+    """The line of metrics.jsonl for a logged step, which is also sent to the tracker."""
     logged = LoggedStep(
         step=done,
         losses={name: value.item() for name, value in result.losses.items()},
@@ -179,7 +179,7 @@ def _logged(config: Config, result: Step, done: int, share: float, batch: Batch,
 def _evaluated(
     config: Config, task: Task, decomposition: Decomposition, importance: Importance, done: int, tracker: Tracker
 ) -> dict[str, Any]:
-    """The line of metrics.jsonl with what `held_out` measured, which the tracker is shown too."""
+    """The line of metrics.jsonl with the metrics of `held_out`, which are also sent to the tracker."""
     metrics = held_out(config, task, decomposition, importance)
     tracker.evaluated(done, metrics)
     return {"step": done, "evaluation": metrics}
@@ -204,7 +204,7 @@ def _save(
 def restore(
     folder: Path, state: CheckpointState, decomposition: Decomposition, importance: Importance, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Take up U, V, γ, the optimizer and every random generator as they were at a checkpoint."""
+    """Set U, V, γ, the optimizer and all random generators to their state at a checkpoint."""
     load_parameters(folder, decomposition, importance)
     moments: dict[int, dict[str, Tensor]] = {}
     for name, value in state.optimizer.items():

@@ -1,4 +1,4 @@
-"""`paramlens verify`: whether everything in a run directory is what was written there, and of one run."""
+"""`paramlens verify`: check that all files of a run directory are unchanged and belong to one run."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,38 +21,38 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """What is wrong with one checkpoint; no problems if it is whole."""
+    """The problems of one checkpoint. There are none if it is whole."""
 
     step: int
     problems: tuple[str, ...]
 
     @property
     def whole(self) -> bool:
-        """True if all of it can be read."""
+        """True if the checkpoint has no problems."""
         return not self.problems
 
 
 @dataclass(frozen=True, repr=False)
 class Verification(Result):
-    """What `verify` found. Problems name the file, what was expected and what was found."""
+    """The result of `verify`. A problem names the file, what was expected and what was found."""
 
     run: Path
     status: str | None
-    """Status in run.json; None if it cannot be read."""
+    """Status in run.json. None: it cannot be read."""
     problems: tuple[str, ...]
-    """Of the run's own files, its metrics and its analyses."""
+    """Problems of the run's own files, its metrics and its analyses."""
     checkpoints: tuple[CheckpointReport, ...]
     resumable: bool
-    """False for a copy that was pushed without optimizer and generators."""
+    """False for a copy that was pushed without optimizer and random generators."""
 
     @property
     def whole(self) -> bool:
-        """True if nothing is wrong."""
+        """True if there are no problems, in the run's own files and in its checkpoints."""
         return not self.problems and all(each.whole for each in self.checkpoints)
 
     @property
     def last_good(self) -> int | None:
-        """Step of the newest checkpoint that is whole; None if there is none."""
+        """Step of the newest checkpoint that is whole. None: there is none."""
         return next((each.step for each in reversed(self.checkpoints) if each.whole), None)
 
     def summary(self) -> str:
@@ -61,7 +61,7 @@ class Verification(Result):
         return f"{self.run}, {self.status or 'status unknown'}: {found}, {len(self.checkpoints)} checkpoints"
 
     def tables(self) -> tuple[Table, ...]:
-        """A row for the run, one for each checkpoint, each with what is wrong."""
+        """A row for the run and one for each checkpoint, with their problems."""
         parts = {"the run": self.problems} | {f"checkpoint of step {each.step}": each.problems for each in self.checkpoints}
         rows = tuple(
             (Cell(name), Cell("damaged", "bad") if problems else Cell("whole", "good"), Cell("\n".join(problems)))
@@ -75,7 +75,7 @@ class Verification(Result):
         return (Table(f"{self.run}, {self.status or 'status unknown'}", shown, tuple(each[: len(shown)] for each in rows), notes=notes),)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, as `verify --json` prints them."""
+        """The values that `verify --json` prints."""
         reports = [asdict(each) | {"whole": each.whole} for each in self.checkpoints]
         return asdict(self) | {"run": str(self.run), "checkpoints": reports, "whole": self.whole, "last_good": self.last_good}
 
@@ -83,18 +83,18 @@ class Verification(Result):
 def verify(path: str | Path) -> Verification:
     """Check a run directory against its manifests, and its files against each other: formats, shapes, types, metrics, run.
 
-    Reads every byte once and loads nothing. Raises `RunDirError` if `path` is no run directory.
+    Reads every byte once, and does not load the model. Raises `RunDirError` if `path` is not a run directory.
     """
     path = Path(path)
     require_run(path)
     found: list[str] = []
-    described = _attempt(found, lambda: require_whole_run(path)) if is_begun(path) else None  # else its writer has only started
+    described = _attempt(found, lambda: require_whole_run(path)) if is_begun(path) else None  # otherwise its writer has just started
     info = _attempt([], lambda: read_json(path / "run.json")) or {}
     reports, recorded = list[CheckpointReport](), None
     for folder in checkpoints(path):
         report, state = _report(folder, path, described), _attempt([], lambda folder=folder: read_json(folder / "state.json")) or {}
         if not folder.is_dir():
-            continue  # a run under way has removed it meanwhile
+            continue  # a run in progress has removed it in the meantime
         reports.append(report)
         recorded = state.get("metrics") if report.whole else recorded
     newest = next((each.step for each in reversed(reports) if each.whole), None)
@@ -116,7 +116,7 @@ def _report(folder: Path, path: Path, described: ModelDescription | None) -> Che
 
 
 def _attempt(found: list[str], check: Callable[[], T]) -> T | None:
-    """What `check` returns; its error is added to `found`."""
+    """Return what `check` returns. If it raises, add the error to `found` and return None."""
     try:
         return check()
     except ParamLensError as error:

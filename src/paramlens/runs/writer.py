@@ -1,4 +1,4 @@
-"""The writing side of a run directory; `rundir` is the reading side."""
+"""Write a run directory; `rundir` reads it."""
 
 import contextlib
 import hashlib
@@ -27,7 +27,7 @@ from paramlens.version import __version__
 
 
 class RunWriter:
-    """Writes a run directory; one writer per run."""
+    """Writes a run directory. A run has one writer."""
 
     def __init__(self, path: Path, *, metrics: MetricsFile | None = None) -> None:
         self.path = path
@@ -35,7 +35,7 @@ class RunWriter:
 
     @classmethod
     def create(cls, path: str | Path, config: Config, *, overwrite: bool = False) -> "RunWriter":
-        """A new directory holding `config.yaml` and `run.json`. Raises `RunDirError` as `layout.require_free` does."""
+        """Make a new directory with `config.yaml` and `run.json`. Raises `RunDirError` as `layout.require_free` does."""
         path = Path(path)
         require_free(path, overwrite=overwrite)
         try:
@@ -49,35 +49,35 @@ class RunWriter:
 
     @classmethod
     def reopen(cls, path: Path, state: CheckpointState | None) -> "RunWriter":
-        """A directory to continue from a checkpoint, or from step 0: unfinished files are removed, metrics cut back.
+        """Open a directory to continue from a checkpoint, or from step 0 if `state` is None.
 
-        Raises `RunDirError` if the metrics are not those that the checkpoint recorded.
+        Unfinished files and later metrics are removed. Raises `RunDirError` if the metrics differ from the checkpoint's record.
         """
         remove_unfinished(path)
         recorded, step = ({"bytes": 0, "sha256": hashlib.sha256().hexdigest()}, 0) if state is None else (state.metrics, state.step)
         return cls(path, metrics=MetricsFile.cut(path / "metrics.jsonl", recorded, step=step))
 
     def describe(self, config: Config, decomposition: Decomposition, importance: Importance, target: dict[str, Any]) -> None:
-        """Write `model.json`, and the manifest of the files that no longer change."""
+        """Write `model.json` and the manifest of the files that no longer change."""
         (self.path / "checkpoints").mkdir(exist_ok=True)
         write_json(self.path / "model.json", describe(config, decomposition, importance, target))
         self.seal()
 
     def extend(self, steps: int) -> None:
-        """Set the number of steps in `config.yaml`, and leave the rest of its text as it is."""
+        """Change the number of steps in `config.yaml`, and nothing else in its text."""
         file = self.path / "config.yaml"
         write_text(file, with_steps(read_text(file), steps))
         self.seal()
 
     def seal(self) -> None:
-        """Write `MANIFEST.json` for configuration, description and target."""
+        """Write `MANIFEST.json` of the configuration, `model.json` and the target."""
         files = [self.path / name for name in ("config.yaml", "model.json", "target.safetensors", "target.json")]
         files += sorted((self.path / FOLDER).glob("*"))
         write_manifest(self.path, [file for file in files if file.is_file()])
 
     @property
     def info(self) -> dict[str, Any]:
-        """`run.json`."""
+        """The content of `run.json`."""
         return read_json(self.path / "run.json")
 
     def record(self, **fields: Any) -> None:
@@ -94,7 +94,7 @@ class RunWriter:
         optimizer: Mapping[str, Tensor],
         rng: Mapping[str, Tensor],
     ) -> Path:
-        """Write the metrics and a checkpoint, then remove old checkpoints. Raises `OSError` if the disk fails."""
+        """Write the metrics and a checkpoint, then remove old checkpoints. Raises `OSError` if writing fails."""
         state = {
             "format": FORMAT,
             "step": step,
@@ -105,11 +105,11 @@ class RunWriter:
         }
         tensors = parameters(decomposition, importance) | {"optimizer": optimizer, "rng": rng}
         final = write_checkpoint(self.path, tensors, state)
-        with contextlib.suppress(OSError):  # one too many does no harm
+        with contextlib.suppress(OSError):  # an old checkpoint that stays does no harm
             prune(self.path, keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every)
         return final
 
 
 def versions() -> dict[str, str]:
-    """Versions that the bytes of a run may depend on."""
+    """Versions on which the bytes of a run may depend."""
     return {"paramlens": __version__, "torch": torch.__version__, "python": platform.python_version()}

@@ -1,6 +1,6 @@
-"""What is decomposed. A task is one object, which owns its fields of the configuration, its target and its batches.
+"""What is decomposed. A task is one object that has its fields of the configuration, its target and its batches.
 
-`base` says what a task answers, and `registry` lists all of them: `induction` is the paper's toy model, `facts` sentences of a language
-model, `text` running text, and `custom` a model of the caller's own, whose `batches` come in many forms. `language_models` loads and saves
-those, and `reading` reads the user's text files.
+`base` defines the interface of a task and `registry` lists the tasks: `induction` is the paper's toy model, `facts` a few sentences through
+a language model, `text` running text through a language model, and `custom` the caller's own model (`batches` reads its batches).
+`language_models` loads and saves language models, and `reading` reads the user's text files.
 """

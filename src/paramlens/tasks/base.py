@@ -1,11 +1,11 @@
-"""What a task is: one section of the configuration, which also makes its target and its batches.
+"""The interface of a task: a section of the configuration that also makes the target and the batches.
 
-To add a task, put a subclass of `BaseTask` into a file of its own in this folder, and that class into `registry.py`. A task whose target
-is trained here writes the fields of its configuration with a `kind`, and the methods `network`, `skeleton`, `training_plan`, `train` and
-`make`, and sets `trained_here`; a task on language models subclasses `PretrainedTask` instead and writes `skeleton` and `make`. Flags,
-messages, `doctor`, the run directory, the analyses and the page then know the task. The other methods and attributes have defaults.
+To add a task, write a subclass of `BaseTask` in a file of its own in this folder and add the class to `registry.py`. A task whose target
+is trained here defines its fields with a `kind`, defines `network`, `skeleton`, `training_plan`, `train` and `make`, and sets
+`trained_here`. A task on language models subclasses `PretrainedTask` instead and defines `skeleton` and `make`. Flags, messages, `doctor`,
+the run directory, the analyses and the page then support the task. The other methods and attributes have defaults.
 
-A configuration is read and refused without torch, so a task imports torch, and every module that needs it, inside its methods.
+Configurations are checked without torch, so a task imports torch, and every module that needs torch, inside its methods.
 """
 
 import dataclasses
@@ -24,33 +24,33 @@ if TYPE_CHECKING:
     from paramlens.method.task import TargetHistory, Task
 
 FILE = "target.safetensors"
-"""Where a run directory keeps the weights of a target that was trained here."""
+"""File of a run directory with the weights of a target that was trained here."""
 
 FOLDER = "target"
-"""Where a run directory keeps a language model that was trained here, as a plain Hugging Face folder."""
+"""Folder of a run directory with a language model that was trained here, in the format of Hugging Face."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A target model, where it comes from, and how it was trained if that was done here."""
+    """A target model, where it comes from, and its training history if it was trained here."""
 
     model: "nn.Module"
     tokenizer: Any = None
-    """Of a language model."""
+    """Tokenizer of a language model. None for other models."""
     name: str | None = None
-    """Id on the Hugging Face Hub, or local folder, of a pretrained model."""
+    """Hugging Face Hub id or local folder of a pretrained model. None for other models."""
     revision: str | None = None
-    """Commit on the Hub that the model was loaded from."""
+    """Commit on the Hub from which the model was loaded."""
     history: "TargetHistory | None" = None
 
     def to(self, device: str, dtype: str) -> "Target":
-        """The same target on a device, its weights of a type such as "float32"."""
+        """The same target on a device, with weights of the type `dtype`, such as "float32"."""
         import torch
 
         return dataclasses.replace(self, model=self.model.to(device=device, dtype=getattr(torch, dtype)))
 
     def identity(self, run: str) -> dict[str, Any]:
-        """What run.json says of where the target comes from. run: name of the configuration that trained it."""
+        """Where the target comes from, for run.json. run: name of the configuration that trained it."""
         if self.history is not None:
             return {"id": f"{run} toy target"}
         return {"id": type(self.model).__qualname__} if self.name is None else {"id": self.name, "revision": self.revision}
@@ -58,13 +58,13 @@ class Target:
 
 @dataclass(frozen=True)
 class TargetCheck:
-    """A measurement of a target that is being trained; a task may measure more in a subclass."""
+    """A measurement of a target during its training. A task can add measurements in a subclass."""
 
     step: int
     loss: float
     """Cross-entropy, nats."""
     accuracy: float
-    """Share of answers that are right, in [0, 1]."""
+    """Share of correct answers, in [0, 1]."""
 
     def __str__(self) -> str:
         return f"loss {self.loss:.2e} nats  accuracy {self.accuracy:.4f}"
@@ -76,12 +76,12 @@ OnGivenUp = Callable[[int, TargetCheck], object]
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """How a target is going to be trained, for messages, progress and the check of memory."""
+    """How a target will be trained, for messages, progress and the memory check."""
 
     what: str
-    """What is trained and for how long, as a message says it."""
+    """What is trained and for how long, as text for messages."""
     steps: int
-    """Steps of one attempt, at most."""
+    """Maximum number of steps of one attempt."""
     steps_field: str
     """Field of the configuration that sets `steps`."""
     batch: int
@@ -89,73 +89,73 @@ class TrainingPlan:
     batch_field: str
     """Field of the configuration that sets `batch`."""
     bytes: int
-    """Memory that the activations and logits of one step take."""
+    """Memory of the activations and logits of one step, in bytes."""
 
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A target without its weights, on the meta device, and the size of its batches."""
+    """A target without weights, on the meta device, and the size of its batches."""
 
     model: "nn.Module"
     inputs: "Inputs"
-    """One sequence as the model is called with it, on the meta device."""
+    """Inputs of the model for one sequence, on the meta device."""
     rows: int
     """Sequences in a batch."""
     length: int
-    """Longest sequence of a batch, in tokens."""
+    """Length of the longest sequence of a batch, in tokens."""
     vocabulary: int
-    """Classes of the logits."""
+    """Size of the logits' last dimension."""
     last_token: bool = False
-    """Whether the target can be asked for the logits of the last position alone."""
+    """Whether the target can compute the logits of the last position alone."""
 
 
 class BaseTask(Section):
-    """What every task answers. Its fields are the section `task` of a configuration; `kind: Literal[...]` tells them apart."""
+    """Base class of all tasks. Its fields are the section `task` of a configuration; `kind: Literal[...]` selects the class."""
 
     given_in_python: ClassVar[bool] = False
-    """Whether model and batches are the caller's own objects, which no file holds."""
+    """Whether the model and the batches are Python objects of the caller, which no file can describe."""
     evaluated_on: ClassVar[Literal["held-out", "training"]] = "held-out"
-    """What evaluations and analyses look at, of runs that have not recorded it."""
+    """The batches that evaluations and analyses use, for runs that have not recorded it."""
     batch_field: ClassVar[str] = "batch"
-    """What sets the number of sequences in a batch, as messages call it."""
+    """The name, in messages, of what sets the number of sequences in a batch."""
     paths: ClassVar[tuple[str, ...]] = ()
-    """Names of the fields that hold a path, or an id on the Hub."""
+    """Names of the fields that hold a path or a Hub id."""
     check: ClassVar[type[TargetCheck]] = TargetCheck
-    """What the training of the target measures."""
+    """The class of the measurements during the target's training."""
     how_trained: ClassVar[frozenset[str] | None] = frozenset()
-    """Names of the fields that say how the target is trained and not what it is. None if the target's own files say what it is."""
+    """Names of the fields that set how the target is trained, not what it is. None: the target's own files describe it."""
 
     @property
     def trained_here(self) -> bool:
-        """Whether the target is a toy that `train-target` and `decompose` train. Defaults to False."""
+        """Whether `train-target` and `decompose` train the target. Defaults to False."""
         return False
 
     def skeleton(self, *, batch: int) -> Skeleton:
-        """The target's shape and the size of its batches, found without training, loading or drawing anything.
+        """The target's shape and the size of its batches, without training the target, loading weights or sampling batches.
 
-        batch: the field `batch` of the configuration. Raises `ConfigError` for a target that cannot be found or takes fewer tokens.
+        batch: the field `batch` of the configuration. Raises `ConfigError` if the target is not found or cannot take such long sequences.
         """
         raise NotImplementedError
 
     def make(self, target: Target, *, seed: int, batch: int) -> "Task":
-        """The task around a target: batches as a function of (seed, stream, step), roles, and what else analyses can ask for."""
+        """The task of a target: its batches as a function of (seed, stream, step), their roles, and what analyses may need."""
         raise NotImplementedError
 
-    # Of a task whose target is trained here
+    # For tasks whose target is trained here
 
     def network(self) -> "nn.Module":
-        """The target with random weights, drawn from PyTorch's global generator."""
+        """The target with random weights from PyTorch's global generator."""
         raise NotImplementedError
 
     def training_plan(self) -> TrainingPlan:
-        """How `train` is going to train the target."""
+        """How `train` will train the target."""
         raise NotImplementedError
 
     def train(self, *, seed: int, device: str, on_check: OnCheck, on_given_up: OnGivenUp) -> Target:
-        """Train the target and return it with its history. A target that has not converged is returned as well.
+        """Train the target and return it with its history, even if it has not converged.
 
-        on_check: is given every measurement. on_given_up: is given the number and the last measurement of an attempt that failed, if
-        another one follows. Raises `DivergedError` if the loss is not finite.
+        on_check: called with every measurement. on_given_up: called with the number and the last measurement of each failed attempt that
+        is followed by another. Raises `DivergedError` if the loss is not finite.
         """
         raise NotImplementedError
 
@@ -166,7 +166,7 @@ class BaseTask(Section):
         save_tensors(path / FILE, target.model.state_dict())
 
     def load(self, path: Path) -> Target:
-        """Read what `save` wrote. Raises `RunDirError` if it is missing or of another shape."""
+        """Read what `save` wrote. Raises `RunDirError` if it is missing or has other shapes."""
         from paramlens.files.tensorfile import copy_into
 
         if not (path / FILE).is_file():
@@ -175,45 +175,45 @@ class BaseTask(Section):
         copy_into(path / FILE, model.state_dict())
         return Target(model)
 
-    # Of a task on a pretrained model
+    # For tasks on a pretrained model
 
     def pretrained(self, dtype: str) -> Target:
-        """The model that the configuration names, its weights of a type such as "float32". Raises `ConfigError` if it cannot be loaded."""
+        """Load the model that the configuration names. dtype: of its weights, such as "float32". Raises `ConfigError` if that fails."""
         raise NotImplementedError
 
     def with_model(self, name: str) -> "BaseTask":
-        """This task on another pretrained model. Defaults to the task as it is, for one that takes none."""
+        """This task with another pretrained model. Defaults to the task unchanged, for tasks that take no such model."""
         return self
 
-    # What the rest of the library asks, with answers that hold for most tasks
+    # What the rest of the library needs, with defaults that hold for most tasks
 
     @property
     def longest(self) -> int | None:
-        """Tokens of the longest batch. Defaults to None: the fields do not tell it."""
+        """Length of the longest batch, in tokens. Defaults to None: it does not follow from the fields."""
         return None
 
     @property
     def own_sentences(self) -> tuple[str, ...]:
-        """Sentences that are decomposed, for analyses that look at sentences one by one. Defaults to none."""
+        """The sentences that are decomposed, for analyses of single sentences. Defaults to no sentences."""
         return ()
 
     @property
     def has_elsewhere(self) -> bool:
-        """Whether every step also has other text, which is not decomposed, for `losses.elsewhere`."""
+        """Whether every step also has a batch of other text, which is not decomposed, for `losses.elsewhere`."""
         return False
 
     @property
     def adds_positions_after_projection(self) -> bool:
-        """Whether position encodings are added to queries and keys, so that these are not 0 where their sites write 0."""
+        """Whether position encodings are added to queries and keys, which are then not 0 where their sites output 0."""
         return False
 
     def require_sound(self, target: Target) -> None:
-        """Raise `ConfigError` if a new run could say nothing of this target."""
+        """Raise `ConfigError` if a new run could not give a meaningful result for this target."""
 
     def placed(self, like: "BaseTask | None" = None) -> Self:
-        """This task with absolute paths where something lies at them, so that a run can be opened from any folder.
+        """This task with absolute paths for files that exist, so that a run can be opened from any folder.
 
-        like: a task whose paths are taken as they are where they lead to the same place, or end as a path that leads nowhere here.
+        like: a task whose path is used instead if it is the same file, or if it ends with our path and our path does not exist here.
         """
         update: dict[str, str] = {}
         for name in self.paths:
@@ -224,7 +224,7 @@ class BaseTask(Section):
 
 
 def on_meta(make: "Callable[[], nn.Module]") -> "nn.Module":
-    """The model that `make` makes, on the meta device. Raises `ConfigError` for one whose numbers cannot even be counted."""
+    """The model that `make` builds, on the meta device. Raises `ConfigError` if the model is too large even for that."""
     import torch
 
     try:
@@ -235,7 +235,7 @@ def on_meta(make: "Callable[[], nn.Module]") -> "nn.Module":
 
 
 def _absolute(path: str) -> str:
-    """An absolute path of what lies at `path`; `path` itself, which may be an id on the Hub, where nothing does."""
+    """The absolute path if `path` exists; otherwise `path` itself, which may be a Hub id."""
     return str(Path(path).resolve()) if Path(path).exists() else path
 
 

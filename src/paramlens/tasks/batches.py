@@ -1,4 +1,4 @@
-"""The caller's own batches: the forms they come in, and which of their positions are present."""
+"""The caller's own batches: the forms they can have, and which of their positions are present."""
 
 import dataclasses
 import inspect
@@ -15,26 +15,26 @@ from paramlens.method.batch import Batch, Batches, Inputs, map_leaves, tensors_o
 from paramlens.method.task import EvaluatedOn, Task
 
 MASK = "attention_mask"
-"""Name under which tokenizers hand over which positions are present, (batch, pos), 1 present and 0 padding."""
+"""The tokenizers' name for the mask of present positions: (batch, pos), 1 for present and 0 for padding."""
 
 LABELS = ("labels", "label", "label_ids")
-"""What data collators add for a loss of the model's own, which is not used here."""
+"""Inputs that data collators add for the model's own loss, which is not used here."""
 
 CACHES = ("past_key_values", "cache_params")
-"""What generation hands from call to call; the model writes into it, so a second run of the same batch would be another."""
+"""Caches of text generation. The model writes into them, so a second pass of the same batch would give another result."""
 
 _FORMS = "give a tensor, a tuple or mapping of tensors (as the model is called), a dataclass of them, or a paramlens.Batch"
 
 
 HELD_OUT = 64
-"""Batches that are taken of held-out ones given as an iterable, which is read once, before the run."""
+"""Number of held-out batches taken from an iterable, which is read once, before the run."""
 
 
 def own_task(model: nn.Module, batches: Batches, *, held_out: Batches | None = None, evaluated_on: EvaluatedOn = "training") -> Task:
-    """The task of a model of the caller's own.
+    """The task of the caller's own model.
 
-    held_out: what evaluations and analyses look at, in the forms of `batches`; of an iterable the first `HELD_OUT`. Without it they look
-    at `batches`, which `evaluated_on` says. Raises `ConfigError` and `BatchError` for what is not a series of batches.
+    held_out: batches for evaluations and analyses, in the same forms as `batches`; of an iterable, the first `HELD_OUT` are used. None:
+    they use `batches`, and `evaluated_on` says what these are. Raises `ConfigError` and `BatchError` for what is not a series of batches.
     """
     train, looked_at = batch_function(batches, model), batches
     other = train
@@ -55,9 +55,9 @@ def _first(batches: Iterable[Any]) -> list[Any]:
 
 
 def batch_function(batches: Batches, model: nn.Module, *, name: str = "batches") -> Callable[[int, str], Batch]:
-    """The caller's own batches as a task's: a function of the step, a sequence (cycled), or an iterable (iterated anew when exhausted).
+    """A task's function of (step, stream), made from a function of the step, a sequence (cycled), or an iterable (restarted at its end).
 
-    Held-out streams see the same batches. name: the caller's argument. Raises `ConfigError` and `BatchError` for anything else.
+    Held-out streams get the same batches. name: name of the argument in messages. Raises `ConfigError` and `BatchError` for anything else.
     """
     if isinstance(batches, Tensor | Mapping | str | Batch) or not (callable(batches) or isinstance(batches, Iterable)):
         raise ConfigError(
@@ -76,7 +76,7 @@ def batch_function(batches: Batches, model: nn.Module, *, name: str = "batches")
 
 
 def longest_of(batches: Batches, batch: Callable[[int, str], Batch]) -> int | None:
-    """Columns of the longest batch, where all can be looked at before a run starts: those of a sequence. None for any other."""
+    """Columns of the longest batch of a sequence of batches. None for other forms, whose batches are not all known before the run."""
     if not isinstance(batches, Sequence):
         return None
     return max((batch(step, "train").columns or 0 for step in range(len(batches))), default=0) or None
@@ -95,13 +95,13 @@ def _repeated(batches: Iterable[Any]) -> Iterator[Any]:
 
 
 class BatchForm:
-    """Turns what a caller gives as one batch into a `Batch`, by what the model's `forward` can take.
+    """Turns the caller's batch into a `Batch` that fits the signature of the model's `forward`.
 
-    * A tensor or a NumPy array is `model(x)`.
-    * A tuple, list or namedtuple is `model(*batch)`; items that `forward` has no place for, such as the y of (x, y) pairs, are left out.
-    * A mapping or dataclass is `model(**batch)`; labels, and names that `forward` does not know, are left out.
-    * A `Batch` is taken as it is.
-    * Where `attention_mask` (batch, pos) is among the inputs, by name or by place, it says which positions are present.
+    * A tensor or a NumPy array: the model is called as `model(x)`.
+    * A tuple, list or namedtuple: `model(*batch)`, without the items for which `forward` has no argument, such as the y of (x, y) pairs.
+    * A mapping or dataclass: `model(**batch)`, without labels and without names that `forward` does not know.
+    * A `Batch` is used as it is.
+    * If `attention_mask` (batch, pos) is among the inputs, by name or by position, it says which positions are present.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -115,7 +115,7 @@ class BatchForm:
         self.places = None if takes_any else len(places)
 
     def __call__(self, given: Any, place: str) -> Batch:
-        """Raises `BatchError` naming `place`, what was given and what to give."""
+        """Make the `Batch`. Raises `BatchError`, whose message names `place`, what was given and what to give."""
         if isinstance(given, Batch):
             return dataclasses.replace(given, present=_present(given.present, place))
         inputs = map_leaves(np.ndarray, torch.as_tensor, self._inputs(given, place))
@@ -157,7 +157,7 @@ def _described(given: Any) -> str:
 
 
 def _present(mask: Tensor | None, place: str) -> Tensor | None:
-    """A mask as booleans, or None where all positions are present."""
+    """The mask as booleans. None: all positions are present."""
     if mask is None:
         return None
     if mask.dim() != 2:

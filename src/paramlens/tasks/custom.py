@@ -1,4 +1,4 @@
-"""A model and batches of the caller's own."""
+"""The task of a model and batches that the caller gives in Python."""
 
 from typing import ClassVar, Literal
 
@@ -16,7 +16,7 @@ class CustomTask(BaseTask):
     kind: Literal["custom"] = "custom"
 
     def skeleton(self, *, batch: int) -> Skeleton:
-        """Raises `ConfigError`: only a call from Python has the model."""
+        """Always raises `ConfigError`: only a call from Python has the model."""
         from paramlens.tasks.registry import TASKS
 
         kinds = ", ".join(task.model_fields["kind"].default for task in TASKS if not task.given_in_python)

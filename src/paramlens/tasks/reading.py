@@ -1,4 +1,4 @@
-"""Text files and JSON lines as people have them: in UTF-8, with or without a byte order mark, with any ends of lines."""
+"""Read text files and JSON lines: UTF-8, with or without a byte order mark, with any line endings."""
 
 import json
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from paramlens.errors import ConfigError
 
 
 def read_text(path: Path, what: str) -> str:
-    """A text file in UTF-8, without its byte order mark. what: how messages call the file. Raises `ConfigError`."""
+    """The text of a UTF-8 file, without its byte order mark. what: name of the file in messages. Raises `ConfigError`."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -17,12 +17,12 @@ def read_text(path: Path, what: str) -> str:
 
 
 def read_lines(path: Path, what: str) -> list[str]:
-    """The lines of a text file that are not blank, without the space around them. Raises `ConfigError` as `read_text` does."""
+    """The lines of a text file that are not blank, stripped. Raises `ConfigError` as `read_text` does."""
     return [line.strip() for line in read_text(path, what).split("\n") if line.strip()]
 
 
 def json_lines(path: Path, what: str) -> Iterator[tuple[int, Any]]:
-    """The number and the value of every line that is not blank. Only a line feed ends a line: strings may hold U+2028 and the like.
+    """The number and value of every line that is not blank. Only a line feed ends a line, as strings may contain U+2028.
 
     Raises `ConfigError` naming the line that is not JSON.
     """

@@ -1,4 +1,4 @@
-"""Every task that a configuration can name, one a line. Importing this needs no torch."""
+"""The list of all tasks that a configuration can name. Importing this does not import torch."""
 
 from functools import reduce
 from operator import or_

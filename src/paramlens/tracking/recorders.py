@@ -1,4 +1,4 @@
-"""The other side of `trackers.SubprocessTracker`: a process that reads a run's numbers as lines of JSON and passes them to one library."""
+"""The process that `trackers.SubprocessTracker` starts: it reads a run's numbers as lines of JSON and passes them to one library."""
 
 import itertools
 import json
@@ -23,23 +23,23 @@ PROJECT = "paramlens"
 """Project name in W&B and Trackio."""
 
 LOCK_PATIENCE = 30.0
-"""Seconds that a resumed run's process waits for that of the run before, should it still be writing."""
+"""Seconds that the process of a resumed run waits for the process of the earlier run to finish writing."""
 
 
 class Recorder(Protocol):
-    """Records a run's numbers. It is given a folder, the run's name, its configuration and the steps done before."""
+    """Records a run's numbers. It gets a folder, the run's name, its configuration and the number of steps done before."""
 
     def __init__(self, folder: Path, name: str, config: Mapping[str, Any], done: int) -> None: ...
 
     def record(self, step: int, values: Mapping[str, float], text: str) -> None:
-        """Record all values of one step, and the messages to the user as `text`."""
+        """Record the values of one step. text: the messages to the user."""
         ...
 
     def close(self) -> None: ...
 
 
 class TensorBoard:
-    """Event files. A resumed run adds a session start, with which TensorBoard drops what was logged after the checkpoint."""
+    """Writes event files. A resumed run adds a session start, which makes TensorBoard drop what was logged after the checkpoint."""
 
     def __init__(self, folder: Path, name: str, config: Mapping[str, Any], done: int) -> None:  # noqa: ARG002
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
@@ -70,19 +70,19 @@ class TensorBoard:
 
 
 class AppendingRecorder:
-    """A library that cannot remove steps; `run.json` beside its files has its run's id and the last recorded step.
+    """Base class for libraries that cannot remove steps. `run.json` in its folder has the run's id and the last recorded step.
 
-    A resumed run repeats steps with the same values, so recorded steps are skipped.
+    A resumed run repeats steps with the same values, so steps that are already recorded are skipped.
     """
 
-    def __init__(self, folder: Path, name: str, config: Mapping[str, Any], done: int) -> None:  # noqa: ARG002  # the protocol's
+    def __init__(self, folder: Path, name: str, config: Mapping[str, Any], done: int) -> None:  # noqa: ARG002  # required by the protocol
         self._file = folder / "run.json"
         known = read_json(self._file) if self._file.exists() else {"id": secrets.token_hex(4), "step": -1}
         self.id, self._step = known["id"], known["step"]
         self._run = self.begin(folder, name, dict(config))
 
     def begin(self, folder: Path, name: str, config: dict[str, Any]) -> Any:
-        """The library's run, with `log` and `finish`."""
+        """Start the library's run, an object with `log` and `finish`."""
         raise NotImplementedError
 
     def record(self, step: int, values: Mapping[str, float], text: str) -> None:
@@ -96,7 +96,7 @@ class AppendingRecorder:
 
 
 class WandB(AppendingRecorder):
-    """Weights & Biases: offline unless WANDB_MODE says otherwise or somebody is logged in. No console, code, packages or machine."""
+    """Weights & Biases, offline unless WANDB_MODE is set or a user is logged in. Does not record console, code, packages or machine."""
 
     def begin(self, folder: Path, name: str, config: dict[str, Any]) -> Any:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
@@ -119,7 +119,7 @@ class WandB(AppendingRecorder):
 
 
 class Trackio(AppendingRecorder):
-    """Trackio's database in the folder, whatever Space or server the environment names."""
+    """Trackio, with its database in the folder. Spaces or servers named in the environment are ignored."""
 
     def begin(self, folder: Path, name: str, config: dict[str, Any]) -> Any:
         for word in [word for word in os.environ if word.startswith("TRACKIO_")]:
@@ -127,7 +127,7 @@ class Trackio(AppendingRecorder):
         os.environ |= {"TRACKIO_DIR": str(folder), "HF_HUB_OFFLINE": "1"}
         import trackio
 
-        warnings.showwarning = _raise  # it warns if something cannot be written
+        warnings.showwarning = _raise  # Trackio only warns if something cannot be written
         return trackio.init(PROJECT, name=name, config=config, resume="allow", embed=False, auto_log_gpu=False, auto_log_cpu=False)
 
 
@@ -135,7 +135,7 @@ RECORDERS: dict[str, type[Recorder]] = {"tensorboard": TensorBoard, "wandb": Wan
 
 
 def main() -> None:
-    """Record the lines of stdin until it ends, as it does when the run is killed too. On an error, print it and exit with 1."""
+    """Record the lines of stdin until it ends, which it also does if the run is killed. On an error, print it and exit with 1."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     name, folder, run, done = sys.argv[1:]
     try:
@@ -155,7 +155,7 @@ def main() -> None:
 
 
 def hyperparameters(config: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
-    """A configuration's values under dotted names, as TensorBoard takes them: lists as text, no entry for None."""
+    """A configuration's values under dotted names, in the form that TensorBoard takes: lists as text, no entry for None."""
     return {
         name: value if isinstance(value, bool | int | float | str) else json.dumps(value)
         for name, value in leaves(config).items()

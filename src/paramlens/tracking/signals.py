@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the first lets the step under way finish, a second ends at once."""
+"""Handle SIGINT and SIGTERM: the first signal lets the current step finish, and a second ends the run at once."""
 
 import os
 import signal
@@ -16,9 +16,10 @@ _NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def interrupts() -> Iterator[Callable[[], int | None]]:
-    """Turns the first Ctrl-C or SIGTERM into its number, to be asked for between steps; a second raises `RunInterrupted` at once.
+    """While active, the first Ctrl-C or SIGTERM is only recorded. A second raises `RunInterrupted` at once.
 
-    A signal that is ignored, as under nohup, stays so; outside the main thread nothing is changed.
+    Yields a function that returns the number of the first signal, or None. Ignored signals, as under nohup, stay ignored. Outside the
+    main thread nothing is changed.
     """
     seen: list[int] = []
 
@@ -32,14 +33,14 @@ def interrupts() -> Iterator[Callable[[], int | None]]:
 
 
 def own_session() -> dict[str, Any]:
-    """Options with which `subprocess.Popen` gives a process its own session (Windows: group), which a terminal's Ctrl-C does not reach."""
+    """Options of `subprocess.Popen` for a process in its own session (Windows: group), which a Ctrl-C in the terminal does not reach."""
     if WINDOWS:
         return {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
     return {"start_new_session": True}
 
 
 def request_end(process: subprocess.Popen[str], number: int) -> None:
-    """Ask a process to save and end: by a signal; on Windows, where a signal ends it at once, by closing its input."""
+    """Ask a process to save and end. Sends a signal or, on Windows, where a signal ends it at once, closes its input."""
     if not WINDOWS:
         process.send_signal(number)
         return
@@ -49,7 +50,7 @@ def request_end(process: subprocess.Popen[str], number: int) -> None:
 
 
 def terminate_self() -> None:
-    """Send SIGTERM to this process, from any thread, so that its handler runs; on Windows `os.kill` would end it at once."""
+    """Send SIGTERM to this process, from any thread, so that its handler runs. On Windows, `os.kill` would end it at once."""
     if WINDOWS:
         signal.raise_signal(signal.SIGTERM)
     else:
@@ -58,7 +59,7 @@ def terminate_self() -> None:
 
 @contextmanager
 def termination() -> Iterator[None]:
-    """While active, SIGTERM raises `Terminated`, so that what is under way is left in order."""
+    """While active, SIGTERM raises `Terminated`, so that `finally` blocks still run."""
 
     def handler(number: int, _frame: Any) -> None:
         raise Terminated(number)

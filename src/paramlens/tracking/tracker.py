@@ -1,6 +1,6 @@
-"""What a user sees of a run while it trains: one small protocol, the terminal's side of it, and several trackers as one.
+"""Show a run's progress during training: the protocol of trackers, the terminal, and a tracker that combines several.
 
-A live line with a bar on a terminal, plain lines elsewhere; always on stderr, so that stdout stays free for results.
+The terminal shows a live line with a bar; other outputs get plain lines. Both are on stderr, so that stdout is free for results.
 """
 
 import time
@@ -20,7 +20,7 @@ from paramlens.display.tables import packed
 
 @dataclass(frozen=True)
 class LoggedStep:
-    """One logged step: losses as in METHOD's table (nats where reconstruction), p, and active subcomponents per position by site."""
+    """One logged step: losses as in METHOD's table (reconstruction in nats), p, and active subcomponents per position by site."""
 
     step: int
     losses: Mapping[str, float]
@@ -30,7 +30,7 @@ class LoggedStep:
     active: Mapping[str, float]
 
     def scalars(self) -> dict[str, float]:
-        """All of it as one flat table, `losses/<name>` and `active/<site>` beside single values; active: the sum over sites."""
+        """All values in one flat mapping, with names such as `losses/<name>` and `active/<site>`. active: the sum over sites."""
         losses = {f"losses/{name}": value for name, value in self.losses.items()}
         active = {f"active/{name}": value for name, value in self.active.items()}
         return {**losses, "total": self.total, "p": self.p, "lr": self.lr, **active, "active": sum(self.active.values())}
@@ -38,10 +38,10 @@ class LoggedStep:
 
 @runtime_checkable
 class Tracker(Protocol):
-    """Follows a run: `start` once per phase, `update` at logged steps, `evaluated` with what an evaluation measured, `close` at the end.
+    """Follows a run. Its methods are called once per phase (`start`), at logged steps (`update`), after evaluations and at the end.
 
-    `start` gets the run directory, the configuration and the steps done before; after a resume, later steps are reported again.
-    `message` gets texts for a person, and may come before `start`.
+    `start` gets the run directory, the configuration and the number of steps done before. After a resume, later steps are reported again.
+    `message` gets texts for the user, and may be called before `start`.
     """
 
     def start(self, phase: str, *, steps: int, done: int, path: Path, config: Config) -> None: ...
@@ -57,9 +57,9 @@ class Tracker(Protocol):
 
 @runtime_checkable
 class TargetTracker(Tracker, Protocol):
-    """A tracker that follows the training of a toy target as well: `target` at its checks, between `start_target` and `close`.
+    """A tracker that also follows the training of a toy target: `target` is called at its checks, between `start_target` and `close`.
 
-    A step that is not above the last one begins another attempt. Other trackers get each check as a message.
+    A step that is not larger than the last one starts another attempt. Other trackers get each check as a message.
     """
 
     def start_target(self, *, steps: int) -> None: ...
@@ -68,7 +68,7 @@ class TargetTracker(Tracker, Protocol):
 
 
 def report_target(tracker: Tracker, step: int, text: str) -> None:
-    """Pass a check of the target's training to a tracker, as a message if it has no method for it."""
+    """Pass a check of the target's training to a tracker, as a message if the tracker is not a `TargetTracker`."""
     if isinstance(tracker, TargetTracker):
         tracker.target(step, text)
     else:
@@ -90,9 +90,9 @@ class Silent:
 
 
 class Terminal:
-    """A live bar on a terminal; elsewhere, or with a label to begin each line, a line at most every `seconds` seconds.
+    """Shows losses, active counts and time left: in a live bar on a terminal, otherwise in a line at most every `seconds` seconds.
 
-    Losses, active counts and time left either way. What does not fit the width goes on in a line below; nothing runs over.
+    label: start of each line; with a label there is no live bar. Text that does not fit the width continues in the line below.
     """
 
     def __init__(self, console: Console | None = None, *, seconds: float = 5.0, label: str = "") -> None:
@@ -134,7 +134,7 @@ class Terminal:
         self._show(step, text.split("  "), name="target step")
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Nothing: evaluations go to metrics.jsonl; the terminal shows the losses."""
+        """Do nothing: evaluations go to metrics.jsonl, and the terminal shows the losses."""
 
     def message(self, text: str) -> None:
         if self._progress is not None:
@@ -167,7 +167,7 @@ class Terminal:
 
 
 class _Live(Progress):
-    """The bar, and lines of state under it."""
+    """The bar, and lines with the run's state below it."""
 
     state: Sequence[str] = ()
 
@@ -177,7 +177,7 @@ class _Live(Progress):
 
 
 class Fanout:
-    """Several trackers as one. If one raises, the others get its error as a message, and the run goes on without it."""
+    """Combines several trackers. If one raises, the others get its error as a message, and the run goes on without it."""
 
     def __init__(self, *trackers: Tracker) -> None:
         self._trackers = {id(tracker): tracker for tracker in trackers}
@@ -204,10 +204,10 @@ class Fanout:
         self._each(lambda tracker: tracker.close())
 
     def _each(self, call: Callable[[Tracker], None]) -> bool:
-        """Call every tracker; True if at least one did not raise."""
+        """Call every tracker. Returns True if at least one did not raise."""
         taken = False
         for key, tracker in tuple(self._trackers.items()):
-            if key not in self._trackers:  # it raised when it got the message that another one had
+            if key not in self._trackers:  # it raised when it got the message about another tracker's error
                 continue
             try:
                 call(tracker)

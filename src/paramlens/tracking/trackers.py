@@ -1,7 +1,7 @@
-"""TensorBoard, Weights & Biases and Trackio, each in a process of its own beside the run.
+"""TensorBoard, Weights & Biases and Trackio, each in its own process.
 
-These libraries draw random numbers, print, start threads, fix their folders when they are imported and wait for networks. In a process
-of their own none of that reaches the run: they get its numbers through a pipe, and write to `RUN/tracking`.
+These libraries draw random numbers, print, start threads, fix their folders when they are imported and wait for networks. In their own
+processes, none of that affects the run: they get its numbers through a pipe and write to `RUN/tracking`.
 """
 
 import importlib.util
@@ -21,26 +21,26 @@ from paramlens.tracking.signals import own_session
 from paramlens.tracking.tracker import Fanout, LoggedStep, Silent, Terminal, Tracker
 
 LIBRARIES = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "trackio": "Trackio"}
-"""Name of a tracker, its package and its extra → the library's title."""
+"""Name of a tracker, which is also its package and its extra → the library's title."""
 
 PATIENCE = 60.0
-"""Seconds that a tracker may take at the end of a run to write or send what is left."""
+"""Seconds that a tracker may take at the end of a run to write or send the rest."""
 
 
 def select_trackers(names: str | Sequence[str], *, first: Tracker) -> Tracker:
-    """`first`, together with the trackers called `names`. Raises `ConfigError` for a name that is unknown or not installed."""
+    """Combine `first` with the trackers called `names`. Raises `ConfigError` for a name that is unknown or not installed."""
     names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
     for name in names:
         if name not in LIBRARIES:
             raise ConfigError(f"track {name!r}: no such tracker; there are {', '.join(LIBRARIES)}")
         found = importlib.util.find_spec(name)
-        if found is None or found.origin is None:  # no origin: a folder of that name, such as W&B's own
+        if found is None or found.origin is None:  # no origin: only a folder of that name, such as the one that W&B makes
             raise ConfigError(f"track {name}: {LIBRARIES[name]} is not installed; pip install 'paramlens[{name}]'")
     return Fanout(first, *(SubprocessTracker(name) for name in names)) if names else first
 
 
 def as_tracker(tracker: Tracker | str | Sequence[str] | None) -> Tracker:
-    """A caller's tracker, wrapped so that nothing it raises reaches the run. None is a silent one; names add to the terminal.
+    """The caller's tracker, wrapped so that its errors do not stop the run. None: a silent tracker. Names: the terminal and these.
 
     Raises `ConfigError` for a name that is unknown or not installed, and for an object that is not a tracker.
     """
@@ -57,7 +57,7 @@ def as_tracker(tracker: Tracker | str | Sequence[str] | None) -> Tracker:
 
 
 class SubprocessTracker:
-    """One of `LIBRARIES` in a process of its own; raises `TrackerError` once that has ended, and never waits for it before `close`."""
+    """One of `LIBRARIES` in its own process. Raises `TrackerError` if the process has ended, and waits for it only in `close`."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -68,7 +68,7 @@ class SubprocessTracker:
     def __str__(self) -> str:
         return LIBRARIES[self.name]
 
-    def start(self, phase: str, *, steps: int, done: int, path: Path, config: Config) -> None:  # noqa: ARG002  # the protocol's
+    def start(self, phase: str, *, steps: int, done: int, path: Path, config: Config) -> None:  # noqa: ARG002  # required by the protocol
         self.close()
         self._step = done
         folder = path.absolute() / TRACKING / self.name
@@ -126,7 +126,7 @@ class SubprocessTracker:
 
 
 def _feed(process: subprocess.Popen[str], settings: dict[str, Any], lines: "queue.SimpleQueue[dict[str, Any] | None]") -> None:
-    """Write lines to a process until None comes or it has ended; the run itself never waits for a full pipe."""
+    """Write lines to a process until None comes or the process has ended, in a thread, so that the run never waits for a full pipe."""
     assert process.stdin is not None
     try:
         with process.stdin as stdin:
@@ -136,4 +136,4 @@ def _feed(process: subprocess.Popen[str], settings: dict[str, Any], lines: "queu
                 stdin.flush()
                 line = lines.get()
     except OSError:
-        return  # it has ended; the next `_tell` raises
+        return  # the process has ended; the next `_tell` raises

@@ -1,4 +1,4 @@
-"""Sentences of a language model (§5.2): `task` names it, `facts` has facts and how well a model knows them, `sentences` its batches.
+"""Sentences through a language model (§5.2): `task` has the configuration, `facts` facts and their recall, `sentences` the batches.
 
-`miniature` trains the small GPT-2 that is decomposed where no other model is given.
+`miniature` trains the small GPT-2 that is decomposed if no other model is given.
 """

@@ -1,4 +1,4 @@
-"""Facts: sentences of a prompt and an answer, the ones that are shipped, and which of them a model knows (§5.2, Figure 10)."""
+"""Facts: sentences of a prompt and an answer, the shipped facts, and which of them a model knows (§5.2, Figure 10)."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -22,10 +22,10 @@ from paramlens.tasks.reading import read_text
 
 @dataclass(frozen=True)
 class Fact:
-    """A fact as a prompt and its answer; the sentence is both with a space between.
+    """A prompt and its answer. The sentence of the fact is both, with a space between them.
 
-    relation: what the prompt asks for; two facts of one relation and one answer are alike (two golfers). subject: the words of the prompt
-    that the fact is about. reverse: asks from the answer's side ("The most famous athlete in golf is").
+    relation: what the prompt asks for; facts with the same relation and answer are alike (two golfers). subject: the words of the prompt
+    that the fact is about. reverse: whether the prompt asks in the other direction ("The most famous athlete in golf is").
     """
 
     prompt: str
@@ -41,7 +41,7 @@ class Fact:
 
 @cache
 def shipped_facts() -> tuple[Fact, ...]:
-    """The facts in the package: every athlete in every template, general facts, and the reverse prompts."""
+    """The facts that come with the package: every athlete in every template, general facts, and reverse prompts."""
     tree = yaml.safe_load((resources.files("paramlens.tasks.facts") / "facts.yaml").read_text(encoding="utf-8"))
     athletes = [(name, sport) for sport, names in tree["athletes"].items() for name in names]
     facts = [Fact(each.format(name=name), sport, "sport", name) for each in tree["templates"] for name, sport in athletes]
@@ -51,10 +51,10 @@ def shipped_facts() -> tuple[Fact, ...]:
 
 
 def read_facts(path: Path) -> tuple[Fact, ...]:
-    """Facts from a YAML or JSON file: a list of mappings with `prompt` and `answer`, and `relation`, `subject`, `reverse` as they apply.
+    """Read facts from a YAML or JSON file: a list of mappings with `prompt`, `answer` and optionally `relation`, `subject`, `reverse`.
 
-    In YAML all but `reverse` are text as they stand: `answer: no` is the word, `answer: 1969` the digits.
-    Raises `ConfigError` naming the entry that is not one.
+    In YAML, all values except `reverse` are read as text: `answer: no` is the word, `answer: 1969` the digits.
+    Raises `ConfigError`, whose message names the entry that is not a fact.
     """
     path = Path(expand_home(str(path)))
     try:
@@ -76,7 +76,7 @@ def read_facts(path: Path) -> tuple[Fact, ...]:
 
 
 def _parsed(text: str, path: Path) -> Any:
-    """What a JSON or else a YAML text says; YAML alone would take characters such as U+2028 in JSON's strings for ends of lines."""
+    """Parse JSON, or YAML if that fails. YAML alone would read characters such as U+2028 in JSON strings as line ends."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -88,7 +88,7 @@ def _parsed(text: str, path: Path) -> Any:
 
 
 def fact_of(sentence: str, facts: Sequence[Fact]) -> Fact:
-    """The fact that a sentence states: one of `facts`, or else its last word as the answer to the rest."""
+    """The fact with this sentence: one of `facts`, or else a new one whose answer is the last word and whose prompt is the rest."""
     found = next((fact for fact in facts if fact.sentence == sentence), None)
     if found is not None:
         return found
@@ -97,9 +97,9 @@ def fact_of(sentence: str, facts: Sequence[Fact]) -> Fact:
 
 
 def kinds(facts: Sequence[Fact], target: Fact, decomposed: Sequence[str]) -> Iterator[tuple[Fact, str]]:
-    """Every fact with what it is to the edited one: target, paraphrase, other-target, same-sport, other-sport, general or reverse.
+    """Every fact with its relation to the edited one: target, paraphrase, other-target, same-sport, other-sport, general or reverse.
 
-    same-sport: of the target's relation, with its answer; paraphrase: of its subject too.
+    same-sport: the target's relation and answer, another subject. paraphrase: the target's relation and subject, another prompt.
     """
     for fact in facts:
         yield fact, _kind(fact, target, decomposed)
@@ -120,7 +120,7 @@ def _kind(fact: Fact, target: Fact, decomposed: Sequence[str]) -> str:
 
 
 def answers_alike(facts: Sequence[Fact]) -> dict[str, list[str]]:
-    """Relation → its different answers, sorted."""
+    """For each relation, its different answers, sorted."""
     groups: dict[str, set[str]] = {}
     for fact in facts:
         groups.setdefault(fact.relation, set()).add(fact.answer)
@@ -131,8 +131,8 @@ def answers_alike(facts: Sequence[Fact]) -> dict[str, list[str]]:
 def recall(model: nn.Module, tokenizer: Any, facts: Sequence[Fact], *, batch: int = 64) -> tuple[Tensor, Tensor]:
     """For every fact (fact,): whether its answer is the likeliest continuation, token by token, and the answer's probability in [0, 1].
 
-    The probability of an answer of several tokens is their product, each given those before. Raises `BatchError` as `encode_fact` does,
-    and for a fact of more tokens than the model takes.
+    The probability of an answer is the product over its tokens, each given the tokens before it. Raises `BatchError` as `encode_fact`
+    does, and for a fact with more tokens than the model can take.
     """
     pairs = [encode_fact(tokenizer, fact.prompt, fact.answer) for fact in facts]
     require_tokens(model, [before + after for before, after in pairs], [f"fact {fact.sentence!r}" for fact in facts])

@@ -1,4 +1,4 @@
-"""A small GPT-2 with a tokenizer of its own, trained in under a minute on the shipped facts: the facts experiment without any download."""
+"""A small GPT-2 with its own tokenizer, trained on the shipped facts in under a minute, so that the facts task needs no download."""
 
 import math
 from collections.abc import Sequence
@@ -21,14 +21,14 @@ END = "<|endoftext|>"
 
 
 def train_miniature(task: Miniature, sentences: Sequence[str], *, seed: int, device: str, on_check: OnCheck = lambda _: None) -> Target:
-    """Train a `GPT2LMHeadModel` from nothing on the shipped facts, all tokens of a sentence counting.
+    """Train a `GPT2LMHeadModel` from random weights on the shipped facts, with a loss on all tokens of a sentence.
 
-    sentences: their words become tokens before all others. Raises `DivergedError` if the loss is not finite, and `BatchError` for a
-    sentence that the model would not take.
+    sentences: their words are preferred as tokens of the vocabulary. Raises `DivergedError` if the loss is not finite, and `BatchError`
+    for a sentence that is too long for the model.
     """
     facts = shipped_facts()
     tokenizer = facts_tokenizer(task, [fact.sentence for fact in facts], sentences)
-    with torch.random.fork_rng(devices=[]):  # of dropout and the start
+    with torch.random.fork_rng(devices=[]):  # for dropout and the initial weights
         torch.default_generator.manual_seed(seed_of(seed, "miniature"))
         model = miniature_model(task, len(tokenizer)).to(device).train()
         named = [f"sentence {sentence!r}" for sentence in sentences]
@@ -66,7 +66,7 @@ def _trained(model: Any, tokenizer: Any, task: Miniature, facts: Sequence[Fact],
 
 
 def facts_tokenizer(task: Miniature, corpus: Sequence[str], first: Sequence[str]) -> Any:
-    """A byte-level BPE trained on `corpus`, in which the sentences `first` weigh as if they stood there twenty times more."""
+    """A byte-level BPE tokenizer trained on `corpus` and on twenty copies of each sentence in `first`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -81,7 +81,7 @@ def facts_tokenizer(task: Miniature, corpus: Sequence[str], first: Sequence[str]
 
 
 def miniature_model(task: Miniature, vocabulary: int) -> Any:
-    """The model untrained; its token embedding, which also unembeds, stays random for good."""
+    """The untrained model. Its token embedding, which is also the unembedding, is random and not trained."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
@@ -105,7 +105,7 @@ def miniature_model(task: Miniature, vocabulary: int) -> Any:
 def _training_batch(
     task: Miniature, facts: Sequence[Fact], alike: dict[str, list[str]], tokenizer: Any, rng: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Token ids (batch, pos) of random facts, some with another's answer, and which positions are a sentence's own."""
+    """Token ids (batch, pos) of random facts, some with a wrong answer, and a mask of the positions that are not padding."""
     sequences: list[list[int]] = []
     for index in torch.randint(len(facts), (task.batch,), generator=rng).tolist():
         fact, answer = facts[index], facts[index].answer

@@ -1,4 +1,4 @@
-"""The facts task around a target: batches of its sentences, with other shipped facts beside them (§5.2, Figure 10)."""
+"""The facts task of a target: batches of its sentences, if asked for with other shipped facts (§5.2, Figure 10)."""
 
 from dataclasses import replace
 from typing import Any
@@ -17,10 +17,10 @@ from paramlens.tasks.language_models.limits import require_tokens, that_fit
 
 
 def facts_task(task: FactsTask, target: Target, *, seed: int) -> Task:
-    """Batches of the task's sentences, with as many others of the shipped facts as it asks for, drawn anew for each step.
+    """Batches of the task's sentences and of `others` other shipped facts, newly drawn for each step.
 
-    A position's role is its token, in any of the sentences. Nothing is held out: these sentences are what is decomposed.
-    Raises `BatchError` for a sentence of one token, or of more than the model takes; other facts that are too long are not drawn.
+    The role of a position is its token. Nothing is held out: these sentences are what is decomposed.
+    Raises `BatchError` for a sentence of one token or of more than the model can take. Other facts that are too long are not drawn.
     """
     tokenizer = target.tokenizer
     own = [encode_sentence(tokenizer, sentence) for sentence in task.sentences]
@@ -67,7 +67,7 @@ def facts_task(task: FactsTask, target: Target, *, seed: int) -> Task:
 
 
 def require_different(task: FactsTask, tokenizer: Any) -> None:
-    """Raise `ConfigError` if two sentences are the same tokens: nothing would be a sentence's own."""
+    """Raise `ConfigError` if two sentences have the same tokens, as nothing would then be specific to either."""
     seen: dict[tuple[int, ...], str] = {}
     for sentence in task.sentences:
         ids = tuple(encode_sentence(tokenizer, sentence))

@@ -1,4 +1,4 @@
-"""The facts task (§5.2) as a configuration names it; without a model of the user's, a small GPT-2 is trained here."""
+"""The configuration of the facts task (§5.2). If no model is given, a small GPT-2 is trained here."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,39 +16,39 @@ if TYPE_CHECKING:
     from paramlens.method.task import Task
 
 POSITIONS = 64
-"""Tokens that the small GPT-2 takes at most."""
+"""Maximum number of tokens that the small GPT-2 takes."""
 
 
 class Miniature(Section):
-    """A small GPT-2 with a tokenizer of its own, trained on the shipped facts; how it is built and trained (no paper has it)."""
+    """How a small GPT-2 with its own tokenizer is built and trained on the shipped facts. It is not in the paper."""
 
     blocks: Annotated[Count, Field(le=1000)] = 4
-    """Transformer blocks."""
+    """Number of Transformer blocks."""
     width: Count = 128
-    """Residual stream."""
+    """Width of the residual stream."""
     heads: Count = 4
     """Attention heads per block."""
     vocabulary: Annotated[Count, Field(ge=300)] = 1600
-    """Tokens of the byte-level BPE, at most."""
+    """Maximum number of tokens of the byte-level BPE."""
     embedding_scale: Positive = 0.1
-    """Standard deviation of the token embedding, which stays random: nothing can be learned there, so facts must sit in the sites."""
+    """Standard deviation of the token embedding. It stays random, so that the facts are learned in the sites."""
     dropout: Share = 0.1
-    """Dropout while it is trained, as GPT-2's; without it hardly any change of the weights leaves the other facts alone."""
+    """Dropout in training, as in GPT-2. Without it, almost any change of the weights also changes other facts."""
     swapped: Share = 0.15
-    """Share of the training sentences whose answer is another of its kind, so that the right one gets a probability near 1 less this share
-    and not 0.9999, which hardly any edit would move."""
+    """Share of the training sentences with a wrong answer of the same relation. The right answer then has a probability near 1 minus this
+    share and not 0.9999, which hardly any edit would change."""
     steps: Count = 600
     """Training steps."""
     batch: Count = 64
     """Sentences per step."""
     lr: Positive = 2e-3
-    """Learning rate of AdamW, cosine to 0."""
+    """Learning rate of AdamW, with cosine decay to 0."""
     weight_decay: NonNegative = 0.1
     """Decoupled weight decay."""
     converged_accuracy: Share = 0.98
-    """Share of the facts whose answer is the likeliest continuation, from which the target counts as converged."""
+    """The target counts as converged if the answer is the likeliest continuation for at least this share of the facts."""
     check_every: Count = 50
-    """Steps between measurements over all facts."""
+    """Steps between measurements on all facts."""
 
     @model_validator(mode="after")
     def _heads_fit(self) -> "Miniature":
@@ -59,10 +59,10 @@ class Miniature(Section):
 
 @dataclass(frozen=True)
 class FactsCheck(TargetCheck):
-    """A small GPT-2 over all shipped facts.
+    """Measurements of the small GPT-2 on all shipped facts.
 
-    loss: of the training step, in nats per token, swapped answers included. accuracy: share of the facts whose answer is the likeliest
-    continuation, every token of it.
+    loss: of the training step, in nats per token, with swapped answers. accuracy: share of the facts whose answer is the likeliest
+    continuation, in every token.
     """
 
     probability: float
@@ -73,7 +73,7 @@ class FactsCheck(TargetCheck):
 
 
 class FactsTask(PretrainedTask):
-    """A handful of sentences through a language model (§5.2); without `model`, a small GPT-2 is trained on the shipped facts first."""
+    """A few sentences through a language model (§5.2). Without `model`, a small GPT-2 is first trained on the shipped facts."""
 
     evaluated_on: ClassVar = "training"
     batch_field: ClassVar = "sentences in task.sentences"
@@ -85,11 +85,11 @@ class FactsTask(PretrainedTask):
         "Kobe Bryant plays the sport of basketball",
         "Tiger Woods plays the sport of golf",
     )
-    """What is decomposed; all of them are in every batch. §5.2: these two."""
+    """Sentences that are decomposed. All of them are in every batch. §5.2: these two."""
     others: Natural = 0
-    """Further sentences in every batch, drawn anew for each step from the shipped facts, and decomposed along. §5.2: none."""
+    """Number of further sentences in every batch, drawn from the shipped facts for each step and also decomposed. §5.2: 0."""
     elsewhere: Natural = 0
-    """Sentences of other text in every step, drawn from the shipped facts, for `losses.elsewhere`; they are not decomposed. §5.2: none."""
+    """Number of other shipped facts in every step for `losses.elsewhere`, drawn for each step and not decomposed. §5.2: 0."""
     miniature: Miniature = Miniature()
 
     @property
@@ -105,7 +105,7 @@ class FactsTask(PretrainedTask):
         return self.elsewhere > 0
 
     def skeleton(self, *, batch: int) -> Skeleton:
-        """A sentence is counted as one token a word and one more, as its tokenizer may not be at hand; `batch` sets nothing."""
+        """A sentence counts as one token per word plus one, as the tokenizer may not be available. `batch` is ignored."""
         words, rows = max(len(sentence.split()) + 1 for sentence in self.sentences), len(self.sentences) + self.others
         model = on_meta(self.network) if self.trained_here else self.empty_model()
         return self.skeleton_of(model, rows=rows, length=words, length_field="task.sentences")
@@ -128,13 +128,13 @@ class FactsTask(PretrainedTask):
         )
 
     def train(self, *, seed: int, device: str, on_check: OnCheck, on_given_up: OnGivenUp) -> Target:
-        """There is one attempt."""
+        """Train the small GPT-2, in one attempt."""
         from paramlens.tasks.facts.miniature import train_miniature
 
         return train_miniature(self.miniature, self.sentences, seed=seed, device=device, on_check=on_check)
 
     def save(self, target: Target, path: Path) -> None:
-        """Write the model as a Hugging Face folder."""
+        """Write the model and its tokenizer as a Hugging Face folder."""
         from paramlens.tasks.language_models.loading import save_language
 
         save_language(target.model, target.tokenizer, path / FOLDER)
@@ -154,7 +154,7 @@ class FactsTask(PretrainedTask):
         require_different(self, target.tokenizer)
 
     def make(self, target: Target, *, seed: int, batch: int) -> "Task":
-        """`batch` sets nothing: all sentences are in every batch."""
+        """`batch` is ignored: all sentences are in every batch."""
         from paramlens.tasks.facts.sentences import facts_task
 
         return facts_task(self, target, seed=seed)

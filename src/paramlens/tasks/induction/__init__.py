@@ -1,1 +1,1 @@
-"""The paper's toy model (§5.1): `task` names it, `model` is its target, `sequences` its data, and `training` trains it."""
+"""The paper's toy model (§5.1): `task` is its configuration, `model` its target, `sequences` its data; `training` trains the target."""

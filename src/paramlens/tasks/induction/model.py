@@ -9,9 +9,9 @@ from paramlens.tasks.induction.task import InductionTask
 
 
 class Attention(nn.Module):
-    """Causal attention whose queries and keys see the position encodings and whose values do not ("Shortformer").
+    """Causal attention with position encodings in queries and keys but not in values ("Shortformer").
 
-    The pattern itself is computed only for a hook on `pattern`; otherwise PyTorch's fused attention gives the same output.
+    The attention pattern is computed only if `pattern` has a hook. Otherwise PyTorch's fused attention computes the same output.
     """
 
     def __init__(self, width: int, *, heads: int, added: str) -> None:
@@ -21,7 +21,7 @@ class Attention(nn.Module):
         self.pattern = nn.Identity()
 
     def forward(self, x: Tensor, positions: Tensor, *, last_query_only: bool = False) -> Tensor:
-        """X (B, T, d), positions (T, d) → what attention adds to the residual stream, (B, T or 1, d)."""
+        """What attention adds to the residual stream, (B, T or 1, d). x: (B, T, d). positions: (T, d)."""
         start = x.shape[1] - 1 if last_query_only else 0
         if self.added == "before":
             q, k = self.q((x + positions)[:, start:]), self.k(x + positions)
@@ -31,7 +31,7 @@ class Attention(nn.Module):
         if self.pattern._forward_hooks:
             scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
             future = torch.full((x.shape[1], x.shape[1]), -torch.inf, dtype=x.dtype, device=x.device).triu(1)[start:]
-            seen = self.pattern((scores + future).softmax(-1)) @ v  # the pattern is (B, H, T, T), rows sum to 1
+            seen = self.pattern((scores + future).softmax(-1)) @ v  # the pattern is (B, H, T, T); its rows sum to 1
         else:
             seen = F.scaled_dot_product_attention(q, k, v, is_causal=not start)
         return self.o(seen.transpose(1, 2).flatten(2))
@@ -47,7 +47,7 @@ class Block(nn.Module):
 
 
 class InductionTransformer(nn.Module):
-    """Embedding, attention blocks, unembedding: no feed-forward, no LayerNorm, no biases (Table 3)."""
+    """Embedding, attention blocks and unembedding, without feed-forward layers, LayerNorm or biases (Table 3)."""
 
     def __init__(self, task: InductionTask) -> None:
         super().__init__()
@@ -69,14 +69,14 @@ class InductionTransformer(nn.Module):
         return self.unembed
 
     def position_encodings(self, site: str) -> Float[Tensor, "pos width"] | None:
-        """Position encodings as they reach a site: those of queries and keys, if they are added before the projection."""
+        """The position encodings in the input of a site. None: the input has none (values, or encodings added after the projection)."""
         seen = self.blocks[0].get_submodule("attn").added == "before" and not site.endswith(".v")
         return self.positions if seen else None
 
     def forward(
         self, tokens: Int[Tensor, "batch pos"], *, offset: int = 0, last_token_only: bool = False
     ) -> Float[Tensor, "batch query token"]:
-        """Logits at every position, or at the last one; `offset` is where in the position table the sequence starts."""
+        """Logits at every position, or at the last one. offset: place in the position table where the sequence starts."""
         positions = self.positions[offset : offset + tokens.shape[1]]
         x = self.embed(tokens)
         for block in self.blocks[:-1]:
@@ -85,6 +85,6 @@ class InductionTransformer(nn.Module):
 
 
 def sinusoidal(length: int, width: int) -> Float[Tensor, "pos width"]:
-    """The fixed encodings of Vaswani et al. (2017)."""
+    """The fixed sinusoidal position encodings of Vaswani et al. (2017)."""
     angle = torch.arange(length)[:, None] / 10_000 ** (torch.arange(0, width, 2) / width)
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, :width]

@@ -1,7 +1,7 @@
 """The induction-head task (§5.1, Figure 1, Table 3): an attention-only Transformer that must copy the token after the first s.
 
-A sequence holds n - 2 ordinary tokens, the special token s at a random place and s again at the end. The answer is m, the
-token after the first s. The first s never stands directly before the last, where m would be s itself.
+A sequence has n - 2 ordinary tokens, the special token s at a random place, and s again at the end. The answer is m, the
+token after the first s. The first s is never directly before the last, as m would then be s itself.
 """
 
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ def induction_batch(
 ) -> Batch:
     """Tokens (batch, pos) in [0, vocabulary], where s = vocabulary; roles (batch, pos) index ROLES; answers (batch,) are m.
 
-    early: draw the first s towards the start (density falling as 1 / sqrt(position)) instead of uniformly.
+    early: draw the first s more often near the start (density ∝ 1 / sqrt(position)) instead of uniformly.
     """
     n = task.length if length is None else length
     rng = generator(seed, "induction", stream, step)
@@ -46,7 +46,7 @@ def induction_batch(
 
 
 def induction_task(task: InductionTask, model: InductionTransformer, *, seed: int, batch: int) -> Task:
-    """The task around a trained target."""
+    """The task of a trained target."""
     patterns = tuple(f"blocks.{i}.attn.pattern" for i in range(task.blocks))
     return Task(
         model=model,
@@ -65,7 +65,7 @@ def induction_task(task: InductionTask, model: InductionTransformer, *, seed: in
 
 @contextmanager
 def _without_position(model: InductionTransformer, projection: Literal["q", "k"], role: int, batch: Batch) -> Iterator[None]:
-    """While active, the first block's queries or keys at positions of `role` are made without the position encoding (§6.1)."""
+    """While active, the first block computes its queries or keys at positions of `role` without the position encoding (§6.1)."""
     assert batch.roles is not None
     attention = model.blocks[0].get_submodule("attn")
     encoding = model.positions[: batch.roles.shape[1]] * (batch.roles == role)[..., None]

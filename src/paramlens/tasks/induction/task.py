@@ -1,4 +1,4 @@
-"""The induction-head task (§5.1, Figure 1, Table 3) as a configuration names it; its target is trained here."""
+"""The configuration of the induction-head task (§5.1, Figure 1, Table 3). Its target is trained here."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -17,37 +17,37 @@ class TargetTraining(Section):
     """How a toy target is trained (Table 3)."""
 
     optimizer: Literal["adam", "adamw"] = "adamw"
-    """Table 3: AdamW."""
+    """Optimizer. Table 3: AdamW."""
     lr: Positive = 1e-3
     """Learning rate. Table 3: 0.001."""
     weight_decay: NonNegative = 0.01
     """Decoupled weight decay. Table 3: 0.01."""
     undecayed: tuple[str, ...] = ()
-    """Patterns of parameters that weight decay leaves alone, as `sites` are written. Table 3: none."""
+    """Patterns of parameter names without weight decay, written as in `sites`. Table 3: none."""
     batch: Count = 1024
     """Sequences per step. Table 3: 1024."""
     steps: Count = 100_000
     """Steps of one attempt. Table 3: 100000."""
     warmup: NonNegative = 1000
-    """Linear learning-rate warm-up: steps if 1 or more, a share of all steps if below 1. Table 3: 1000."""
+    """Linear learning-rate warm-up: number of steps if 1 or more, share of all steps if below 1. Table 3: 1000."""
     settle: Natural = 0
-    """Steps of cosine decay to 0 that end an attempt, started once the phase change has passed; 0 trains all `steps` at a constant
-    rate, as Table 3 does."""
+    """Steps of cosine decay to 0 at the end of an attempt, which starts after the phase change. 0: the rate is constant for all `steps`,
+    as in Table 3."""
     settle_from: Natural = 0
-    """Earliest step at which the decay starts; attention sharpens while the rate is high."""
+    """Earliest step at which the decay can start. Attention gets sharper while the rate is high."""
     settle_accuracy: Share = 0.995
-    """Accuracy (held-out sequences) that marks the phase change as passed."""
+    """Accuracy on held-out sequences at which the phase change counts as passed."""
     attempts: Count = 1
-    """Starts tried, each from other random weights, until a target has converged."""
+    """Maximum number of attempts, each from other random weights, until a target has converged."""
     converged_loss: Positive = 1e-3
-    """Cross-entropy (nats, last token, held-out sequences) below which the target counts as converged."""
+    """Cross-entropy (nats, last token, held-out sequences) at or below which the target counts as converged."""
     converged_accuracy: Share = 0.999
     """Accuracy (held-out sequences) at or above which the target counts as converged."""
     window: Count | None = None
-    """Curriculum: sequences of this many tokens at a random offset in the position table, their first s drawn towards the start, where it
-    attends to itself and passes for m unless the model learns otherwise; none: full length, uniform, throughout."""
+    """Curriculum: train first on sequences of this many tokens, at a random offset in the position table and with the first s near the
+    start, where it is easily mistaken for m. None: no curriculum; all sequences have full length and a uniform first s."""
     window_steps: Natural = 0
-    """Steps the curriculum lasts."""
+    """Number of steps of the curriculum."""
     check_every: Count = 100
     """Steps between measurements on held-out sequences."""
 
@@ -68,12 +68,12 @@ class TargetTraining(Section):
 
 @dataclass(frozen=True)
 class InductionCheck(TargetCheck):
-    """A trained target on held-out sequences: the last point of Figure 5, and the attention that carries the circuit."""
+    """Measurements of the target on held-out sequences: a point of Figure 5, and the attention of the induction circuit."""
 
     attention_m_s1: float
-    """Mean attention from m to s1 in the first block, over heads its best."""
+    """Mean attention from m to s1 in the first block, of the head with the most."""
     attention_s2_m: float
-    """Mean attention from s2 to m in the last block, over heads its best."""
+    """Mean attention from s2 to m in the last block, of the head with the most."""
 
     def __str__(self) -> str:
         return f"{super().__str__()}  attention m→s1 {self.attention_m_s1:.3f}  s2→m {self.attention_s2_m:.3f}"
@@ -87,26 +87,26 @@ class InductionTask(BaseTask):
 
     kind: Literal["induction"] = "induction"
     vocabulary: Annotated[Count, Field(ge=2)] = 128
-    """Ordinary tokens |V|; the special token s comes on top. Table 3: 128."""
+    """Number of ordinary tokens |V|, without the special token s. Table 3: 128."""
     length: Annotated[Count, Field(ge=4)] = 64
     """Tokens per sequence, n. Table 3: 64."""
     width: Count = 16
-    """Residual stream, d_model. Table 3: 16."""
+    """Width of the residual stream, d_model. Table 3: 16."""
     blocks: Annotated[Count, Field(le=1000)] = 2
-    """Transformer blocks (attention only), 1000 at most. §5.1: 2."""
+    """Number of Transformer blocks (attention only), at most 1000. §5.1: 2."""
     heads: Count = 1
     """Attention heads per block. §5.1: 1."""
     positions: Literal["learned", "sinusoidal"] = "learned"
-    """Position encodings; the paper does not say which."""
+    """Kind of position encodings. The paper does not say which it uses."""
     added: Literal["before", "after"] = "before"
-    """Encodings are added to the inputs of Q and K `before` projecting (Shortformer) or to the queries and keys `after` it."""
+    """Position encodings are added to the inputs of Q and K (`before`, Shortformer) or to the queries and keys (`after`)."""
     embedding_scale: Positive = 1.0
-    """Standard deviation of the token embedding at the start."""
+    """Standard deviation of the token embedding at initialisation."""
     position_scale: Positive = 1.0
-    """Standard deviation of learned position encodings at the start; factor on sinusoidal ones."""
+    """Standard deviation of learned position encodings at initialisation; factor on sinusoidal ones."""
     position_offset: NonNegative = 0.0
-    """Standard deviation of one vector that all learned encodings share at the start, as sinusoidal ones share their slow waves: a query
-    can then ask for a token wherever it stands."""
+    """Standard deviation of one vector that is added to all learned encodings at initialisation. With it, as with the slow waves of
+    sinusoidal encodings, a query can ask for a token at any position."""
     training: TargetTraining = TargetTraining()
 
     @model_validator(mode="after")

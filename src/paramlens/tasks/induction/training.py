@@ -1,4 +1,4 @@
-"""How the target of the induction task is trained, and what is measured meanwhile (§5.1, Table 3, Figure 5)."""
+"""Train the target of the induction task and measure it during training (§5.1, Table 3, Figure 5)."""
 
 import fnmatch
 import math
@@ -22,7 +22,7 @@ from paramlens.tasks.induction.task import InductionCheck, InductionTask, Target
 
 @torch.no_grad()
 def check_target(model: InductionTransformer, task: InductionTask, *, seed: int, step: int, batch: int = 1024) -> InductionCheck:
-    """Loss, accuracy and attention on `batch` held-out sequences."""
+    """Measure loss, accuracy and attention on `batch` held-out sequences."""
     held_out = induction_batch(task, seed=seed, stream="target-check", step=0, batch=batch).to(model.unembed.weight.device)
     roles, answers = held_out.roles, held_out.answers
     assert roles is not None
@@ -56,11 +56,11 @@ def train_target(
     on_check: OnCheck = lambda _: None,
     on_given_up: OnGivenUp = lambda _attempt, _last: None,
 ) -> tuple[InductionTransformer, TargetHistory]:
-    """Train the target on the answer alone (§5.1, Table 3).
+    """Train the target with a loss on the answer alone (§5.1, Table 3).
 
-    With `settle`, the rate stays constant until a check reaches `settle_accuracy`, then decays to 0, which ends the attempt; an attempt
-    with no time left to settle is given up, of which `on_given_up` is told by number and last check. A target that has not converged in
-    any attempt is returned as it is, with `converged` false.
+    With `settle`, the learning rate stays constant until a check reaches `settle_accuracy`; then it decays to 0 and the attempt ends. An
+    attempt with too few steps left to settle is given up, and `on_given_up` gets its number and last check if another one follows. If no
+    attempt converges, the last target is returned with `converged` false.
     """
     attempt = 0
     while True:
@@ -110,7 +110,7 @@ def _attempt(
 
 
 def _decayed(model: InductionTransformer, training: TargetTraining) -> list[dict[str, Any]]:
-    """The optimizer's groups. Raises `ConfigError` for a pattern that names no parameter."""
+    """The optimizer's parameter groups, with and without weight decay. Raises `ConfigError` for a pattern that matches no parameter."""
     free: set[str] = set()
     for pattern in training.undecayed:
         named = fnmatch.filter((name for name, _ in model.named_parameters()), pattern)

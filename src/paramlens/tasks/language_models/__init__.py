@@ -1,4 +1,4 @@
-"""Causal language models: `loading` reads and writes them, `encoding` makes batches of text, `tokens` makes text of tokens.
+"""Causal language models: `loading` reads and writes them, `encoding` turns text into batches, `tokens` turns tokens into text.
 
-`limits` measures what a model can be given, and `pretrained` is what tasks on such a model have in common.
+`limits` measures which inputs a model can take, and `pretrained` is the base class of tasks on such a model.
 """

@@ -1,4 +1,4 @@
-"""Text as tokens and batches of a language model."""
+"""Turn text into tokens and batches for a language model."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,12 +12,12 @@ from paramlens.tasks.language_models.tokens import open_ended, token_texts
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text as the model expects it to start (some begin every text with a token of their own)."""
+    """Token ids of a text, with the token at its start that some models expect."""
     return list(tokenizer(text, verbose=False)["input_ids"])
 
 
 def encode_sentence(tokenizer: Any, sentence: str) -> list[int]:
-    """Token ids of a sentence to decompose. Raises `BatchError` if there is nothing in it to predict."""
+    """Token ids of a sentence to decompose. Raises `BatchError` if it has fewer than two tokens, as nothing can then be predicted."""
     ids = encode(tokenizer, sentence)
     own = len(ids) - len(encode(tokenizer, ""))
     if own < 2 or not sentence.strip():
@@ -28,15 +28,15 @@ def encode_sentence(tokenizer: Any, sentence: str) -> list[int]:
 
 
 def sentence_of(prompt: str, answer: str) -> str:
-    """Prompt and answer with one space between them; none where the prompt ends in a line break or the like."""
+    """Prompt and answer with one space between them, or with none if the prompt ends in a line break or a tab."""
     before = prompt.rstrip(" ")
     return f"{before}{'' if before[-1:].isspace() else ' '}{answer.strip()}"
 
 
 def encode_fact(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-    """Token ids of prompt and answer, as they stand in the sentence that `sentence_of` makes of them.
+    """Token ids of prompt and answer, as they are in the sentence that `sentence_of` returns.
 
-    Raises `BatchError` for an answer that is empty, or that the vocabulary cannot spell.
+    Raises `BatchError` if the answer is empty or is not in the vocabulary, or if no token belongs to the prompt alone.
     """
     before, whole = open_ended(tokenizer, prompt.rstrip(" ")), open_ended(tokenizer, sentence_of(prompt, answer))
     shared = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), min(len(before), len(whole)))
@@ -54,9 +54,9 @@ def encode_fact(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], li
 
 
 def padded(tokenizer: Any, sequences: Sequence[Sequence[int]]) -> Batch:
-    """Sequences of any lengths as one batch, each filled up on the right, where a causal model looks from no position of its own.
+    """One batch of sequences of any lengths, padded on the right, where padding does not change a causal model's other positions.
 
-    With its own last token, which the model's embedding has; a tokenizer's padding token need not be there.
+    Each is padded with its own last token, as the tokenizer may have no padding token, or one that the embedding lacks.
     """
     longest = max(map(len, sequences))
     ids = torch.tensor([[*sequence, *[sequence[-1]] * (longest - len(sequence))] for sequence in sequences])
@@ -70,5 +70,5 @@ def padded(tokenizer: Any, sequences: Sequence[Sequence[int]]) -> Batch:
 
 
 def model_inputs(ids: Tensor) -> dict[str, Any]:
-    """What the model is called with; a cache of keys and values would only be in the way."""
+    """The model's inputs, without a cache of keys and values, which is not needed here."""
     return {"input_ids": ids, "use_cache": False}

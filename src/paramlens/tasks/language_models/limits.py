@@ -1,4 +1,4 @@
-"""What a language model can be given: how many tokens, and which; and whether it is causal. Measured, not read off its name."""
+"""Measure how many tokens a language model can take, which tokens it knows, and whether it is causal."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from paramlens.errors import BatchError, ConfigError, first_line
 
 _PROBE = 8
-"""Tokens of the sequences on which a model is tried."""
+"""Tokens per sequence when a model is tried."""
 
 _CAUSAL = 1e-4
-"""Change at earlier tokens, relative to the largest logit, that is rounding: a causal model has none or 1e-6, others 1e-2."""
+"""Largest change at earlier tokens, relative to the largest logit, that counts as rounding. Causal: 0 to 1e-6. Others: 1e-2."""
 
 
 def embedding_rows(model: Any) -> int | None:
-    """Tokens in a model's embedding table; none where it has no such table."""
+    """Number of tokens in a model's embedding table. None: it has no such table."""
     try:
         return int(model.get_input_embeddings().weight.shape[0])
     except (AttributeError, NotImplementedError):
@@ -25,9 +25,9 @@ def embedding_rows(model: Any) -> int | None:
 
 
 def require_tokens(model: nn.Module, sequences: Sequence[Sequence[int]], what: Sequence[str]) -> None:
-    """Raise `BatchError` for a sequence that is longer than the model can take, or has a token that its embedding table lacks.
+    """Raise `BatchError` for a sequence that is too long for the model, or has a token that its embedding table lacks.
 
-    what: of every sequence, how messages call it.
+    what: the name of each sequence in messages.
     """
     rows = embedding_rows(model)
     for ids, named in zip(sequences, what, strict=True):
@@ -42,17 +42,17 @@ def require_tokens(model: nn.Module, sequences: Sequence[Sequence[int]], what: S
 
 
 def that_fit(model: nn.Module, sequences: Sequence[list[int]]) -> list[list[int]]:
-    """The sequences that are not longer than the model can take."""
+    """The sequences that are not too long for the model."""
     limit = token_limit(model, max(map(len, sequences), default=0))
     return [ids for ids in sequences if limit is None or len(ids) <= limit]
 
 
 @torch.no_grad()
 def token_limit(model: nn.Module, length: int) -> int | None:
-    """The most tokens a model takes, if those are fewer than `length`; none if it takes that many.
+    """The maximum number of tokens that a model takes, if it is below `length`. None: the model takes `length` tokens.
 
-    A model may well take more than its configuration names: rotary positions have no end, a table has one. So it is tried, but for tables
-    on other devices than the CPU, where a place outside the table would end the process, and on the meta device, which has no numbers.
+    A model may take more tokens than its configuration says: a position table has an end, rotary positions have none. So the model is run
+    with `length` tokens, except on the meta device, and with a table on a GPU, where an index outside the table would end the process.
     """
     named = _positions(model)
     if named is None or length <= named:
@@ -70,7 +70,7 @@ def token_limit(model: nn.Module, length: int) -> int | None:
 
 
 def _positions(model: nn.Module) -> int | None:
-    """Positions that the model's configuration names, whether or not it ends there."""
+    """Number of positions in the model's configuration, which may or may not be a limit. None: it has no such field."""
     config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config(decoder=True)
@@ -79,7 +79,7 @@ def _positions(model: nn.Module) -> int | None:
 
 
 def _has_position_table(model: Any, positions: int) -> bool:
-    """Whether an embedding other than the tokens', or a buffer of two axes or more, has a row for each position (and up to 4 more)."""
+    """Whether an embedding (not that of the tokens) or a buffer of two or more axes has a row per position, and up to 4 more."""
     tokens = model.get_input_embeddings()
     tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding) and module is not tokens]
     tables += [buffer for buffer in model.buffers() if buffer.dim() > 1]
@@ -88,7 +88,7 @@ def _has_position_table(model: Any, positions: int) -> bool:
 
 @torch.no_grad()
 def require_causal(model: nn.Module, name: str) -> None:
-    """Raise `ConfigError` unless the logits of a token stay as they are when later tokens change, and are finite."""
+    """Raise `ConfigError` if the logits of a token change with later tokens, or are not finite."""
     logits = _tried(model, name)
     half = logits.shape[1] // 2
     if not logits.isfinite().all():
@@ -112,7 +112,7 @@ def _tried(model: Any, name: str) -> Tensor:
 
 
 def _probe(rows: int, length: int) -> Int[Tensor, "2 pos"]:
-    """Two sequences of tokens from the middle of a table, far from special ones, equal in their first half alone."""
+    """Two sequences that are equal in their first half only. Their tokens are from the middle of the table, far from special tokens."""
     first = (rows // 2 + torch.arange(length)) % rows
     second = first.clone()
     second[length // 2 :] = (second[length // 2 :] + max(1, rows // 4)) % rows

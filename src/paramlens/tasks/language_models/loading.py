@@ -1,4 +1,4 @@
-"""Causal language models of transformers as folders: loaded whole or refused, and saved so that they load again as they were."""
+"""Load causal language models of transformers, refusing incomplete ones, and save them so that they load again unchanged."""
 
 import copy
 import json
@@ -24,16 +24,16 @@ _KNOWN = {
     "gpt2-large": {"n_embd": 1280, "n_layer": 36, "n_head": 20},
     "gpt2-xl": {"n_embd": 1600, "n_layer": 48, "n_head": 25},
 }
-"""Shapes that need no file, as they differ from GPT-2's."""
+"""Known shapes, for which no file is needed, as differences from `GPT2Config`'s defaults."""
 
 _SEALED: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 def load_language(name: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32) -> Target:
-    """A model in evaluation mode and its tokenizer, from a local folder or the Hub, safetensors alone.
+    """Load a model in evaluation mode and its tokenizer, from a local folder or the Hub. Weights are read from safetensors files only.
 
-    Raises `ConfigError` for a name that is neither; for a folder that lacks a file, or whose files are damaged or lack a weight that the
-    model has; for a model whose logits depend on later tokens; and for a tokenizer without a vocabulary.
+    Raises `ConfigError` if `name` is neither, if files are missing or damaged or lack a weight of the model, if the model's logits depend
+    on later tokens, and if the tokenizer has no vocabulary.
     """
     folder = _folder(name, revision, ("*.json", "*.safetensors", "*.txt", "*.model"))
     _require_known(name, folder)
@@ -52,7 +52,7 @@ def load_language(name: str, *, revision: str | None = None, dtype: torch.dtype 
 
 
 def language_skeleton(name: str, *, revision: str | None = None) -> nn.Module:
-    """The model without its weights (on the meta device). Of GPT-2's sizes the shape is known without any file."""
+    """The model without its weights, on the meta device. For the sizes of GPT-2 no file is needed."""
     from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
     short = name.removeprefix("openai-community/")
@@ -69,7 +69,7 @@ def language_skeleton(name: str, *, revision: str | None = None) -> nn.Module:
 
 @contextmanager
 def _plainly(name: str, reason: str) -> Iterator[None]:
-    """While active, whatever transformers raises, of which there is no list, is said in one line."""
+    """While active, any error of transformers becomes a `ConfigError` of one line."""
     try:
         yield
     except Exception as error:
@@ -77,9 +77,9 @@ def _plainly(name: str, reason: str) -> Iterator[None]:
 
 
 def save_language(model: nn.Module, tokenizer: Any, path: Path) -> None:
-    """A plain Hugging Face folder, which `from_pretrained` opens; nothing is pickled. `path` is new or empty.
+    """Save a Hugging Face folder that `from_pretrained` opens, without pickle. `path` must be new or empty.
 
-    What was written is read back: raises `ConfigError`, and leaves nothing there, if that is not this very model.
+    The saved model is read back. If it differs, raises `ConfigError` and removes the folder.
     """
     saved: Any = model
     with _quiet(), _valid_generation(saved):
@@ -100,7 +100,7 @@ def save_language(model: nn.Module, tokenizer: Any, path: Path) -> None:
 
 
 def _first_difference(model: nn.Module, other: nn.Module) -> str | None:
-    """The first parameter or buffer in which two models differ; none if there is none. Buffers that no file has may be of another type."""
+    """The first parameter or buffer in which two models differ, or None. Buffers that are not saved may differ in type."""
     saved = model.state_dict().keys()
     ours, theirs = ({**dict(each.named_buffers()), **each.state_dict()} for each in (model, other))
     for name in sorted(ours.keys() | theirs.keys()):
@@ -115,13 +115,13 @@ def _first_difference(model: nn.Module, other: nn.Module) -> str | None:
 
 @contextmanager
 def _valid_generation(model: Any) -> Iterator[None]:
-    """While active, settings for sampling that transformers warns of on loading and refuses on saving are ones it saves."""
+    """While active, invalid sampling settings, with which transformers refuses to save, are replaced by valid ones."""
     before = getattr(model, "generation_config", None)
     try:
         if before is not None:
             try:
                 before.validate(strict=True)
-            except ValueError:  # a temperature, say, where nothing is sampled
+            except ValueError:  # for example a temperature although do_sample is false
                 model.generation_config = copy.deepcopy(before)
                 model.generation_config.do_sample = True
         yield
@@ -132,7 +132,7 @@ def _valid_generation(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """While active, transformers shows no progress and logs no warnings; what they say is checked and said by an error."""
+    """While active, transformers shows no progress and no warnings. What it warns of is checked here and raised as an error."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -149,7 +149,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _is_here(name: str) -> bool:
-    """Whether there is something at a path; False for a name too long for one."""
+    """Whether a path exists. False for a name that is too long for a path."""
     try:
         return Path(name).exists()
     except OSError:
@@ -179,7 +179,7 @@ def _folder(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
 
 
 def _require_known(name: str, folder: Path) -> None:
-    """Raise unless config.json names an architecture that transformers has itself."""
+    """Raise `ConfigError` unless transformers has the architecture that config.json names."""
     from transformers import CONFIG_MAPPING, __version__
 
     described = _json_object(name, folder / "config.json")
@@ -202,7 +202,7 @@ def _json_object(name: str, file: Path) -> dict[str, Any]:
 
 
 def _require_whole_files(name: str, folder: Path) -> None:
-    """Raise unless the safetensors files that the folder needs are there, each with all its bytes."""
+    """Raise `ConfigError` unless the folder has all its safetensors files and each is complete."""
     from safetensors import SafetensorError, safe_open
 
     index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
@@ -234,9 +234,9 @@ def _require_whole_files(name: str, folder: Path) -> None:
 
 
 def _require_all_weights(name: str, model: nn.Module, found: Any) -> None:
-    """Raise if a weight of the model came from nowhere, or if the files hold layers that config.json leaves out.
+    """Raise `ConfigError` if the files lack a weight of the model, or have layers that the model of config.json lacks.
 
-    found: the loading info of transformers, in which weights that are tied to others, or made from the configuration, do not count.
+    found: the loading info of transformers, which does not list weights that are tied to others or made from the configuration.
     """
     resized = sorted(found["mismatched_keys"], key=lambda each: each[0])
     if resized:
@@ -277,7 +277,7 @@ def _tokenizer(name: str, folder: Path) -> Any:
         if not has_files:
             raise ConfigError(none) from None
         raise ConfigError(f"model {name}: its tokenizer cannot be loaded ({first_line(error)}); put whole tokenizer files there") from None
-    if not has_files and type(tokenizer).vocab_files_names:  # transformers makes an empty one; a tokenizer of bytes needs no files
+    if not has_files and type(tokenizer).vocab_files_names:  # transformers makes an empty tokenizer; a byte tokenizer needs no files
         raise ConfigError(none)
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise ConfigError(f"model {name}: its tokenizer has no tokens but special ones; put whole tokenizer files there")

@@ -1,4 +1,4 @@
-"""What tasks on a pretrained language model have in common."""
+"""The base class of tasks on a pretrained language model."""
 
 from typing import TYPE_CHECKING, ClassVar
 
@@ -18,7 +18,7 @@ class PretrainedTask(BaseTask):
     model: PathText | None = None
     """A causal language model: an id on the Hugging Face Hub, or a local folder that `save_pretrained` wrote."""
     revision: str | None = None
-    """Branch, tag or commit on the Hub; none: its main branch. The commit is recorded in run.json."""
+    """Branch, tag or commit on the Hub. Defaults to the main branch. The commit is recorded in run.json."""
 
     def with_model(self, name: str) -> "PretrainedTask":
         return self.model_copy(update={"model": name, "revision": None})
@@ -37,9 +37,9 @@ class PretrainedTask(BaseTask):
         return language_skeleton(self._named_model(), revision=self.revision)
 
     def skeleton_of(self, model: "nn.Module", *, rows: int, length: int, length_field: str) -> Skeleton:
-        """The skeleton around a model. length: tokens of the longest sequence, which the field `length_field` sets.
+        """The skeleton of a model. length: tokens of the longest sequence, set by the field `length_field`.
 
-        Raises `ConfigError` for a model that takes fewer tokens, or has no table of tokens.
+        Raises `ConfigError` if the model takes fewer tokens or has no token embedding.
         """
         import torch
 
@@ -50,7 +50,7 @@ class PretrainedTask(BaseTask):
         if (vocabulary := embedding_rows(model)) is None:
             raise ConfigError(f"model {self.model}: {type(model).__name__} has no table of tokens; give a language model on tokens")
         ids = torch.empty(1, length, dtype=torch.long, device="meta")
-        mask = torch.empty(1, 1, length, length, dtype=torch.bool, device="meta")  # given whole, no value of it is looked at
+        mask = torch.empty(1, 1, length, length, dtype=torch.bool, device="meta")  # a full mask, whose values are not read
         return Skeleton(model, {"input_ids": ids, "attention_mask": mask, "use_cache": False}, rows, length, vocabulary)
 
     def _named_model(self) -> str:

@@ -1,7 +1,7 @@
-"""Tokens as text: what each one spells, and which of them spell certain words.
+"""The text of tokens, and the tokens that spell given words.
 
-Vocabularies write bytes in two ways that are not text: byte-level ones put a printable letter in place of every byte ("Ã©" for "é"),
-byte-fallback ones a token like <0xC3> for a byte of a character that they lack.
+Vocabularies write bytes in two ways that are not plain text. Byte-level vocabularies replace every byte by a printable letter ("Ã©" for
+"é"). Byte-fallback vocabularies use tokens like <0xC3> for the bytes of a character that they lack.
 """
 
 import re
@@ -22,15 +22,15 @@ STAND_INS = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): byte for i
 _ASCII = str.maketrans({letter: chr(byte) for letter, byte in STAND_INS.items() if byte < 0x80})
 
 _PROBE = "\U0010fffd"
-"""A character that no vocabulary holds: it has to be spelled by its bytes."""
+"""A character that no vocabulary has, so that it is spelled by its bytes."""
 
 _BYTE = re.compile("<0x([0-9A-F]{2})>")
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """The text of each token, a leading space where one stands before the word.
+    """The text of each token, with the space before a word if it belongs to the token.
 
-    A token that is part of a character shows those bytes, each like <0xE6>. A number that no token has is shown as <number>.
+    A token that is only a part of a character is shown as bytes like <0xE6>. An unknown id is shown as <id>.
     """
     byte_level, fallback = _spells_bytes(tokenizer)
     added = set(tokenizer.get_added_vocab())
@@ -52,7 +52,7 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 @lru_cache(maxsize=8)
 def _spells_bytes(tokenizer: Any) -> tuple[bool, bool]:
-    """Whether the vocabulary is byte-level, and whether it falls back to bytes: by how it spells a rare character, or reads it back."""
+    """Whether the vocabulary is byte-level, and whether it has byte fallback. Found by encoding and decoding a rare character."""
     encoded = _PROBE.encode()
     letters = [next(letter for letter, byte in STAND_INS.items() if byte == each) for each in encoded]
     numbers = [f"<0x{each:02X}>" for each in encoded]
@@ -64,15 +64,15 @@ def _spells_bytes(tokenizer: Any) -> tuple[bool, bool]:
 
 
 def _readable(raw: bytes) -> str:
-    """Bytes as text, each byte that belongs to no whole character like <0xE6>."""
+    """Bytes as text. A byte that is not part of a complete character is written like <0xE6>."""
     text = raw.decode(errors="surrogateescape")
     return re.sub("[\udc80-\udcff]", lambda found: f"<0x{ord(found[0]) - 0xDC00:02X}>", text)
 
 
 def positions_of(tokenizer: Any, text: str, words: str) -> list[int]:
-    """Positions of the tokens that spell `words` where they first stand in `text`, those included that spell only a part of them.
+    """Positions of the tokens of `text` that spell the first occurrence of `words`, or any part of it.
 
-    Raises `ConfigError` if they are not in it.
+    Raises `ConfigError` if `words` are not in `text`.
     """
     wanted = words.strip()
     if not wanted or wanted not in text:
@@ -88,7 +88,7 @@ def positions_of(tokenizer: Any, text: str, words: str) -> list[int]:
 
 
 def _spans(tokenizer: Any, text: str, wanted: str) -> Iterator[tuple[list[tuple[int, int]], int, int]]:
-    """Where every token of `text`, and `wanted`, starts and ends: by the tokenizer's own offsets, or in what its tokens decode to."""
+    """Start and end of each token of `text`, then of `wanted`: first by the tokenizer's offsets, then in the decoded text."""
     if getattr(tokenizer, "is_fast", False):
         at = text.index(wanted)
         yield _one_by_one(text, tokenizer(text, return_offsets_mapping=True)["offset_mapping"]), at, at + len(wanted)
@@ -97,7 +97,7 @@ def _spans(tokenizer: Any, text: str, wanted: str) -> Iterator[tuple[list[tuple[
     spans, known = list[tuple[int, int]](), 0
     for so_far in decoded:
         before, known = known, max(known, sum(accumulate(map(eq, so_far, decoded[-1]), and_)))
-        spans.append((before, max(known, before + 1)))  # a character that is not whole yet is also the next token's
+        spans.append((before, max(known, before + 1)))  # an incomplete character also belongs to the next token
     letters, places = _folded(decoded[-1] if decoded else "")
     within, _ = _folded(wanted)
     at = letters.find(within)
@@ -106,7 +106,7 @@ def _spans(tokenizer: Any, text: str, wanted: str) -> Iterator[tuple[list[tuple[
 
 
 def _one_by_one(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Offsets in which a token of one byte has the span of its own character; some tokenizers give it that of a whole run."""
+    """Offsets in which a token of one byte has the span of its own character. Some tokenizers give it the span of several."""
     spans: list[tuple[int, int]] = []
     for (start, end), run in groupby(map(tuple, offsets)):
         count = len(list(run))
@@ -116,7 +116,7 @@ def _one_by_one(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int
 
 
 def _folded(text: str) -> tuple[str, list[int]]:
-    """A text without case, accents and spaces, which tokenizers may drop, and where each letter that is left stands in it."""
+    """A text in lower case without accents and spaces, which tokenizers may drop, and the place in `text` of each letter left."""
     kept = [
         (letter, i)
         for i, character in enumerate(text)
@@ -127,7 +127,7 @@ def _folded(text: str) -> tuple[str, list[int]]:
 
 
 def open_ended(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text that is to go on: without the token that some tokenizers put after every text."""
+    """Token ids of a text that will be continued, without the token that some tokenizers add at the end of every text."""
     found = tokenizer(text, return_special_tokens_mask=True)
     ids, special = list(found["input_ids"]), list(found["special_tokens_mask"])
     end = max((i + 1 for i, each in enumerate(special) if not each), default=len(ids))

@@ -1,1 +1,1 @@
-"""Running text through a language model: `task` names it, and `pieces` cuts the text into batches."""
+"""Running text through a language model: `task` has the configuration, and `pieces` makes batches of the text."""

@@ -1,4 +1,4 @@
-"""Any language model on any text: documents one after the other, cut into pieces of one length."""
+"""Batches for the text task: the documents are joined and cut into pieces of equal length."""
 
 from array import array
 from collections.abc import Iterable, Sequence
@@ -21,9 +21,9 @@ from paramlens.tasks.text.task import TextTask
 
 
 def read_documents(path: Path) -> list[str]:
-    """The documents of a file: the whole of a text file, or the field `text` of every JSON line of a .jsonl file.
+    """The documents of a file: one for a text file, or the field `text` of every line of a .jsonl file.
 
-    Raises `ConfigError` for a file that is missing, neither, or without any text.
+    Raises `ConfigError` if the file is missing, cannot be read as either, or has no text.
     """
     what = f"task.source {path}"
     if path.suffix.lower() == ".jsonl":
@@ -36,7 +36,7 @@ def read_documents(path: Path) -> list[str]:
 
 
 def _text(value: Any, place: str) -> str:
-    """The field `text` of a line. Raises `ConfigError` if it is not there, no string, or half a surrogate pair."""
+    """The field `text` of a line. Raises `ConfigError` if it is missing, is not a string, or has half a surrogate pair."""
     if not isinstance(value, dict) or "text" not in value:
         raise ConfigError(f"{place}: a JSON object with a field text is needed")
     text = value["text"]
@@ -50,9 +50,9 @@ def _text(value: Any, place: str) -> str:
 
 
 def packed(tokenizer: Any, documents: Iterable[str], length: int) -> Tensor:
-    """Token ids (piece, length): the documents one after the other, an end-of-text token after each; what is left over is dropped.
+    """Token ids (piece, length) of the joined documents, with an end-of-text token after each. The incomplete last piece is dropped.
 
-    Raises `BatchError` if there is not even one piece, or if the tokenizer knows none of the text.
+    Raises `BatchError` if the text is shorter than one piece, or if the tokenizer reads it as special tokens alone.
     """
     ids = array("q")
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -68,7 +68,7 @@ def packed(tokenizer: Any, documents: Iterable[str], length: int) -> Tensor:
 
 
 def text_task(task: TextTask, target: Target, *, seed: int, batch: int) -> Task:
-    """Pieces of the text in a new order every epoch; the last share of them, `held_out`, for every other stream than "train"."""
+    """The task on pieces of the text, in a new order every epoch. The last share `held_out` is for all streams other than "train"."""
     pieces = packed(target.tokenizer, read_documents(Path(task.source)), task.length)
     largest = pieces[pieces.amax(1).argmax()].tolist()
     require_tokens(target.model, [largest], [f"task.source {task.source} in pieces of task.length {task.length}"])
@@ -87,7 +87,7 @@ def text_task(task: TextTask, target: Target, *, seed: int, batch: int) -> Task:
 
 
 def _drawn(count: int, batch: int, step: int, key: Sequence[int | str]) -> Tensor:
-    """Indices of the step's pieces: every epoch holds each once, in an order of its own."""
+    """Indices of the pieces of a step: every epoch has each piece once, in its own order."""
     places = range(step * batch, (step + 1) * batch)
     orders = {epoch: torch.randperm(count, generator=generator(*key, epoch)) for epoch in {place // count for place in places}}
     return torch.stack([orders[place // count][place % count] for place in places])

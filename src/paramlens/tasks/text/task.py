@@ -1,4 +1,4 @@
-"""A language model on running text, as a configuration names it."""
+"""The configuration of the text task: a language model on running text."""
 
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 
 
 class TextTask(PretrainedTask):
-    """A language model on running text, cut into pieces of one length."""
+    """A language model on running text, which is cut into pieces of equal length."""
 
     paths: ClassVar = ("model", "source")
 
     kind: Literal["text"] = "text"
     source: PathText
-    """A text file (UTF-8), or JSON lines with a field `text`, one document a line."""
+    """Path of a text file (UTF-8), or of a .jsonl file with a field `text` and one document per line."""
     length: Annotated[Count, Field(ge=2)] = 64
     """Tokens per piece."""
     held_out: Annotated[Number, Field(gt=0, lt=1)] = 0.1
-    """Share of the pieces, the last ones, that are kept for evaluation."""
+    """Share of the pieces, taken from the end, that is held out for evaluation."""
 
     @property
     def longest(self) -> int:
