@@ -3,10 +3,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from paramlens.cli.arguments import parse
-from paramlens.cli.options import Decompose
 
 from conftest import TINY
+from paramlens.cli.main import main
 from paramlens.config.file import dump_config, field_paths, list_fields, load_config, make_config, parse_value, shipped_configs, switches
 from paramlens.config.model import Config
 from paramlens.errors import ConfigError
@@ -183,8 +182,10 @@ def test_the_home_directory_is_expanded_in_paths(tmp_path, monkeypatch):
     task = make_config({"task": {"kind": "text", "model": "~/model", "source": "~/text.jsonl"}}).task
     assert (task.model, task.source) == (str(tmp_path / "model"), str(tmp_path / "text.jsonl"))
     assert make_config({"task": {"kind": "facts", "model": "user/model"}}).task.model == "user/model"
-    options, _ = parse("decompose", Decompose, ["induction", "--out=~/run", "--target=~/target"])
-    assert (options.out, str(options.target)) == (tmp_path / "run", str(tmp_path / "target"))
+    (tmp_path / "tiny.yaml").write_text(dump_config(make_config(TINY)), encoding="utf-8")
+    assert main(["train-target", str(tmp_path / "tiny.yaml"), "--out=~/target"]) == 0
+    assert main(["decompose", str(tmp_path / "tiny.yaml"), "--target=~/target", "--out=~/commanded"]) == 0
+    assert (tmp_path / "commanded/run.json").is_file()
     (tmp_path / "facts.yaml").write_text("- {prompt: The sky is, answer: blue}", encoding="utf-8")
     assert read_facts(Path("~/facts.yaml"))[0].answer == "blue"
     run = decompose_config(make_config(TINY), out="~/run")

@@ -19,6 +19,7 @@ from paramlens.display.tables import Cell
 from paramlens.errors import ConfigError, SiteError
 from paramlens.method.decomposition import Decomposition
 from paramlens.method.generators import generator
+from paramlens.method.importance.network import Importance
 from paramlens.method.settings import Init
 from paramlens.method.sites import at_rest
 from paramlens.method.start import initialise
@@ -221,7 +222,9 @@ def test_a_control_that_would_take_out_less_is_left_out_with_the_reason(facts_ru
         V.copy_(before)
     assert few["random subcomponents"].why_not == f"{FIRST} has 1 other subcomponents that write anything, and 2 were taken out"
     assert few["top singular directions"].why_not is None
-    narrow = dataclasses.replace(facts_run, decomposition=Decomposition(facts_run.task.model, facts_run.decomposition.sites, C=20))
+    sites = facts_run.decomposition.sites
+    wide = Importance({site.name: (site.d_seen, 20) for site in sites}, facts_run.importance.gamma)
+    narrow = dataclasses.replace(facts_run, decomposition=Decomposition(facts_run.task.model, sites, C=20), importance=wide)
     initialise(narrow.decomposition, Init(kind="random"), generator=generator("narrow"))
     everything = controls(narrow, edit(narrow, [Selected(FIRST, c) for c in range(18)]), fact, CONTROLS)
     assert everything["top singular directions"].why_not == f"{FIRST} has 16 singular directions, and 18 subcomponents were taken out"

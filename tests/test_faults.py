@@ -34,9 +34,7 @@ from paramlens.files import plain
 from paramlens.files.manifest import file_sha256, write_manifest
 from paramlens.files.plain import read_json
 from paramlens.method import step as step_module
-from paramlens.method.losses import local
-from paramlens.method.losses.faithfulness import faithfulness
-from paramlens.method.losses.minimality import minimality
+from paramlens.method.losses import faithfulness, local, minimality
 from paramlens.runs import checkpoint, metrics, saving, train, writer
 from paramlens.runs.decompose import decompose, decompose_config
 from paramlens.runs.layout import checkpoint_path, checkpoint_step, checkpoints, is_begun
@@ -646,7 +644,7 @@ BAD: dict[str, tuple[str, list[str], str]] = {  # name: what is added to the fil
     "lr nan": ("", ["--optim.lr", ".nan"], "optim.lr: nan"),
     "betas of one": ("", ["--optim.betas", "0.9"], "optim.betas"),
     "beta 1": ("", ["--optim.betas", "0.9", "1"], "optim.betas.1: 1: give a number below 1"),
-    "an unknown optimizer": ("", ["--optim.name", "sgd"], "optim.name: 'sgd': give 'adam' or 'adamw'"),
+    "an unknown optimizer": ("", ["--optim.name", "sgd"], 'Invalid value "sgd" for --optim.name. Choose from: "adam", "adamw"'),
     "an unknown schedule": ("", ["--optim.schedule", "step"], "optim.schedule"),
     "decay without adamw": ("", ["--optim.weight_decay", "0.1"], "needs name adamw"),
     "an unknown γ": ("", ["--gamma.kind", "transformer"], "gamma.kind"),
@@ -676,7 +674,7 @@ BAD: dict[str, tuple[str, list[str], str]] = {  # name: what is added to the fil
     "nothing at all": ("null", [], "a mapping of fields is needed, not an empty file"),
     "no YAML": ("steps: [1, 2", [], "not YAML"),
     "a field twice": ("steps: 3\nsteps: 4", [], "steps is given twice"),
-    "a flag without its value": ("", ["--optim.lr"], "--optim.lr: give a value"),
+    "a flag without its value": ("", ["--optim.lr"], "--optim.lr requires an argument"),
     "extend what is not resumed": ("", ["--extend-steps", "99"], "extend_steps: continues a run"),
     "resume and overwrite": ("", ["--resume", "--overwrite"], "exclude each other"),
     "resume of nothing": ("", ["--resume"], "nothing to resume there"),

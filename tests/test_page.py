@@ -146,10 +146,10 @@ def test_a_page_above_its_budget_says_what_it_leaves_out(run):
     assert found
     assert 0 < int(found[1]) <= parts == int(found[2])
     assert len(part.encode()) <= size - 1000
-    assert "Even so it is larger" not in part
+    assert "Even so, the page is larger" not in part
     least = report(run, budget=0.001).read_text(encoding="utf-8")
     assert int(re.search(r"token strips of (\d+)", least)[1]) == parts
-    assert "Even so it is larger" in least
+    assert "Even so, the page is larger" in least
     with pytest.raises(ConfigError, match="budget 0"):
         report(run, budget=0)
 

@@ -232,7 +232,7 @@ def test_a_real_signal_from_outside(tmp_path):
         process.terminate()
         _, told = process.communicate()
     assert process.returncode == 143
-    assert f"resume with: paramlens decompose {file} --resume" in told
+    assert f"resume with: paramlens decompose {file} --out {path} --resume" in told
     assert read_json(path / "run.json")["status"] == "interrupted"
     assert verify(path).whole
     assert len(checkpoints(path)) == 1

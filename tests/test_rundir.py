@@ -17,8 +17,9 @@ from paramlens.files.manifest import write_manifest
 from paramlens.method.task import TargetHistory
 from paramlens.runs import rundir, targets, verification
 from paramlens.runs.decompose import decompose, decompose_config
+from paramlens.runs.integrity import model_sha256
 from paramlens.runs.layout import checkpoints
-from paramlens.runs.rundir import model_sha256, open_run
+from paramlens.runs.rundir import open_run
 from paramlens.runs.writer import RunWriter
 from paramlens.tasks.base import Target
 

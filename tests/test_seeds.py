@@ -66,7 +66,7 @@ def test_ctrl_c_ends_all_seeds_and_leaves_a_checkpoint(tmp_path):
         os.killpg(process.pid, signal.SIGINT)
         _, told = process.communicate()
     assert process.returncode == 130
-    assert f"--resume --steps 100000 --checkpoint.every 100000 --seeds=9 --out={tmp_path / 'x'}" in told
+    assert f"--seeds 9 --steps 100000 --checkpoint.every 100000 --out {tmp_path / 'x'} --resume" in told
     assert "Traceback" not in told
     assert len(checkpoints(tmp_path / "x/s0")) == 1
     assert not (tmp_path / "x/s8").exists()

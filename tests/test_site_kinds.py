@@ -167,7 +167,7 @@ def test_masks_of_ones_give_the_target(model_and_sites: tuple[nn.Module, tuple[S
     with at_rest(model), torch.no_grad():
         target = require_sound(decomposition, TOKENS)
         ones = {name: Replacement(torch.ones(3, 5, decomposition.C)) for name in decomposition.names}
-        alone, untouched = decomposition.masked_run(TOKENS, [ones, {}], target)
+        alone, untouched = decomposition(TOKENS, [ones, {}], target)
         own = logits_of(model)
     if isinstance(model, Encoder):  # alone, it runs PyTorch's fused kernel
         assert_near(target.logits, own, 4000, size=own.abs().max().item())
@@ -191,7 +191,7 @@ def test_masked_products_and_their_gradients_are_the_reference(model_and_sites: 
         compute = partial(explicit_product, site, U, V, g, seen)
         with at_rest(model):
             x = decomposition.target_run(TOKENS).inputs[site.name]
-            logits = decomposition.masked_run(TOKENS, [{site.name: Replacement(g)}])[0]
+            logits = decomposition(TOKENS, [{site.name: Replacement(g)}])[0]
             mine = torch.autograd.grad(logits.square().sum(), [U, V, g])
             with replaced({site: Product(compute, leading=(3, 5))}):
                 output: Any = model(TOKENS)
@@ -213,7 +213,7 @@ def test_a_written_weight_is_what_the_masked_run_computes(model_and_sites: tuple
     decomposition = decomposed(model, sites, C=3)
     with at_rest(model), torch.no_grad():
         ones = {name: Replacement(torch.ones(3, 5, 3)) for name in decomposition.names}
-        masked = decomposition.masked_run(TOKENS, [ones])[0]
+        masked = decomposition(TOKENS, [ones])[0]
         for site in sites:
             site.write(decomposition.U[site.name] @ decomposition.V[site.name])
         torch.testing.assert_close(logits_of(model), masked, rtol=1e-3, atol=1e-4 * max(1.0, masked.abs().max().item()))

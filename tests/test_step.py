@@ -127,7 +127,8 @@ def test_rates_reach_an_optimizer_that_reads_them_from_tensors():
 
 COMPILED = """
 import torch
-from paramlens import bench, native
+from paramlens.baselines import bench
+from paramlens.kernels import native
 from paramlens.kernels.machine import machine
 
 native.serves = lambda *_: False  # as on a GPU

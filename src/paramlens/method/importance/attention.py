@@ -58,7 +58,7 @@ class AttentionGamma(GammaKind):
             self.relative.copy_(self.query.shape[-1] ** 0.5 * (noise - 0.7 * distance))
 
     def forward(
-        self, x: Sequence[Float[Tensor, "*batch d_in"]], U: Sequence[Float[Tensor, "d_in C"]], present: Bool[Tensor, "batch pos"] | None
+        self, x: Sequence[Float[Tensor, "*batch d_in"]], U: Sequence[Float[Tensor, "_ C"]], present: Bool[Tensor, "batch pos"] | None
     ) -> Float[Tensor, "site row C"]:
         """Compute Algorithm 1. Raises `BatchError` for inputs without a position axis or with more positions than `gamma.max_length`."""
         self._require_fitting(x[0].shape[:-1])

@@ -85,7 +85,7 @@ class GammaKind(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, x: Sequence[Float[Tensor, "*batch d_in"]], U: Sequence[Float[Tensor, "d_in C"]], present: Bool[Tensor, "batch pos"] | None
+        self, x: Sequence[Float[Tensor, "*batch d_in"]], U: Sequence[Float[Tensor, "_ C"]], present: Bool[Tensor, "batch pos"] | None
     ) -> Float[Tensor, "site row C"]:
         """Pre-activations, one row per position. x, U: each site's input in the target, and its U; present: not padding. None: all."""
 

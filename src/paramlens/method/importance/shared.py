@@ -31,7 +31,7 @@ class SharedGamma(GammaKind):
         return d_in + 4 * gamma.d_gate
 
     def forward(
-        self, x: Sequence[Float[Tensor, "*batch d_in"]], U: Sequence[Float[Tensor, "d_in C"]], present: Bool[Tensor, "batch pos"] | None
+        self, x: Sequence[Float[Tensor, "*batch d_in"]], U: Sequence[Float[Tensor, "_ C"]], present: Bool[Tensor, "batch pos"] | None
     ) -> Float[Tensor, "site row C"]:
         rows = torch.stack([x_site.flatten(0, -2) for x_site in x])
         hidden = F.gelu(torch.baddbmm(self.b_in[:, None], rows, self.w_in))

@@ -23,7 +23,7 @@ class VectorGamma(GammaKind):
         return d_in
 
     def forward(
-        self, x: Sequence[Float[Tensor, "*batch d_in"]], U: Sequence[Float[Tensor, "d_in C"]], present: Bool[Tensor, "batch pos"] | None
+        self, x: Sequence[Float[Tensor, "*batch d_in"]], U: Sequence[Float[Tensor, "_ C"]], present: Bool[Tensor, "batch pos"] | None
     ) -> Float[Tensor, "site row C"]:
         rows = torch.stack([x_site.flatten(0, -2) for x_site in x])
         return Mlps.apply(rows, self.w_in, self.b_in, self.w_out, self.b_out)
