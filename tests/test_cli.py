@@ -373,7 +373,7 @@ def test_trace_reads_a_run_or_a_folder(facts, capsys: pytest.CaptureFixture[str]
         (["suppress", "RUN", "--unique-to", KOBE, "--evaluate", "nowhere.yaml"], "facts nowhere.yaml: cannot be read"),
         (["trace", "nobody/nothing", "--prompt", "a b", "--subject", "a"], "model nobody/nothing: no such folder"),
         (["trace", "RUN", "--prompt", "Kobe Bryant is", "--subject", "Tiger"], "'Tiger': not in"),
-        (["completion"], "completion: give SHELL first, then options; SHELL: The shell that is to read it."),
+        (["completion"], "completion: give SHELL first, then options; SHELL: The shell that will read the script."),
         (["trace"], "trace: give MODEL first, then options; MODEL: Run directory, local folder, or id on the Hugging Face Hub."),
         (["train-target", "gpt2-facts"], "gpt2-facts: its target is pretrained, or a model of your own; there is nothing to train"),
         (["decompose", "facts-small", "--task.sentences", "Kobe", "--target", "RUN", "--out", "OUT"], "sentence 'Kobe': 1 token"),
