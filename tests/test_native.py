@@ -5,15 +5,18 @@ import math
 import re
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from numba import cfunc
 from torch.nn import functional as F
 
 from conftest import tiny_with
 from paramlens.kernels import native
 from paramlens.kernels.mlps import Mlps, ScalarMlps
+from paramlens.kernels.openmp import library
 from paramlens.method.generators import generator
 from paramlens.method.importance.sigmoids import lower, upper
 from paramlens.method.losses.divergence import kl_divergence
@@ -127,10 +130,10 @@ def test_power_over_all_importances(p: float):
 
 
 def test_minimality_of_many_blocks_is_one_sum():
-    pre = numbers(3 * native.compiled_loops().BLOCK // 8 + 5, 8, key="blocks")
+    pre = numbers(3 * native.loop_compiler().loops.BLOCK // 8 + 5, 8, key="blocks")
     ours = minimality({"site": pre}, p=0.5, eps=1e-12)
     assert ours.item() == near(
-        ((upper(pre.double()) + 1e-12).sqrt() - 1e-6).sum(-1).mean().item(), native.compiled_loops().BLOCK // 16 + 64
+        ((upper(pre.double()) + 1e-12).sqrt() - 1e-6).sum(-1).mean().item(), native.loop_compiler().loops.BLOCK // 16 + 64
     )
 
 
@@ -154,6 +157,21 @@ def test_masks_draw_their_noise_in_place():
     assert_near(out, x * (g + (1 - g) * mask_noise(77, g)), 8)
 
 
+def test_machine_code_is_kept_for_later_processes(tmp_path, monkeypatch):
+    """In a folder that can be written; without one the loops are compiled each time."""
+    compiled = partial(native.loop_compiler().compiled, "uniform", library())
+    monkeypatch.setattr("numba.config.CACHE_DIR", str(tmp_path / "cache"))
+    assert [compiled().cache_hits, compiled().cache_hits] == [0, 1]
+
+    def unwritable(*arguments: object, cache: bool = False, **options: object) -> object:
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return cfunc(*arguments, **options)
+
+    monkeypatch.setattr(native.loop_compiler(), "cfunc", unwritable)
+    assert compiled().cache_hits == 0
+
+
 KERNELS = {kernel.name: kernel for kernel in vars(native).values() if isinstance(kernel, native._Kernel)}
 
 
@@ -166,7 +184,7 @@ def arguments(kernel: native._Kernel, **changed) -> list:
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_kernel_is_told_what_its_body_reads(name: str):
     """The body's own subscripts say how it reads each argument; the types it is packed by are these."""
-    body = inspect.getsource(getattr(native.compiled_loops(), name))
+    body = inspect.getsource(getattr(native.loop_compiler().loops, name))
     read = dict.fromkeys(map(int, re.findall(r"\bd\[(\d+)\]", body)), "i")
     read |= dict.fromkeys(map(int, re.findall(r"floats\(d\[(\d+)\]", body)), "t")
     read |= dict.fromkeys(map(int, re.findall(r"\breals\[(\d+)\]", body)), "f")
@@ -247,7 +265,7 @@ def test_whole_run_without_numba_is_the_same_within_rounding(tmp_path, monkeypat
     losses = {"recon": 1.0, "recon_layerwise": 1.0, "faithfulness": 10.0, "minimality": 0.01}
     config = tiny_with(losses=losses, steps=3, log_every=1)
     ours = decompose_config(config, out=tmp_path / "ours").metrics
-    monkeypatch.setattr(native, "compiled_loops", lambda: None)
+    monkeypatch.setattr(native, "loop_compiler", lambda: None)
     theirs = decompose_config(config, out=tmp_path / "theirs").metrics
     for mine, other in zip(ours, theirs, strict=True):
         if "losses" in mine:

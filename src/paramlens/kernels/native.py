@@ -23,7 +23,7 @@ from paramlens.kernels.openmp import library
 def serves(*tensors: Tensor) -> bool:
     """Whether the compiled kernels can use these tensors: float32 on the CPU, no subclass such as DTensor, with Numba installed."""
     plain = all(type(each) in (Tensor, Parameter) and each.device.type == "cpu" and each.dtype == torch.float32 for each in tensors)
-    return plain and compiled_loops() is not None
+    return plain and loop_compiler() is not None
 
 
 def cached_numbers() -> int:
@@ -42,15 +42,16 @@ def _cache_bytes() -> int:
 
 
 @cache
-def compiled_loops() -> Any:
+def loop_compiler() -> Any:
+    """The module `compiler`. None: PyTorch computes everything."""
     try:
-        from paramlens.kernels import loops
+        from paramlens.kernels import compiler
     except ImportError:  # Numba does not support this Python or machine
         return None
-    if not loops.enabled():
+    if not compiler.enabled():
         return None
-    loops.prefer_wide_vectors()
-    return loops
+    compiler.prefer_wide_vectors()
+    return compiler
 
 
 class _Kernel:
@@ -66,13 +67,14 @@ class _Kernel:
 
     def __call__(self, units: int, *arguments: Tensor | float) -> None:
         if self.run is None:
-            self.run = compiled_loops().compiled(self.name, library())
+            self.run = loop_compiler().compiled(self.name, library())
         packed = self.packed(units, *arguments)
         threads = min(torch.get_num_threads(), units)
         openmp = library()
         if openmp is None or threads <= 1:
             self.run.ctypes(ctypes.cast(packed, ctypes.POINTER(ctypes.c_int64)))
         else:
+            packed[-1] = True
             openmp.GOMP_parallel(self.run.address, packed, threads, 0)
 
     def packed(self, units: int, *arguments: Tensor | float) -> "ctypes.Array[ctypes.c_int64]":
@@ -83,7 +85,7 @@ class _Kernel:
             words = [_PACK[kind](value) for kind, value in zip(self.types, arguments, strict=True)]
         except TypeError as error:
             raise TypeError(f"kernel {self.name}: {error}") from None
-        return (ctypes.c_int64 * compiled_loops().SLOTS)(operator.index(units), *words)
+        return (ctypes.c_int64 * loop_compiler().loops.SLOTS)(operator.index(units), *words)
 
 
 def _address(value: object) -> int:
@@ -123,4 +125,4 @@ divergence_backward = _Kernel("divergence_backward", "tttttii")
 
 def units(tensor: Tensor) -> int:
     """Number of units of an elementwise kernel over `tensor`."""
-    return -(-tensor.numel() // compiled_loops().BLOCK)
+    return -(-tensor.numel() // loop_compiler().loops.BLOCK)
