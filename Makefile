@@ -9,7 +9,7 @@ demo: .venv/installed
 	$(BIN)/paramlens demo
 
 test: .venv/dev lint
-	$(BIN)/pytest --numprocesses 2 --dist loadfile
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -25,7 +25,7 @@ format: .venv/dev
 	$(BIN)/ruff format .
 
 notebooks: .venv/dev
-	$(BIN)/pytest tests/test_notebooks.py -k runs --overwrite
+	$(BIN)/pytest tests/test_notebooks.py -k runs -m '' --overwrite
 
 clean:
 	rm -rf .venv build dist site

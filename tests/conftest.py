@@ -66,6 +66,14 @@ def shapes(request: pytest.FixtureRequest) -> Iterator[None]:
     config.update("jaxtyping_disable", False)
 
 
+LONGEST = ("test_page", "test_seeds", "test_cli", "test_trackers", "test_page_inputs", "test_notebooks", "test_bench", "test_faults")
+"""Files of tests that take longest, which start first, so that no worker is left alone with one at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_pickle() -> Iterator[None]:
     """Over the whole suite nothing is unpickled, and no file that was written is a pickle, bare or in torch.save's archive."""

@@ -61,7 +61,8 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_an_analysis_is_one_file_and_one_line(extended: Path, tiny_run, tmp_path):
     def command(*words: str) -> str:
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(extended), os.environ.get("PYTHONPATH", "")])}
+        path = os.pathsep.join([str(extended), os.environ.get("PYTHONPATH", "")])
+        environment = os.environ | {"PYTHONPATH": path, "NUMBA_DISABLE_JIT": "1"}
         line = [sys.executable, "-m", "paramlens", *words]
         done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

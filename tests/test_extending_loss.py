@@ -50,7 +50,7 @@ def test_a_loss_is_one_file_and_one_field(tmp_path):
 
     done = subprocess.run(
         [sys.executable, "-c", COMMANDS, str(config), str(run)],
-        env=os.environ | {"PYTHONPATH": str(package.parent), "COLUMNS": "200"},
+        env=os.environ | {"PYTHONPATH": str(package.parent), "COLUMNS": "200", "NUMBA_DISABLE_JIT": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -106,7 +106,7 @@ def extended(tmp_path_factory) -> Path:
 def run(folder: Path, *commands: str) -> subprocess.CompletedProcess[str]:
     """The commands in one process, which prints the exit code after each."""
     code = "import sys; from paramlens.cli.main import main\nfor each in sys.argv[1:]: print(main(each.split()))"
-    where = os.environ | {"PYTHONPATH": str(folder), "COLUMNS": "200"}
+    where = os.environ | {"PYTHONPATH": str(folder), "COLUMNS": "200", "NUMBA_DISABLE_JIT": "1"}
     return subprocess.run([sys.executable, "-c", code, *commands], cwd=folder, env=where, capture_output=True, text=True)
 
 

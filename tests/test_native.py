@@ -10,7 +10,6 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from numba import cfunc
 from torch.nn import functional as F
 
 from conftest import tiny_with
@@ -162,6 +161,8 @@ def test_machine_code_is_kept_for_later_processes(tmp_path, monkeypatch):
     compiled = partial(native.loop_compiler().compiled, "uniform", library())
     monkeypatch.setattr("numba.config.CACHE_DIR", str(tmp_path / "cache"))
     assert [compiled().cache_hits, compiled().cache_hits] == [0, 1]
+
+    cfunc = native.loop_compiler().cfunc
 
     def unwritable(*arguments: object, cache: bool = False, **options: object) -> object:
         if cache:
