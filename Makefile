@@ -3,13 +3,19 @@
 PYTHON ?= $(shell .ci/python)
 BIN := .venv/bin
 
-.PHONY: demo test lint format docs notebooks clean
+.PHONY: demo test suite all-tests lint format docs notebooks clean
 
 demo: .venv/installed
 	$(BIN)/paramlens demo
 
-test: .venv/dev lint
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+test: .venv/dev
+	$(MAKE) --jobs 2 lint suite
+
+suite: .venv/dev
+	$(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+
+all-tests: .venv/dev lint
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m ''
 
 lint: .venv/dev
 	$(BIN)/ruff check .

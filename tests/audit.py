@@ -11,6 +11,9 @@ PICKLES_READ: list[str] = []
 WRITTEN: set[str] = set()
 """Files that were opened for writing."""
 
+CODE = "__pycache__"
+"""Folder of compiled code, which Python and Numba keep in their own forms and trust as they trust the source beside it."""
+
 PLANTED: set[str] = set()
 """Pickles that a test laid down to see them refused."""
 
@@ -29,7 +32,7 @@ def _audit(event: str, args: tuple[Any, ...]) -> None:
         frames = traceback.extract_stack()
         if not any(library in frame.filename for frame in frames for library in _LIBRARIES):
             PICKLES_READ.append("".join(traceback.format_list(frames[-6:])))
-    elif event == "open" and isinstance(args[0], str) and isinstance(args[1], str) and set(args[1]) & set("wax+"):
+    elif event == "open" and isinstance(args[0], str) and isinstance(args[1], str) and set(args[1]) & set("wax+") and CODE not in args[0]:
         WRITTEN.add(args[0])
 
 

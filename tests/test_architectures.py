@@ -33,6 +33,8 @@ FUSED = {
     "persimmon": ["query_key_value"],
     "phi3": ["qkv_proj"],
 }
+FIRST = {*FUSED, "bert", "gemma3", "gpt_neo", "jamba", "llama", "mamba", "mixtral", "olmo2", "opt", "qwen3", "rwkv", "xlnet"}
+"""Architectures whose every site `make test` tries; the others it leaves to the whole suite."""
 REFUSED = {"xlnet": r"axes are \(pos, batch, d\)"}
 """Architectures that compute in a way in which their sites cannot be replaced, and what is said of that."""
 
@@ -62,7 +64,7 @@ def left_on(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + ("forward" in m.__dict__) for m in model.modules())
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in FIRST)) for name in CONFIGS])
 def test_every_site_that_is_taken_holds(name: str):
     model = architectures.random_model(CONFIGS[name])
     before = model_sha256(model)

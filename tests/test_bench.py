@@ -70,6 +70,7 @@ def test_cases_of_a_grid():
         bench.Case(sites=5).config()
 
 
+@pytest.mark.slow
 def test_bench_prints_what_others_script_against(capsys: pytest.CaptureFixture[str]):
     words = ["bench", "--importance", "vector", "--length", "6", "--batch", "3", "--C", "5", "--threads", "1", "--repeats", "3", "--json"]
     assert main(words) == 0
@@ -122,6 +123,7 @@ def test_the_busy_process_is_busy_and_ends(monkeypatch: pytest.MonkeyPatch):
         assert orphan.wait() == 0
 
 
+@pytest.mark.slow
 def test_memory_of_a_step_is_far_below_the_naive_one():
     """Peak beyond what stands before the first step, each in a process of its own, at a size where it shows."""
     case = bench.Case(length=64, batch=16, C=60, threads=1)

@@ -79,7 +79,7 @@ def test_a_batch_that_is_too_large_names_fewer_rows():
 def test_what_the_model_keeps_is_counted_as_autograd_does():
     """All of it, for one sequence: inputs of products, and what each elementwise function needs; no parameter, nothing twice."""
 
-    class Kept(torch.nn.Module):
+    class StoredTensors(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.site, self.after = torch.nn.Linear(6, 10), torch.nn.Linear(10, 4)
@@ -89,7 +89,7 @@ def test_what_the_model_keeps_is_counted_as_autograd_does():
             return self.after(y * y.exp())
 
     torch.manual_seed(0)
-    model = Kept()
+    model = StoredTensors()
     size = footprint(model, find_sites(model, ["site"]), torch.randn(9, 3, 6))
     assert (size.rows, size.length, size.vocabulary) == (9, 3, 4)
     site = 4 * 3 * (6 + 1)  # the site's input, and its mask of one subcomponent
@@ -157,7 +157,7 @@ print(json.dumps({"standing": standing, "foretold": foretold, "peak": peak}))
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read where Linux tells it")
 @pytest.mark.parametrize("kind", ["toy", pytest.param("GPT-2", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("gamma", ["vector", "attention"])
+@pytest.mark.parametrize("gamma", [pytest.param("vector", marks=pytest.mark.slow), "attention"])
 def test_a_process_takes_what_was_foretold(kind, gamma, tmp_path):
     sites = ["*.attn.[qkv]"] if kind == "toy" else ["*.c_attn", "*.mlp.*"]
     fields = {"sites": sites, "C": 32, "steps": 2, "threads": 1, "gamma": {"kind": gamma, "d_gate": 8}, "losses": LOSSES}

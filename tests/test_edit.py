@@ -210,7 +210,7 @@ def test_a_control_that_would_take_out_less_is_left_out_with_the_reason(facts_ru
     C, fact = facts_run.decomposition.C, fact_of(KOBE, shipped_facts())
     most = edit(facts_run, [Selected(FIRST, c) for c in range(C - 2)])
     result = evaluate_edit(facts_run, most, KOBE, facts=[fact])
-    reason = f"{FIRST} has 2 other subcomponents that write anything, and {C - 2} were taken out"
+    reason = f"{FIRST} has 2 other subcomponents that write anything, and {C - 2} were removed"
     assert "random subcomponents" not in result.controls
     assert result.controls_left_out == {"random subcomponents": reason}
     assert f"no control by random subcomponents: {reason}" in {note.text for note in result.tables()[1].notes}
@@ -220,14 +220,14 @@ def test_a_control_that_would_take_out_less_is_left_out_with_the_reason(facts_ru
         V[3:] = 0
         few = controls(facts_run, edit(facts_run, [Selected(FIRST, 0), Selected(FIRST, 1)]), fact, CONTROLS)
         V.copy_(before)
-    assert few["random subcomponents"].why_not == f"{FIRST} has 1 other subcomponents that write anything, and 2 were taken out"
+    assert few["random subcomponents"].why_not == f"{FIRST} has 1 other subcomponents that write anything, and 2 were removed"
     assert few["top singular directions"].why_not is None
     sites = facts_run.decomposition.sites
     wide = Importance({site.name: (site.d_seen, 20) for site in sites}, facts_run.importance.gamma)
     narrow = dataclasses.replace(facts_run, decomposition=Decomposition(facts_run.task.model, sites, C=20), importance=wide)
     initialise(narrow.decomposition, Init(kind="random"), generator=generator("narrow"))
     everything = controls(narrow, edit(narrow, [Selected(FIRST, c) for c in range(18)]), fact, CONTROLS)
-    assert everything["top singular directions"].why_not == f"{FIRST} has 16 singular directions, and 18 subcomponents were taken out"
+    assert everything["top singular directions"].why_not == f"{FIRST} has 16 singular directions, and 18 subcomponents were removed"
     assert everything["random directions"].slices == 18
     assert W.shape[0] == 16
 

@@ -329,8 +329,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "used elsewhere too": (lambda: toy(functional), r"site up: the model uses its weight outside the module as well"),
     "weight that changes": (lambda: toy(changes_weight), r"the model (changes its own weight up.weight|gives other logits)"),
-    "dropout": (lambda: toy(lambda self, x: F.dropout(Toy.forward(self, x), 0.5)), r"gives other logits for the same batch a second time"),
-    "a list that grows": (lambda: toy(grows, seen=[]), r"gives other logits for the same batch a second time"),
+    "dropout": (lambda: toy(lambda self, x: F.dropout(Toy.forward(self, x), 0.5)), r"logits for the same batch differ from run to run"),
+    "a list that grows": (lambda: toy(grows, seen=[]), r"logits for the same batch differ from run to run"),
     "autocast inside": (lambda: toy(bfloat), r"site down: the model gives it bfloat16"),
     "autocast around one": (lambda: toy(part_in_bfloat), r"site up: the model calls it under torch.autocast"),
     "checkpoint": (
@@ -344,7 +344,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "gradients off": (lambda: toy(with_gradients_off), r"site up: the model calls it with gradients off"),
     "detached": (
         lambda: toy(lambda self, x: self.head(self.embed(x) + self.inner(self.embed(x)).detach())),
-        r"site up: the logits of the first batch do not depend on what it makes",
+        r"site up: the logits of the first batch do not depend on its output",
     ),
     "unused": (
         lambda: toy(lambda self, x: (self.inner(self.embed(x)), self.head(self.embed(x)))[1]),

@@ -19,9 +19,6 @@ from paramlens.config.file import field_paths, shipped_configs
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
-SLOW = ("editing-a-fact", "your-own-model")
-"""Notebooks that take a minute or more."""
-
 CLAIMS = {
     "editing-a-fact": """
         assert know.accuracy >= 0.9 and fit["recon"] < 0.02
@@ -73,7 +70,8 @@ def kept(notebook: NotebookNode) -> NotebookNode:
     return notebook
 
 
-@pytest.mark.parametrize("path", [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in SLOW)) for path in NOTEBOOKS])
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_and_finds_what_it_says(path: Path, tmp_path: Path, monkeypatch, pytestconfig: pytest.Config):
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))

@@ -282,7 +282,9 @@ def require_files(page: Any) -> None:
 
 
 @needs_browser
-@pytest.mark.parametrize(("which", "width", "scheme"), [("complete", 1000, "light"), ("facts", 400, "dark")])
+@pytest.mark.parametrize(
+    ("which", "width", "scheme"), [pytest.param("complete", 1000, "light", marks=pytest.mark.slow), ("facts", 400, "dark")]
+)
 def test_every_element_of_a_page_answers(request, which: str, width: int, scheme: str):
     path = request.getfixturevalue(which)
     with opened(path / "report.html", width=width, scheme=scheme) as (page, complaints, requests):
@@ -334,6 +336,7 @@ def test_an_address_opens_a_part(facts):
 
 
 @needs_browser
+@pytest.mark.slow
 def test_a_click_shows_the_first_of_many_parts_and_all_when_asked(tmp_path):
     """All of 128 and more parts a site active, at facts-small's sixteen sites. How fast: benchmarks/clicks.py."""
     miniature = {"blocks": 4, "width": 32, "heads": 2, "steps": 2, "batch": 8, "check_every": 2}

@@ -66,7 +66,9 @@ def test_any_token_can_be_shown_and_saved(run):
         require_quiet(page, complaints, requests)
 
 
-@pytest.mark.parametrize(("name", "key"), [("circuit", "step"), ("catalogue", "masked"), ("edges", "edges")])
+@pytest.mark.parametrize(
+    ("name", "key"), [pytest.param("circuit", "step", marks=pytest.mark.slow), ("catalogue", "masked"), ("edges", "edges")]
+)
 def test_an_analysis_that_lacks_what_the_page_reads_is_made_again(run, name: str, key: str):
     file = run / f"analysis/{name}.json"
     document = json.loads(file.read_text())

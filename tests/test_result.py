@@ -285,6 +285,9 @@ def test_prose_takes_what_is_left():
 def test_json_is_one_document(words, tiny_run, tmp_path, capsys: pytest.CaptureFixture[str]):
     shutil.copytree(tiny_run.path, tmp_path / "run")
     place = str(tmp_path / "run")
+    if words[0] == "report":
+        run = open_run(place)
+        run.save_analysis("circuit", circuit(run, batches=1).to_json())
     assert main([place if word == "RUN" else word for word in words] + ["--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     if words[0] == "report":

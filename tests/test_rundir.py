@@ -10,8 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from audit import plant
-from conftest import tiny_with
+from conftest import TINY, TINY_FACTS, tiny_with
+from paramlens.analysis.circuit import circuit
 from paramlens.cli.main import main
+from paramlens.config.file import make_config
 from paramlens.errors import ConfigError, RunDirError
 from paramlens.files.manifest import write_manifest
 from paramlens.method.task import TargetHistory
@@ -176,7 +178,9 @@ def test_a_run_that_has_only_begun_says_so(copy, capsys):
 def test_half_a_line_of_metrics_is_left_for_later(copy, capsys):
     text = (copy / "metrics.jsonl").read_text()
     (copy / "metrics.jsonl").write_text(text + text.splitlines()[0][:20])
-    assert len(open_run(copy).metrics) == len(text.splitlines())
+    run = open_run(copy)
+    assert len(run.metrics) == len(text.splitlines())
+    run.save_analysis("circuit", circuit(run, batches=1).to_json())
     assert main(["report", str(copy)]) == 0
 
 
@@ -299,3 +303,16 @@ def test_unwritable_place(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunDirError, match=r"cannot be written \(.*file is no writable directory\); give another out"):
         RunWriter.create(tmp_path / "file" / "run", tiny_with())
+
+
+@pytest.mark.parametrize("fields", [TINY, TINY_FACTS], ids=["induction", "facts"])
+def test_a_float64_run_opens_and_goes_on(fields: dict, tmp_path):
+    """Its toy target is kept in float32, in which it was trained."""
+    config = make_config(fields | {"dtype": "float64", "steps": 4, "checkpoint": {"every": 2}})
+    whole = decompose_config(config, out=tmp_path / "whole")
+    copy = decompose_config(config, out=tmp_path / "copy", target=whole.path)
+    shutil.rmtree(checkpoints(copy.path)[-1])
+    for run in (open_run(whole.path), copy, decompose_config(config, out=copy.path, resume=True)):
+        assert model_sha256(run.task.model) == model_sha256(whole.task.model)
+        assert all(U.dtype == torch.float64 and U.equal(whole.decomposition.U[name]) for name, U in run.decomposition.U.items())
+    assert circuit(open_run(whole.path)).metrics["recon"] >= 0

@@ -38,6 +38,7 @@ def test_each_seed_is_the_run_it_would_be_alone(tmp_path):
         decompose_seeds(config, 0)
 
 
+@pytest.mark.slow
 def test_each_seed_can_take_its_own_target(tmp_path):
     config = tiny_with(seed=3)
     decompose_seeds(config, 2, out=tmp_path / "first")
@@ -55,6 +56,7 @@ def test_a_seed_that_fails_does_not_stop_the_others(tmp_path):
         decompose_seeds(broken, 2, out=tmp_path)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_all_seeds_and_leaves_a_checkpoint(tmp_path):
     """The signal reaches the whole group, as from a terminal: seeds under way save, those that wait do not begin."""
     file = tmp_path / "tiny.yaml"

@@ -143,6 +143,7 @@ for plain, fused in zip(*losses):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_steps_are_the_same_steps(tmp_path):
     """In a process of its own: torch.compile does not look through the type checks that the tests put around functions."""

@@ -221,7 +221,7 @@ def test_the_likeliest_token_is_not_spelled_anew():
 
 def test_blocks_whose_parts_cannot_be_told_apart_are_refused():
     cases = {
-        "block 0 .*does not hand on": GraniteMoeSharedConfig(**SHARED, num_local_experts=4, shared_intermediate_size=8, **ENDS),
+        "block 0 .*does not return its input": GraniteMoeSharedConfig(**SHARED, num_local_experts=4, shared_intermediate_size=8, **ENDS),
         "MambaBlock has no mlp": MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=2, state_size=4, **ENDS),
         "BertLayer has no mlp": BertConfig(**SIZE, is_decoder=True),
     }

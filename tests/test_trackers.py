@@ -199,6 +199,7 @@ class Stop(Silent):
             raise Failure
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_in_the_same_place(home, tmp_path):
     """Stopped two logged steps after its checkpoint: those come again, and stand there once."""
     config = tiny_with(log_every=1)
@@ -333,6 +334,7 @@ def test_trackers_as_an_argument():
     assert [type(each) for each in named._trackers.values()] == [Terminal, SubprocessTracker]
 
 
+@pytest.mark.slow
 def test_the_command_and_seeds(home, tmp_path, tiny_run, capsys):
     """Every seed is followed, in its own run directory."""
     file = tmp_path / "tiny.yaml"

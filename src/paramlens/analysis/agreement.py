@@ -70,7 +70,7 @@ class Agreement(Result):
     def tables(self) -> tuple[Table, ...]:
         """One row per site: overall agreement, and by direction or pattern alone, mean over the pairs of runs."""
         pairs = f"{len(self.pairs)} pair{'s' if len(self.pairs) > 1 else ''}"
-        flattered = "every seed started from the same singular vectors, which flatters the agreement; init.kind svd_rotated does not"
+        flattered = "every seed started from the same singular vectors, which makes the agreement look higher; use init.kind svd_rotated"
         rows = tuple(
             (
                 site_cell(name),

@@ -45,7 +45,7 @@ class Analysis:
         """The figures of the section, from a document that `keep` wrote. Must not load torch."""
         return ()
 
-    def kept(self, *given: Any, **options: Any) -> Outcome:
+    def compute_and_keep(self, *given: Any, **options: Any) -> Outcome:
         """Call `compute`, write its document to the directory of every given run, and return the outcome."""
         outcome = self.compute(*given, **options)
         for run in given:

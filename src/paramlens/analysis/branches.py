@@ -83,8 +83,8 @@ def find_branches(model: nn.Module, blocks: Sequence[nn.Module], inputs: Inputs)
     for i, block in enumerate(blocks):
         if i not in found:
             raise ConfigError(
-                f"trace: block {i} ({type(block).__name__}) does not hand on what it is given with its attention and its MLP at zero, so "
-                "what they add to the residual stream cannot be told; use decompose and circuit, which need no such parts"
+                f"trace: block {i} ({type(block).__name__}) does not return its input when its attention and its MLP are set to zero, so "
+                "what they add to the residual stream cannot be measured; decompose and circuit work without that"
             )
     return {kind: [found[i][place] for i in range(len(blocks))] for place, kind in enumerate(modules)}
 
@@ -93,7 +93,9 @@ def _named(block: nn.Module, kind: Kind) -> nn.Module:
     found = next((child for name in _NAMES[kind] for own, child in block.named_children() if own == name), None)
     if found is None:
         names = ", ".join(_NAMES[kind])
-        raise ConfigError(f"trace: {type(block).__name__} has no {kind} that is found (a child named {names}), so there is no map of it")
+        raise ConfigError(
+            f"trace: {type(block).__name__} has no {kind} that could be found (a child module named {names}), so there is no map of it"
+        )
     return found
 
 

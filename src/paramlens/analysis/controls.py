@@ -125,7 +125,7 @@ def _control(name: str, places: Sequence[_Place]) -> Control:
             for draw, weights in enumerate(draws):
                 weights[place.site], taken = _without(name, place, draw)
                 if (place.W - weights[place.site]).norm() <= ROUNDING * place.W.norm():
-                    raise _NoControlError(f"takes nothing out at {place.site}")
+                    raise _NoControlError(f"removes nothing at {place.site}")
             slices += taken
     except _NoControlError as reason:
         return Control(why_not=str(reason))
@@ -139,19 +139,19 @@ def _without(name: str, place: _Place, draw: int) -> tuple[Tensor, int]:
         return without_random(W, count, generator=generator("control", place.site, draw)), place.slices
     if name == "top singular directions":
         if (rank := weight_rank(W)) < count:
-            raise _NoControlError(f"{place.site} has {rank} singular directions, and {count} subcomponents were taken out")
+            raise _NoControlError(f"{place.site} has {rank} singular directions, and {count} subcomponents were removed")
         return without_largest(W, count), count
     if name == "activation read":
         return without_activations(W, place.x), weight_rank(place.x)
     sizes = place.U.norm(dim=0) * place.V.norm(dim=1)
     able = [c for c in place.rest if sizes[c] > ROUNDING * W.norm()]
     if len(able) < count:
-        raise _NoControlError(f"{place.site} has {len(able)} other subcomponents that write anything, and {count} were taken out")
+        raise _NoControlError(f"{place.site} has {len(able)} other subcomponents that write anything, and {count} were removed")
     order = torch.randperm(len(able), generator=generator("control", "subcomponents", place.site, draw))
     drawn = [able[i] for i in order[:count].tolist()]
     reads, writes = place.U[:, drawn], place.V[drawn]
     if (taken := independent_slices(reads, writes, of=W)) < place.slices:
-        raise _NoControlError(f"{taken} of those drawn at {place.site} are independent of each other, of those taken out {place.slices}")
+        raise _NoControlError(f"{taken} of those drawn at {place.site} are independent of each other, of those removed {place.slices}")
     return taken_out(W, reads, writes, place.method), taken
 
 

@@ -112,7 +112,7 @@ def selected_table(selected: Sequence[Selected]) -> Table:
         for each in selected[:LISTED]
     )
     more = (Cell(f"and {len(selected) - LISTED} more"),) if len(selected) > LISTED else ()
-    return Table(f"{len(selected)} subcomponents taken out", heads, rows, notes=more)
+    return Table(f"{len(selected)} subcomponents removed", heads, rows, notes=more)
 
 
 @contextmanager

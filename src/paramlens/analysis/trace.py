@@ -83,7 +83,7 @@ class Trace(Result):
         draws = f"({self.samples} draws, noise {self.noise:g}, seed {self.seed})"
         told = f"p({self.answer}) {self.clean:.3f}, with the subject corrupted {self.corrupted:.3f} {draws}"
         zeroed = Table(
-            f"One MLP put to zero: probability of the answer ({self.clean:.3f} with all)",
+            f"One MLP set to zero: probability of the answer ({self.clean:.3f} with all)",
             columns("block", *map(str, range(len(self.zero_mlp)))),
             ((Cell("p"), *(shaded(f"{value:.3f}", value, highest) for value in self.zero_mlp)),),
         )

@@ -32,7 +32,7 @@ from paramlens.method.importance.network import Importance
 from paramlens.method.sites import find_sites
 from paramlens.method.start import initialise
 from paramlens.method.step import Steps
-from paramlens.runs.decompose import require_device
+from paramlens.runs.target_training import require_device
 from paramlens.runs.train import make_optimizer
 from paramlens.tasks.base import Target
 

@@ -111,7 +111,7 @@ class SvdBaseline(Result):
         )
         heads = tuple(Column(name) for name in ("KL up to, nats", "SVD", "active", "unique"))
         points = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-        curve = Table("Rank 1 parts in all, and what is lost with them alone", heads, tuple(self._at(point) for point in points))
+        curve = Table("Rank-1 matrices in all, and the KL with them alone", heads, tuple(self._at(point) for point in points))
         return ranks, curve
 
     def _at(self, tolerance: float) -> tuple[Cell, ...]:
@@ -127,7 +127,7 @@ class SvdBaseline(Result):
             Line("active at their role", tuple((sum(point.active.values()), point.kl) for point in self.decomposition)),
             Line("unique, the active ones on", tuple((float(sum(point.unique.values())), point.kl) for point in self.decomposition)),
         )
-        return (Chart("What is lost with so many parts alone; dashed: the tolerance", "rank 1 parts", "KL, nats", lines, self.tolerance),)
+        return (Chart("KL with so many rank-1 matrices alone; dashed: the tolerance", "rank 1 parts", "KL, nats", lines, self.tolerance),)
 
 
 def pruned_to(curve: Sequence[Pruned], tolerance: float) -> Pruned:

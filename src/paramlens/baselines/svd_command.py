@@ -32,7 +32,7 @@ class SvdAnalysis(Analysis):
         return Outcome(result.to_json(), result.tables())
 
     def figures(self, document: Mapping[str, Any]) -> Iterator[Figure]:
-        caption = "What is lost with how many rank-1 parts: SVD pruned greedily (Algorithm 2), and the decomposition (Figure 2)."
+        caption = "KL by number of rank-1 matrices: SVD pruned greedily (Algorithm 2), and the decomposition (Figure 2)."
         yield Figure("svd", caption, svd_figure(document))
 
 
@@ -52,5 +52,5 @@ def svd_figure(svd: Mapping[str, Any]) -> go.Figure:
         figure.add_scatter(x=x, y=y, name=name, mode="lines+markers", line={"width": 1.5}, marker=points, meta=colour)
     figure.add_hline(y=svd["tolerance"], line={"color": "#9aa3af", "dash": "dot", "width": 1})
     figure.update_yaxes(type="log", exponentformat="power", title="KL, nats")
-    figure.update_xaxes(title="rank-1 parts, all sites")
+    figure.update_xaxes(title="rank-1 matrices, all sites")
     return styled(figure, height=380)

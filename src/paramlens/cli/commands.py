@@ -9,7 +9,7 @@ import paramlens
 from paramlens.analysis.commands.agreement import AgreementAnalysis
 from paramlens.analysis.commands.circuit import CircuitAnalysis
 from paramlens.baselines.bench_command import bench
-from paramlens.cli.parameters import DEMO_CONFIG, located
+from paramlens.cli.parameters import DEMO_CONFIG, run_directory
 from paramlens.config.file import load_config
 from paramlens.config.model import Config
 from paramlens.display.outcome import Outcome
@@ -41,7 +41,7 @@ def demo(*, seed: int = 0, out: Path | None = None, overwrite: bool = False) -> 
         overwrite = overwrite or (is_run(path) and not resume)  # an earlier demo stopped before its first step
         paramlens.decompose_config(config, out=path, resume=resume, overwrite=overwrite, tracker=Terminal(stderr))
     run = paramlens.open_run(path)
-    found, page = CircuitAnalysis().kept(run), paramlens.report(path)
+    found, page = CircuitAnalysis().compute_and_keep(run), paramlens.report(path)
     return Outcome({**_run_document(run), "page": str(page), "circuit": found.document}, [*found.shown, f"page: {page}"])
 
 
@@ -58,26 +58,11 @@ def train_target(config: Config, /, *, out: Path | None = None, overwrite: bool 
         out: Directory of the target. Defaults to runs/<name>-target-s<seed>.
         overwrite: Replace an existing target.
     """
-    path = out or Path(RUNS) / f"{config.name}-target-s{config.seed}"
-    require_free(path, overwrite=overwrite)
-    from paramlens.files.lock import locked
-    from paramlens.kernels.machine import machine
-    from paramlens.runs import targets
-    from paramlens.runs.decompose import trained_target
-    from paramlens.runs.writer import RunWriter
+    from paramlens.runs.target_training import train_target as train
     from paramlens.tracking.tracker import Terminal
-    from paramlens.tracking.trackers import as_tracker
 
-    if not config.task.trained_here:
-        raise ConfigError(f"{config.name}: its target is pretrained, or a model of your own; there is nothing to train")
-    with locked(path):
-        with machine(config):
-            target = trained_target(config, tracker=as_tracker(Terminal()))
-        directory = RunWriter.create(path, config, overwrite=overwrite)
-        targets.save(config.task, target, path)
-        directory.seal()
-    history = target.history
-    assert history is not None
+    path = out or Path(RUNS) / f"{config.name}-target-s{config.seed}"
+    history = train(config, path, overwrite=overwrite, tracker=Terminal())
     document = {"target": str(path), "converged": history.converged, "attempts": history.attempts}
     return Outcome({**document, **dataclasses.asdict(history.checks[-1])}, [f"target: {path}"])
 
@@ -124,7 +109,7 @@ def _decompose_seeds(config: Config, seeds: int, *, target: Path | None, **how: 
 
     runs = [paramlens.open_run(path) for path in decompose_seeds(config, seeds, target=target, **how)]
     alike = target is not None and "{seed}" not in str(target) and len(runs) > 1
-    found = AgreementAnalysis().kept(*runs) if alike else None
+    found = AgreementAnalysis().compute_and_keep(*runs) if alike else None
     failed = [failures(run.verdicts) for run in runs]
     lines = [f"run: {run.path}{f' (fails: {bad})' if bad else ''}" for run, bad in zip(runs, failed, strict=True)]
     document = {"runs": [_run_document(run) for run in runs], "agreement": found.document if found else None}
@@ -151,7 +136,7 @@ def report(run: Path | None = None, /, *, example: bool = False, budget: float =
     elif run is None:
         raise ConfigError("report: give a run directory first, then options; or --example")
     else:
-        path = located(run)
+        path = run_directory(run)
     page = paramlens.report(path, budget=budget)
     if open_:
         import webbrowser
@@ -167,7 +152,7 @@ def verify(run: Path, /) -> Outcome:
     Args:
         run: Run directory.
     """
-    found = paramlens.verify(located(run))
+    found = paramlens.verify(run_directory(run))
     return Outcome(found.to_json(), found.tables(), 0 if found.whole else 1)
 
 

@@ -48,7 +48,7 @@ def entry() -> None:
         sys.stdout.flush()
     except OSError as error:  # the reader of stdout, such as head, has ended, or the disk is full
         if not isinstance(error, BrokenPipeError):
-            _told(f"stdout: {error.strerror or error}", 1, "red")
+            _report(f"stdout: {error.strerror or error}", 1, "red")
         abandon(sys.stdout)
         code = 1
     sys.exit(code)
@@ -65,19 +65,19 @@ def main(argv: Sequence[str]) -> int:
             try:
                 return function(*bound.args, **bound.kwargs) or 0
             except RunInterrupted as stopped:
-                return _told(f"interrupted; resume with: {shlex.join(_again(argv, bound.arguments))}", stopped.exit_code, "yellow")
+                return _report(f"interrupted; resume with: {shlex.join(_again(argv, bound.arguments))}", stopped.exit_code, "yellow")
         except ParamLensError as error:
-            return _told(str(error), error.exit_code, "red")
+            return _report(str(error), error.exit_code, "red")
         except OSError as error:
             if isinstance(error, BrokenPipeError):
                 raise
             place = f"{error.filename}: " if error.filename else ""
-            return _told(f"{place}{error.strerror or error}", 1, "red")
+            return _report(f"{place}{error.strerror or error}", 1, "red")
         except KeyboardInterrupt as stopped:
-            return _told("interrupted", stopped.exit_code if isinstance(stopped, Terminated) else 130, "yellow")
+            return _report("interrupted", stopped.exit_code if isinstance(stopped, Terminated) else 130, "yellow")
 
 
-def _told(text: str, code: int, style: str) -> int:
+def _report(text: str, code: int, style: str) -> int:
     ErrorConsole().print(f"paramlens: {text}", style=style, markup=False, highlight=False, soft_wrap=True)
     return code
 

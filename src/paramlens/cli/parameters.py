@@ -63,8 +63,8 @@ def analysis_command(analysis: Analysis) -> Callable[..., Outcome]:
     leading = first.replace(kind=kind, annotation=_MODEL if first.name == "model" else Path)
 
     def run(*words: Any, **given: Any) -> Outcome:
-        paths = [word if first.name == "model" and not is_run(Path(word)) else located(Path(word)) for word in words]
-        return analysis.kept(*(paramlens.open_run(path) if isinstance(path, Path) else path for path in paths), **given)
+        paths = [word if first.name == "model" and not is_run(Path(word)) else run_directory(Path(word)) for word in words]
+        return analysis.compute_and_keep(*(paramlens.open_run(path) if isinstance(path, Path) else path for path in paths), **given)
 
     typed = [option.replace(annotation=hints[option.name]) for option in options]
     return _signed(run, analysis.compute, [leading, *typed])
@@ -82,7 +82,7 @@ def _signed(run: Callable[..., Any], like: Callable[..., Any], parameters: list[
     return run
 
 
-def located(run: Path) -> Path:
+def run_directory(run: Path) -> Path:
     """The run's directory; user/name[@revision] is fetched from the Hub if no such path exists. Raises `RunDirError` if it is not a run."""
     name, _, revision = str(run).partition("@")
     if not run.exists() and is_hub_id(name):

@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 from paramlens.config.model import Config
 from paramlens.errors import ConfigError
 from paramlens.files.yaml import MOST_BYTES, parse_yaml
+from paramlens.kernels.settings import MachineSettings
 
 
 def parse_value(text: str) -> Any:
@@ -84,7 +85,13 @@ def with_known_fields(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def dump_config(config: Config) -> str:
     """The configuration as YAML, from which `load_config` reads an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    values = config.model_dump(mode="json")
+    return yaml.safe_dump({name: values[name] for name in _in_order(Config)}, sort_keys=False, allow_unicode=True)
+
+
+def _in_order(model: type[BaseModel]) -> list[str]:
+    """The names of a section's fields, those of the machine last."""
+    return sorted(model.model_fields, key=MachineSettings.model_fields.__contains__)
 
 
 def explain(error: ValidationError, *, source: str) -> str:
@@ -172,7 +179,8 @@ def fields() -> dict[str, list[FieldInfo]]:
     found: dict[str, list[FieldInfo]] = {}
 
     def walk(model: type[BaseModel], prefix: str) -> None:
-        for name, field in model.model_fields.items():
+        for name in _in_order(model):
+            field = model.model_fields[name]
             inner = _models(field.annotation)
             for kind in inner:
                 walk(kind, f"{prefix}{name}.")
@@ -183,16 +191,19 @@ def fields() -> dict[str, list[FieldInfo]]:
     return found
 
 
+@functools.cache
 def section_paths() -> list[str]:
     """The dotted paths of all sections of a configuration: the paths of fields up to their last dot."""
     return list(dict.fromkeys(path.rpartition(".")[0] for path in fields() if "." in path))
 
 
+@functools.cache
 def switches() -> list[str]:
     """Fields that are true or false. On the command line, the flag without a value means true."""
     return [path for path, kinds in fields().items() if [field.annotation for field in kinds] == [bool]]
 
 
+@functools.cache
 def list_fields() -> list[str]:
     """Fields that hold several values. On the command line, each value is a separate argument."""
     return [path for path, kinds in fields().items() if any(get_origin(field.annotation) is tuple for field in kinds)]

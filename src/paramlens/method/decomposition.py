@@ -37,10 +37,10 @@ from paramlens.display.tables import Table, columns, row, site_cell
 from paramlens.errors import BatchError, SiteError
 from paramlens.method.batch import Inputs, map_tensors, row_count, tensors_of
 from paramlens.method.hooks import hooked, swapped_in
-from paramlens.method.kept import Kept
 from paramlens.method.masks import Replacement
 from paramlens.method.products import stacked_product
 from paramlens.method.sites import Product, Site, TargetRows, aligned, replaced, watched
+from paramlens.method.stored import StoredTensors
 
 Plan = Mapping[str, Replacement]
 """Site name → replacement; all other sites use the target's weight."""
@@ -133,11 +133,11 @@ class Decomposition(Result, nn.Module):
 
     def target_run(self, inputs: Inputs) -> TargetRun:
         """Run the target unchanged: its logits, bit-equal to a plain call, and each site's input, as it was when the site was called."""
-        kept, blocks = Kept(self._copied), list[BlockRun]()
-        with torch.no_grad(), hooked([(block, partial(_keep_block, kept, blocks)) for block in self._blocks]):
-            logits, given = self._inputs_of(kept, lambda: call(self.model, inputs))
-        if kept.written():  # the model has overwritten tensors that were kept: run again, with copies
-            self._copied |= kept.written()
+        stored, blocks = StoredTensors(self._copied), list[BlockRun]()
+        with torch.no_grad(), hooked([(block, partial(_keep_block, stored, blocks)) for block in self._blocks]):
+            logits, given = self._inputs_of(stored, lambda: call(self.model, inputs))
+        if stored.written():  # the model has overwritten tensors that were stored: run again, with copies
+            self._copied |= stored.written()
             return self.target_run(inputs)
         for name, calls in given.items():
             if len(calls) != 1:
@@ -148,10 +148,10 @@ class Decomposition(Result, nn.Module):
         xs = {name: aligned(x, logits.shape[:-1]) for name, [x] in given.items()}
         return TargetRun(logits, xs, tuple(blocks), self.seen(xs))
 
-    def _inputs_of(self, kept: Kept, run: Callable[[], Tensor]) -> tuple[Tensor, dict[str, list[Tensor]]]:
+    def _inputs_of(self, stored: StoredTensors, run: Callable[[], Tensor]) -> tuple[Tensor, dict[str, list[Tensor]]]:
         """The result of `run`, and each site's inputs in it, one for each call."""
         given: dict[str, list[Tensor]] = {site.name: [] for site in self.sites}
-        with watched(self.sites, lambda site, x: given[site.name].append(kept(site.place, x))):
+        with watched(self.sites, lambda site, x: given[site.name].append(stored(site.place, x))):
             return run(), given
 
     @torch.no_grad()
@@ -218,10 +218,10 @@ class Decomposition(Result, nn.Module):
 
     def masked_inputs(self, inputs: Inputs, plan: Plan) -> dict[str, Float[Tensor, "batch *pos d_in"]]:
         """Each site's input in the masked run of `plan`."""
-        kept = Kept(self._copied)
-        logits, seen = self._inputs_of(kept, lambda: self(inputs, [plan])[0])
-        if kept.written():
-            self._copied |= kept.written()
+        stored = StoredTensors(self._copied)
+        logits, seen = self._inputs_of(stored, lambda: self(inputs, [plan])[0])
+        if stored.written():
+            self._copied |= stored.written()
             return self.masked_inputs(inputs, plan)
         return {name: aligned(given, logits.shape[:-1]) for name, [given] in seen.items()}
 
@@ -257,11 +257,13 @@ def _hidden(values: Any) -> Tensor | None:
     return first if isinstance(first, Tensor) else None
 
 
-def _keep_block(kept: Kept, blocks: list[BlockRun], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+def _keep_block(
+    stored: StoredTensors, blocks: list[BlockRun], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
     hidden, returned = _hidden(args), _hidden(output)
     rows = None if hidden is None else hidden.shape[0]
     batched = tuple(tensor.dim() > 0 and tensor.shape[0] == rows for tensor in tensors_of((args[1:], kwargs)))
-    if returned is not None and (own := kept(module, returned)) is not returned:
+    if returned is not None and (own := stored(module, returned)) is not returned:
         output = own if isinstance(output, Tensor) else (own, *output[1:])
     blocks.append(BlockRun(output, batched))
 

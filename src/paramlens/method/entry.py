@@ -38,9 +38,9 @@ def require_plain(model: nn.Module) -> None:
     for path, module in model.named_modules():
         at = f"model.{path}" if path else "model"
         if isinstance(module, torch.jit.ScriptModule):
-            raise ConfigError(f"{at}: made by torch.jit, so that its parts cannot be replaced; give the nn.Module it was made from")
+            raise ConfigError(f"{at}: made by torch.jit, so that its modules cannot be replaced; give the nn.Module it was made from")
         if "_orig_mod" in dict(module.named_children()) or module.__dict__.get("_compiled_call_impl") is not None:
-            raise ConfigError(f"{at}: compiled by torch.compile, so that its parts cannot be replaced; give the model before compiling")
+            raise ConfigError(f"{at}: compiled by torch.compile, so that its modules cannot be replaced; give the model before compiling")
     tensors = [*model.named_parameters(), *model.named_buffers()]
     for path, tensor in tensors:
         if is_lazy(tensor):
@@ -50,8 +50,7 @@ def require_plain(model: nn.Module) -> None:
     for path, parameter in model.named_parameters():
         if parameter.is_inference():
             raise ConfigError(
-                f"model.{path}: was made under torch.inference_mode(), where tensors can take no part in gradients; make or load the model "
-                "outside it"
+                f"model.{path}: was made under torch.inference_mode(), where tensors have no gradients; make or load the model outside it"
             )
     if len(devices := {str(tensor.device) for _, tensor in tensors}) > 1:
         raise ConfigError(f"model: lies on several devices ({', '.join(sorted(devices))}); move it to one, model.to(...)")
@@ -64,19 +63,19 @@ def require_sound(decomposition: Decomposition, inputs: Inputs) -> TargetRun:
     `SiteError` for a problem of a site.
     """
     if any(tensor.is_inference() for tensor in tensors_of(inputs)):
-        raise BatchError("batch: made under torch.inference_mode(), where tensors can take no part in gradients; make batches outside it")
+        raise BatchError("batch: made under torch.inference_mode(), where tensors have no gradients; make batches outside it")
     for site in decomposition.sites:
         if not torch.isfinite(site.W).all():
             raise SiteError(f"site {site.name}: its weight holds values that are not finite. Leave it out: add '!{site.name}' to sites")
     before = _fingerprints(decomposition.model)
-    with told("the model fails on the first batch"):
+    with as_batch_error("the model fails on the first batch"):
         target = decomposition.target_run(inputs)
         again = decomposition.target_run(inputs).logits
     _require_logits(decomposition, inputs, target)
     if again.shape != target.logits.shape or not _close(again, target.logits):
         raise BatchError(
-            "the model gives other logits for the same batch a second time; turn off what makes it so: dropout that does not listen to "
-            "model.eval(), random numbers, or a count or cache that it keeps from run to run"
+            "the model's logits for the same batch differ from run to run; turn off the cause: dropout that ignores "
+            "model.eval(), random numbers, or a counter or cache that it keeps between runs"
         )
     del again
     changed = [name for name, value in _fingerprints(decomposition.model).items() if before.get(name) != value]
@@ -84,7 +83,7 @@ def require_sound(decomposition: Decomposition, inputs: Inputs) -> TargetRun:
         raise SiteError(f"the model changes its own weight {changed[0]} while it runs, so there is no one weight to decompose")
     _require_leading(inputs, target)
     _require_exact(decomposition, inputs, target)
-    with told("slices of a fused projection cannot be measured on the first batch"):
+    with as_batch_error("slices of a fused projection cannot be measured on the first batch"):
         require_slices(decomposition, inputs)
     _require_stackable(decomposition, inputs, target)
     return target
@@ -106,14 +105,14 @@ def _require_logits(decomposition: Decomposition, inputs: Inputs, target: Target
         raise DivergedError("the target's logits on the first batch are not finite; check the model and the batch")
     if (logits >= 0).all() and torch.allclose(logits.sum(-1), torch.ones((), dtype=logits.dtype, device=logits.device), atol=1e-3):
         raise BatchError(
-            "the model returns probabilities: its outputs sum to 1. Softmax would be taken of them once more; return the logits before it"
+            "the model returns probabilities: its outputs sum to 1. Softmax would be applied a second time; return the logits before it"
         )
     for site in decomposition.sites:
         given = target.seen[site.name].dtype
         if given != site.W.dtype:
             raise SiteError(
                 f"site {site.name}: the model gives it {str(given).removeprefix('torch.')}, its weight is "
-                f"{str(site.W.dtype).removeprefix('torch.')}; take torch.autocast or the cast out of the model's forward"
+                f"{str(site.W.dtype).removeprefix('torch.')}; remove torch.autocast or the cast from the model's forward"
             )
 
 
@@ -166,7 +165,7 @@ def _require_exact(decomposition: Decomposition, inputs: Inputs, target: TargetR
     try:
         for weight in weights:
             weight.requires_grad_(True)
-        with torch.enable_grad(), told("the model fails with its sites replaced by their own weights"):
+        with torch.enable_grad(), as_batch_error("the model fails with its sites replaced by their own weights"):
             with replaced(products):
                 logits = call(decomposition.model, inputs)
             for site, found in probes.items():
@@ -195,7 +194,7 @@ def _require_exact(decomposition: Decomposition, inputs: Inputs, target: TargetR
     for site, gradient in zip(probes, gradients[: len(probes)], strict=True):
         if gradient is None or not gradient.any():
             raise SiteError(
-                f"site {site.name}: the logits of the first batch do not depend on what it makes, so nothing could be learned of it "
+                f"site {site.name}: the logits of the first batch do not depend on its output, so nothing could be learned about it "
                 f"(its output is detached, unused, or multiplied by zero). Leave it out: add '!{site.name}' to sites"
             )
 
@@ -208,16 +207,16 @@ def _exact(site: Site, probes: list[Tensor], x: Tensor, target: TargetRows) -> T
     if not torch.is_grad_enabled():
         raise SiteError(
             f"site {site.name}: the model calls it with gradients off (torch.no_grad, or a checkpoint with use_reentrant=True), so nothing "
-            "could be learned of it; take that out of the model's forward"
+            "could be learned about it; remove that from the model's forward"
         )
     if torch.is_autocast_enabled(x.device.type):
-        raise SiteError(f"site {site.name}: the model calls it under torch.autocast; take that out of its forward, or leave the site out")
+        raise SiteError(f"site {site.name}: the model calls it under torch.autocast; remove that from its forward, or leave the site out")
     with torch.no_grad():
         theirs = target(0, len(x))
     y = site.product(x) if site.bias is None else site.product(x) + site.bias.detach()
     if y.shape != theirs.shape or y.dtype != theirs.dtype or not _close(y.detach(), theirs, within=1e-3):
         maker = type(site.place.module).__name__
-        raise SiteError(f"site {site.name}: {maker} makes something else of its input than x @ W + bias")
+        raise SiteError(f"site {site.name}: {maker} computes something other than x @ W + bias")
     probes.append(torch.zeros_like(y, requires_grad=True))
     return y + probes[-1]
 
@@ -256,7 +255,7 @@ def _fingerprints(model: nn.Module) -> dict[str, str]:
 
 
 @contextmanager
-def told(what: str) -> Iterator[None]:
+def as_batch_error(what: str) -> Iterator[None]:
     """While active, errors of the model become a `BatchError` of one line; errors of this library and of lack of memory are unchanged."""
     try:
         yield

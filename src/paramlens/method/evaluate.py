@@ -70,9 +70,9 @@ def mean_over_batches(values: Sequence[float], counts: Sequence[int]) -> float:
     return sum(value * count for value, count in zip(values, counts, strict=True)) / sum(counts)
 
 
-def accuracy(logits: Float[Tensor, "batch pos token"], batch: Batch) -> float:
-    """Share of sequences whose most likely token after the last present position is the batch's answer."""
-    last = LossAt(last_token_only=True, present=batch.present).logits(logits)[:, 0]
+def accuracy(logits: Float[Tensor, "batch *pos token"], batch: Batch) -> float:
+    """Share of sequences whose most likely token, after the last present position if there are positions, is the batch's answer."""
+    last = logits if logits.dim() == 2 else LossAt(last_token_only=True, present=batch.present).logits(logits)[:, 0]
     return (last.argmax(-1) == batch.answers).double().mean().item()
 
 

@@ -42,8 +42,8 @@ def require_slices(decomposition: Decomposition, inputs: Inputs) -> None:
         a, b = plain.get(name), valueless.get(name)
         if a is None or b is None or not _holds(parts, a, b):
             raise SiteError(
-                f"site {name}: measured on the first batch, its slices are not the queries, keys and values of its attention, or that "
-                f"cannot be seen (it takes two positions or more); give {name!r} for the whole weight"
+                f"site {name}: measured on the first batch, its slices are not the queries, keys and values of its attention, or the "
+                f"batch has only one position, which does not show it; give {name!r} for the whole weight"
             )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from paramlens.errors import BatchError, DivergedError
 from paramlens.method.batch import Batch, tensors_of
 from paramlens.method.decomposition import Decomposition
-from paramlens.method.entry import told
+from paramlens.method.entry import as_batch_error
 from paramlens.method.generators import seed_of
 from paramlens.method.importance.network import Importance
 from paramlens.method.importance.sigmoids import lower
@@ -51,7 +51,7 @@ def training_step(
     gradients at g and those of all other losses through γ. Under `torch.no_grad` only the losses are computed.
     p: minimality's power. Defaults to its annealed value at `step`.
     """
-    with told(f"step {step}: the model fails on the batch"):
+    with as_batch_error(f"step {step}: the model fails on the batch"):
         target = decomposition.target_run(batch.inputs)  # 2: run the original model
     pre = importance(target.seen, decomposition.U, batch.present)  # 3: causal importances on this batch
     g = {name: lower(value) for name, value in pre.items()}

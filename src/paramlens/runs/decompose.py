@@ -4,7 +4,6 @@ import dataclasses
 import inspect
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from paramlens.method.batch import Batches, Inputs
 from paramlens.method.decomposition import Decomposition
 from paramlens.method.entry import require_plain, require_sound
 from paramlens.method.generators import generator
+from paramlens.method.importance.kind import kind_class
 from paramlens.method.importance.network import Importance
 from paramlens.method.losses.faithfulness import faithfulness
 from paramlens.method.modes import buffers_kept, default_modes
@@ -32,18 +32,19 @@ from paramlens.method.start import initialise
 from paramlens.method.task import Task
 from paramlens.runs import targets
 from paramlens.runs.budget import Footprint, footprint, require_memory
-from paramlens.runs.forecast import require_room, require_training_room
+from paramlens.runs.forecast import require_room
 from paramlens.runs.integrity import model_sha256, newest_state, require_unchanged
 from paramlens.runs.layout import checkpoint_path, default_out, holds_toy
 from paramlens.runs.randomness import seeded
 from paramlens.runs.resume import begin, recorded_threads, reopen
 from paramlens.runs.rundir import Run, open_run
 from paramlens.runs.saving import require_space
+from paramlens.runs.target_training import require_device, trained_target
 from paramlens.runs.train import make_optimizer, restore, train
 from paramlens.runs.writer import RunWriter
 from paramlens.tasks.base import BaseTask, Target
 from paramlens.tasks.batches import own_task
-from paramlens.tracking.tracker import TargetTracker, Tracker, report_target
+from paramlens.tracking.tracker import Tracker
 from paramlens.tracking.trackers import as_tracker
 
 
@@ -136,7 +137,7 @@ def decompose_config(
     follower, named = as_tracker(tracker), with_target(config, target)
     if named is not config:
         config, target = named, None
-    config = targets.placed(config)
+    config = targets.with_absolute_paths(config)
     if resume and target is not None:
         raise ConfigError(f"target {target}: a resumed run has its target; leave one of target and resume out")
     require_device(config.device)
@@ -157,8 +158,7 @@ def _target(config: Config, source: Path | None, *, tracker: Tracker) -> Target:
     if not config.task.trained_here:
         return config.task.pretrained(config.dtype)
     if source is None:
-        with machine(config):
-            return trained_target(config, tracker=tracker)
+        return trained_target(config, tracker=tracker)
     require_unchanged(source)
     _require_same_task(config.task, source)
     return targets.load(config, source)
@@ -172,18 +172,6 @@ def with_target(config: Config, target: str | Path | None) -> Config:
     return config if task is config.task else config.model_copy(update={"task": task})
 
 
-def trained_target(config: Config, *, tracker: Tracker) -> Target:
-    """Train the toy target of a configuration; report its progress and whether it converged."""
-    require_device(config.device)
-    require_training_room(config)
-    if isinstance(tracker, TargetTracker):
-        tracker.start_target(steps=config.task.training_plan().steps)
-    try:
-        return targets.train(config, on_message=tracker.message, on_check=partial(report_target, tracker))
-    finally:
-        tracker.close()
-
-
 def _require_same_task(task: BaseTask, source: Path) -> None:
     """Raise `ConfigError` unless the target in `source` was trained on the same task. Its weights do not show, for example, its heads."""
     if not (source / "config.yaml").is_file():
@@ -193,12 +181,6 @@ def _require_same_task(task: BaseTask, source: Path) -> None:
     saved, given = ({"task": each.model_dump(exclude=set(task.how_trained))} for each in (load_config(source / "config.yaml").task, task))
     if changed := differences(saved, given):
         raise ConfigError(f"target {source}: trained on another task ({'; '.join(changed)}); give its values or train another")
-
-
-def require_device(device: str) -> None:
-    kind = torch.device(device).type
-    if kind != "cpu" and not getattr(torch, kind).is_available():
-        raise ConfigError(f"device {device}: torch {torch.__version__} finds none here; give cpu")
 
 
 def _run(
@@ -257,10 +239,10 @@ def _built(config: Config, task: Task) -> tuple[Decomposition, Importance]:
     for site in sites:
         if site.W.dtype != dtype:
             raise ConfigError(f"dtype {config.dtype}: site {site.name} is {site.W.dtype}; convert the model or change dtype")
-        if config.gamma.kind == "scalar" and site.d_seen != site.d_in:
+        if kind_class(config.gamma.kind).reads_inner and site.d_seen != site.d_in:
             raise ConfigError(
-                f"gamma.kind scalar: at the embedding {site.name}, x @ U is the same wherever a token stands and cannot be read from what "
-                "γ sees of it; give gamma.kind vector, shared or attention"
+                f"gamma.kind {config.gamma.kind}: at the embedding {site.name}, x @ U is the same wherever a token stands and cannot be "
+                "read from what γ sees of it; give gamma.kind vector, shared or attention"
             )
     first = task.batch(0, "train").to(config.device)
     inputs = first.inputs

@@ -74,8 +74,8 @@ def _lay_out(snapshot: Path, copy: Path, repo: str) -> None:
         shutil.rmtree(part)
         problem = found[0].replace(f"{part}{os.sep}", "")
         raise RunDirError(
-            f"{repo} at {snapshot.name[:12]}: {problem}; it was damaged there or on its way. Remove {snapshot.parent.parent} to fetch it "
-            "again; if that does not help, its owner pushes it again"
+            f"{repo} at {snapshot.name[:12]}: {problem}; damaged there or during the download. Remove {snapshot.parent.parent} to fetch it "
+            "again; if that does not help, its owner must push it again"
         )
     try:
         part.rename(copy)

@@ -43,11 +43,11 @@ def _continued(config: Config, path: Path, *, extend_steps: int | None, overwrit
         raise RunDirError(f"{path}: was stopped before its first step; overwrite starts anew")
     if not is_resumable(path):
         raise RunDirError(
-            f"{path}: a copy for reading, pushed without optimizer and generators; a push with resumable makes one that goes on"
+            f"{path}: a copy for reading, pushed without optimizer and generators; push with resumable to get a copy that can be resumed"
         )
     require_whole_run(path)
     saved = load_config(path / "config.yaml")
-    config = targets.placed(config, like=saved)
+    config = targets.with_absolute_paths(config, like=saved)
     if extend_steps is not None:
         _require_extendable(saved, extend_steps)
         config, saved = (each.model_copy(update={"steps": extend_steps}) for each in (config, saved))
@@ -96,7 +96,7 @@ def reopen(
     directory = RunWriter.reopen(path, state)
     before, here = directory.info.get("versions"), versions()
     if before != here:
-        tracker.message(f"{path}: begun with {before}, goes on with {here}; the same bytes are promised for the same versions alone")
+        tracker.message(f"{path}: begun with {before}, continued with {here}; only the same versions give the same bytes")
         directory.record(versions=here)
     if described.format < FORMAT:
         directory.record(format=FORMAT)

@@ -45,7 +45,7 @@ class Saver:
             self.lines_wait = False
         except OSError as error:
             if not self.lines_wait:
-                self.message(f"{self.directory.metrics.path}: cannot be written ({_reason(error)}); its lines wait for the next try")
+                self.message(f"{self.directory.metrics.path}: cannot be written ({_reason(error)}); its lines are kept until the next try")
             self.lines_wait = True
 
     def save(self, write: Callable[[], object], step: int, *, now: bool) -> None:
@@ -71,7 +71,7 @@ class Saver:
                     self.message(f"{final}: cannot be written ({reason}); the run goes on, and tries again at step {self.again}")
             else:
                 if self.failures:
-                    self.message(f"{checkpoint_path(self.directory.path, step)}: written, the disk takes it again")
+                    self.message(f"{checkpoint_path(self.directory.path, step)}: written again")
                 self.failures, self.again = 0, None
                 return
 

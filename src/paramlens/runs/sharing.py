@@ -118,7 +118,7 @@ def card(path: Path, repo: str, *, resumable: bool) -> str:
         f"or `paramlens circuit {repo}`. Every file is listed with its sha256 in a `MANIFEST.json` and checked before it is read; "
         "`revision` pins a branch, a tag or a commit.",
         "",
-        "With optimizer and generators: `hf download` gives a directory that `paramlens decompose --resume` goes on with."
+        "With optimizer and generators: `hf download` gives a directory that `paramlens decompose --resume` can continue."
         if resumable
         else "A copy for reading: without the optimizer's state and the generators', it cannot be resumed.",
         "",

@@ -1,8 +1,11 @@
 """The target of a configuration: resolve its paths, train it with messages, save it and load it."""
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 from paramlens.config.model import Config
 from paramlens.files.plain import read_json, write_json
@@ -11,9 +14,9 @@ from paramlens.runs.layout import FORMAT
 from paramlens.tasks.base import BaseTask, Target, TargetCheck
 
 
-def placed(config: Config, like: Config | None = None) -> Config:
-    """The configuration with absolute paths in its task, as `BaseTask.placed` finds them."""
-    return config.model_copy(update={"task": config.task.placed(like and like.task)})
+def with_absolute_paths(config: Config, like: Config | None = None) -> Config:
+    """The configuration with absolute paths in its task, as `BaseTask.with_absolute_paths` finds them."""
+    return config.model_copy(update={"task": config.task.with_absolute_paths(like and like.task)})
 
 
 def train(config: Config, *, on_message: Callable[[str], object], on_check: Callable[[int, str], object]) -> Target:
@@ -37,9 +40,9 @@ def train(config: Config, *, on_message: Callable[[str], object], on_check: Call
 
 
 def save(task: BaseTask, target: Target, path: Path) -> None:
-    """Write a target that was trained here, and its training history to `target.json`."""
+    """Write a target that was trained here, in float32 as it was trained, and its training history to `target.json`."""
     assert target.history is not None
-    task.save(target, path)
+    task.save(dataclasses.replace(target, model=copy.deepcopy(target.model).to(torch.float32)), path)
     write_json(path / "target.json", {"format": FORMAT, **dataclasses.asdict(target.history)})
 
 

@@ -210,7 +210,7 @@ class BaseTask(Section):
     def require_sound(self, target: Target) -> None:
         """Raise `ConfigError` if a new run could not give a meaningful result for this target."""
 
-    def placed(self, like: "BaseTask | None" = None) -> Self:
+    def with_absolute_paths(self, like: "BaseTask | None" = None) -> Self:
         """This task with absolute paths for files that exist, so that a run can be opened from any folder.
 
         like: a task whose path is used instead if it is the same file, or if it ends with our path and our path does not exist here.

@@ -136,7 +136,7 @@ class SuppressAnalysis(Analysis):
 
     def figures(self, document: Mapping[str, Any]) -> Iterator[Figure]:
         for i, edit in enumerate(document["edits"]):
-            taken = f"{len(edit['selected'])} subcomponents taken out for “{edit['target']}” ({edit['method']})"
+            taken = f"{len(edit['selected'])} subcomponents removed for “{edit['target']}” ({edit['method']})"
             yield Figure(f"suppress-{i}", f"{taken}: what every kind of fact keeps (Figures 3, 4).", suppression_figure(edit))
 
 

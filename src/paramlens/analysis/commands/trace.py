@@ -67,7 +67,7 @@ class TraceAnalysis(Analysis):
             caption = f"Causal tracing of “{text}”: where restoring a state brings the answer back (Figures 7, 8)."
             yield Figure(f"trace-{i}", caption, trace_figure(each))
         if document["traces"]:
-            yield Figure("zero", "One whole MLP put to zero (Figure 9).", zero_figure(document["traces"]))
+            yield Figure("zero", "One whole MLP set to zero (Figure 9).", zero_figure(document["traces"]))
 
 
 def trace_figure(trace: Mapping[str, Any]) -> go.Figure:

@@ -59,6 +59,8 @@ class GammaKind(nn.Module, ABC):
 
     has_table: ClassVar[bool] = False
     """Whether it has tables of positions, and so needs inputs (batch, pos, d_in) and the longest sequence's length, `max_length`."""
+    reads_inner: ClassVar[bool] = False
+    """Whether it reads the inner activations x @ U instead of the site's input."""
     saves_memory: ClassVar[bool] = False
     """Whether error messages suggest it when another kind does not fit into memory."""
 

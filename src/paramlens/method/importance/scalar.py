@@ -14,6 +14,7 @@ from paramlens.method.importance.settings import Gamma
 class ScalarGamma(GammaKind):
     """Each subcomponent's MLP reads its own inner activation x U, one number; the gradient reaches U."""
 
+    reads_inner = True
     saves_memory = True
 
     @classmethod

@@ -5,7 +5,7 @@ from collections.abc import Hashable, Set
 from torch import Tensor
 
 
-class Kept:
+class StoredTensors:
     """Inputs and outputs of modules and places in one run, kept without a copy, or as a copy for owners in `copied`."""
 
     def __init__(self, copied: Set[Hashable]) -> None:
