@@ -156,8 +156,9 @@ print(json.dumps({"standing": standing, "foretold": foretold, "peak": peak}))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read where Linux tells it")
-@pytest.mark.parametrize("kind", ["toy", pytest.param("GPT-2", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("gamma", [pytest.param("vector", marks=pytest.mark.slow), "attention"])
+@pytest.mark.parametrize("kind", ["toy", "GPT-2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("gamma", ["vector", "attention"])
 def test_a_process_takes_what_was_foretold(kind, gamma, tmp_path):
     sites = ["*.attn.[qkv]"] if kind == "toy" else ["*.c_attn", "*.mlp.*"]
     fields = {"sites": sites, "C": 32, "steps": 2, "threads": 1, "gamma": {"kind": gamma, "d_gate": 8}, "losses": LOSSES}

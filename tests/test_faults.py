@@ -158,7 +158,6 @@ def slow_unless(fast: bool, *values: Any) -> Any:
 FIRST = {
     ("half of optimizer", signal.SIGKILL),
     ("between write and rename", signal.SIGKILL),
-    ("half of an old checkpoint pruned", signal.SIGKILL),
     ("half a line of metrics", signal.SIGTERM),
     ("in a step", signal.SIGINT),
     ("writing run.json at the end", signal.SIGINT),

@@ -251,6 +251,7 @@ def test_without_gnu_openmp_kernels_run_on_one_thread(tmp_path, monkeypatch: pyt
         assert out.tolist() == [1.0] * 5000
 
 
+@pytest.mark.slow
 def test_seeds_are_stopped_where_signals_end_a_process_at_once(tmp_path, monkeypatch: pytest.MonkeyPatch):
     """Windows: closing a seed's input is what tells it to save; here the whole way but for the system's own names."""
     monkeypatch.setattr(signals, "WINDOWS", True)

@@ -92,6 +92,7 @@ def test_a_line_of_metrics_that_is_no_mapping_is_named(run):
         report(run)
 
 
+@pytest.mark.slow
 def test_all_of_a_page_has_the_threshold_of_its_circuit(run):
     found = circuit(open_run(run), threshold=0.5, batches=1, adversary=0)
     open_run(run).save_analysis("circuit", found.to_json())
@@ -114,6 +115,7 @@ def test_a_place_taken_by_something_else_is_told_with_a_remedy(tmp_path, capsys)
 
 
 @needs_browser
+@pytest.mark.slow
 def test_a_long_name_leaves_the_circuit_in_sight(run):
     name = "blocks.0.attn." + "q" * 120
     for each in ("model", "analysis/circuit", "analysis/catalogue", "analysis/edges"):

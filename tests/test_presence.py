@@ -178,6 +178,7 @@ def test_table_1_is_of_sequences_not_of_batches(runs):
         assert a.example.importance == b.example.importance
 
 
+@pytest.mark.slow
 def test_other_analyses_are_of_sequences_too(runs):
     known = {name: 8 if name == "alone" else 2 for name in runs}
     catalogues = {name: catalogue(run, batches=known[name]) for name, run in runs.items()}

@@ -33,9 +33,14 @@ def test_each_seed_is_the_run_it_would_be_alone(tmp_path):
         assert value.equal(parts(paths[1])[name])
     with pytest.raises(RunDirError, match="resume continues it"):
         decompose_seeds(config, 3, out=tmp_path / "seeds")
-    assert decompose_seeds(config, 3, out=tmp_path / "seeds", resume=True)[2].is_dir()
     with pytest.raises(ConfigError, match="seeds 0"):
         decompose_seeds(config, 0)
+
+
+@pytest.mark.slow
+def test_more_seeds_are_added_on_resume(tmp_path):
+    decompose_seeds(tiny_with(seed=3), 1, out=tmp_path)
+    assert decompose_seeds(tiny_with(seed=3), 2, out=tmp_path, resume=True)[1].is_dir()
 
 
 @pytest.mark.slow
@@ -49,6 +54,7 @@ def test_each_seed_can_take_its_own_target(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_a_seed_that_fails_does_not_stop_the_others(tmp_path):
     """The targets of a rate this high are not finite, and say so; every seed is tried."""
     broken = tiny_with(task=TINY["task"] | {"training": TINY["task"]["training"] | {"lr": 1e30}})

@@ -145,7 +145,14 @@ class Raises(Terminal):
         setattr(self, hook, raising)
 
 
-@pytest.mark.parametrize(("hook", "beside"), [*((hook, False) for hook in HOOKS), ("update", True), ("close", True)])
+@pytest.mark.parametrize(
+    ("hook", "beside"),
+    [
+        *(pytest.param(hook, False, marks=[] if hook in ("start", "evaluated", "close") else pytest.mark.slow) for hook in HOOKS),
+        ("update", True),
+        pytest.param("close", True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_ends_as_it_should_whatever_its_tracker_raises(hook, beside, tmp_path, tiny_run, capsys):
     notes, broken = Notes(), Raises(hook)
     run = decompose_config(make_config(TINY), out=tmp_path / "run", tracker=Fanout(broken, notes) if beside else broken)

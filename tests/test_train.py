@@ -162,7 +162,7 @@ def test_fields_are_checked():
 
 def test_training_lowers_the_loss(tmp_path):
     fields = TOY | {
-        "steps": 150,
+        "steps": 60,
         "log_every": 1,
         "losses": {"recon": 1.0, "faithfulness": 10.0, "minimality": 0.001},
         "init": {"kind": "random"},
