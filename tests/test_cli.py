@@ -439,6 +439,7 @@ def test_an_interrupted_command_says_how_it_goes_on(words, again, tmp_path, monk
     assert capsys.readouterr().err.splitlines()[-1] == f"paramlens: interrupted; resume with: paramlens {again}"
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_with_130_and_a_run_to_resume(config, tmp_path):
     place = tmp_path / "run"
     command = [sys.executable, "-c", "from paramlens.cli.main import entry; entry()", "decompose", config, "--out", str(place)]

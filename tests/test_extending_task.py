@@ -110,6 +110,7 @@ def run(folder: Path, *commands: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code, *commands], cwd=folder, env=where, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_a_new_task_is_estimated_decomposed_and_looked_at(extended):
     done = run(extended, "doctor toy.yaml --task.inputs 4", "decompose toy.yaml", "circuit runs/toy-s0 --adversary 0")
     assert [line for line in done.stdout.splitlines() if line in ("0", "1", "2")] == ["0", "0", "0"], done.stderr

@@ -137,6 +137,7 @@ with torch_threads(2):
     assert worker < main / 4
 
 
+@pytest.mark.slow
 def test_a_wish_of_the_users_is_not_crowded_out():
     code = "import torch\nfrom paramlens.kernels.machine import torch_threads\nfrom paramlens.kernels.openmp import waiting\n"
     code += "with torch_threads(2): print(waiting())"

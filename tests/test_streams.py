@@ -42,6 +42,7 @@ def test_a_narrow_encoding_prints_escapes(words, encoding):
         assert r"\u03b3" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_prompt_beyond_the_encoding(facts_run, capsys):
     """Tables escape it, JSON is the same as anywhere."""
     words = ["inspect", str(facts_run.path), "--prompt", "Zoë plays 篮球 γ"]
