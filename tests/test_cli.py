@@ -146,11 +146,8 @@ def test_wrong_input_is_one_short_message(words, message, config, tmp_path, caps
     ("words", "returned"),
     [
         (["decompose", "induction-quick", "--optim.lrr", "1"], 2),
-        (["decompose", "induction-quick", "--out", "."], 2),
         (["circuit", "nowhere"], 2),
-        ([], 0),
         (["--help"], 0),
-        (["suppress", "--help"], 0),
         (["decompose", "induction", "--help"], 0),
         (["completion", "fish"], 0),
     ],

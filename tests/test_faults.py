@@ -396,11 +396,12 @@ DAMAGES: dict[str, Callable[[bytes, bytes], bytes]] = {
     "random bytes": lambda ours, _: torch.randint(256, (len(ours),), generator=torch.Generator().manual_seed(0)).byte().numpy().tobytes(),
     "another run's": lambda _, theirs: theirs,
 }
+OFTEN = ("cut", "one bit flipped")
 OF_A_CHECKPOINT = (*(f"{name}.safetensors" for name in _TENSORS), "state.json", "MANIFEST.json")
 OF_THE_RUN = ("config.yaml", "model.json", "run.json", "MANIFEST.json", "metrics.jsonl", "target.safetensors", "target.json")
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", [slow_unless(damage in OFTEN, damage) for damage in DAMAGES])
 @pytest.mark.parametrize("file", OF_A_CHECKPOINT)
 def test_a_damaged_file_of_a_checkpoint(world, tmp_path, cell, capsys, file: str, damage: str):
     """It is refused by name, the checkpoint before is offered, and from there the run ends in the same bytes."""
@@ -439,7 +440,7 @@ def test_what_the_message_says_is_a_way_out(world, tmp_path, cell, file: str):
         require_identical(world, path)
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", [slow_unless(damage in OFTEN, damage) for damage in DAMAGES])
 @pytest.mark.parametrize("file", OF_THE_RUN)
 def test_a_damaged_file_of_the_run(world, tmp_path, cell, file: str, damage: str):
     """It is refused by name, or the run does not depend on it and ends in the same bytes; no checkpoint is touched."""

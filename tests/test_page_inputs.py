@@ -67,7 +67,12 @@ def test_any_token_can_be_shown_and_saved(run):
 
 
 @pytest.mark.parametrize(
-    ("name", "key"), [pytest.param("circuit", "step", marks=pytest.mark.slow), ("catalogue", "masked"), ("edges", "edges")]
+    ("name", "key"),
+    [
+        pytest.param("circuit", "step", marks=pytest.mark.slow),
+        ("catalogue", "masked"),
+        pytest.param("edges", "edges", marks=pytest.mark.slow),
+    ],
 )
 def test_an_analysis_that_lacks_what_the_page_reads_is_made_again(run, name: str, key: str):
     file = run / f"analysis/{name}.json"

@@ -129,7 +129,7 @@ def reference_masks(name, g, config, step):
     return plans
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float64])
 @pytest.mark.parametrize("last_token_only", [False, True])
 @pytest.mark.parametrize("name", [*RECONSTRUCTIONS, "all together"])
 def test_step(name: str, last_token_only: bool, dtype: torch.dtype):

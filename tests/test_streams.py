@@ -32,7 +32,7 @@ def run(*words: str, redirect: str = "", **environment: str) -> subprocess.Compl
     )
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize("encoding", ["ascii", pytest.param("cp1252", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("words", [("--help",), ("decompose", "facts-small", "--help"), ("frob γ",)])
 def test_a_narrow_encoding_prints_escapes(words, encoding):
     done = run(*words, PYTHONIOENCODING=encoding)
