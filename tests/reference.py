@@ -88,11 +88,16 @@ def attend(x: Tensor, p: dict[str, Tensor], relative: str, max_length: int) -> T
     return torch.cat([torch.stack(sequences), x_pos], dim=-1)
 
 
-def masked_site(x: Tensor, U: Tensor, V: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
-    """Σ_c mask_c (x · U_c) V_c + bias."""
+def masked_site(
+    x: Tensor, U: Tensor, V: Tensor, mask: Tensor, bias: Tensor | None, remainder: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """Σ_c mask_c (x · U_c) V_c + bias; remainder: W and m_Δ, for m_Δ x (W - Σ_c U_c V_c) in addition."""
     out = torch.zeros(*x.shape[:-1], V.shape[1], dtype=x.dtype)
     for c in range(U.shape[1]):
         out = out + mask[..., c, None] * (x @ U[:, c])[..., None] * V[c]
+    if remainder is not None:
+        W, m = remainder
+        out = out + m[..., None] * (x @ (W - sum(torch.outer(U[:, c], V[c]) for c in range(U.shape[1]))))
     return out if bias is None else out + bias
 
 

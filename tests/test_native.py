@@ -64,6 +64,12 @@ FUNCTIONS = {
         lambda x, U, V, g, h: masked_linear(x, U, V, [Replacement(g), Replacement(h), Replacement(g)], None),
         [(12, 50, 6), (6, 9), (9, 5), (4, 50, 9), (4, 50, 9)],
     ),
+    "masked product and remainder": (
+        lambda x, U, V, g, h, m, n: masked_linear(
+            x, U, V, [Replacement(g, remainder=m), Replacement(h), Replacement(g, remainder=n)], None
+        ),
+        [(12, 50, 6), (6, 9), (9, 5), (4, 50, 9), (4, 50, 9), (4, 50), (4, 50)],
+    ),
 }
 
 
@@ -154,6 +160,9 @@ def test_masks_draw_their_noise_in_place():
     x, U, V, g = numbers(3, 700, 4), torch.eye(4), torch.eye(4), torch.rand(3, 700, 4, generator=generator("g"))
     out = masked_linear(x, U, V, [Replacement(g, key=77)], None)
     assert_near(out, x * (g + (1 - g) * mask_noise(77, g)), 8)
+    m = torch.rand(3, 700, generator=generator("m"))
+    out = masked_linear(x, U, V, [Replacement(g, key=77, remainder=m)], None)
+    assert_near(out, x * (g + (1 - g) * mask_noise(77, g) - m[..., None]), 8)
 
 
 def test_machine_code_is_kept_for_later_processes(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import reference
-from conftest import tiny_with
+from conftest import TINY, tiny_with
 from paramlens.kernels import mlps, native
 from paramlens.method.decomposition import Decomposition, call
 from paramlens.method.generators import generator
@@ -35,18 +35,20 @@ def relative_error(ours: torch.Tensor, theirs: torch.Tensor, size: float | None 
     return (ours.double() - theirs.double()).norm().item() / length
 
 
-def make(kind: str, relative: str, dtype: torch.dtype, **losses: float):
+def make(kind: str, relative: str, dtype: torch.dtype, *, C: int = TINY["C"], delta: bool = False, **losses: float):
     """A decomposition of a tiny target with every subcomponent's γ spread around both kinks."""
     config = tiny_with(
         gamma={"kind": kind, "d_gate": 3, "relative": relative},
         losses=losses or {"recon": 1.0},
         dtype=str(dtype).removeprefix("torch."),
         last_token_only=False,
+        C=C,
+        delta=delta,
     )
     torch.manual_seed(1)
     model = InductionTransformer(config.task).to(dtype)
     sites = find_sites(model, config.sites)
-    decomposition = Decomposition(model, sites, C=config.C, dtype=dtype)
+    decomposition = Decomposition(model, sites, C=C, dtype=dtype, delta=delta)
     initialise(decomposition, Init(kind="random"), generator=generator("test"))
     importance = Importance({site.name: (site.d_seen, config.C) for site in sites}, config.gamma, max_length=config.task.length).to(dtype)
     importance.initialise(generator("γ"))
@@ -107,16 +109,20 @@ def test_sigmoid_pair_by_hand():
 
 
 def reference_masks(name, g, config, step):
-    """The masks of a loss, from the same random numbers in the same order, and the plans they make."""
+    """The masks of a loss, from the same random numbers in the same order, and the plans they make: site → its mask and Δ's."""
     rng = generator(config.seed, "masks", name, step)
     kind = RECONSTRUCTIONS[name]
     plans = []
     for _ in range(config.losses.samples if kind.mask == "stochastic" else 1):
-        masks = dict(g)
+        masks = {site: (value, None) for site, value in g.items()}
         if kind.mask == "stochastic":
             keys = torch.randint(2**31, (len(g),), generator=rng).tolist()
             noise = {site: mask_noise(key, g[site].detach()) for site, key in zip(g, keys, strict=True)}
-            masks = {site: value + (1 - value) * noise[site] for site, value in g.items()}
+            keys = torch.randint(2**31, (len(g),), generator=rng).tolist() if config.delta else [None] * len(g)
+            remainders = {
+                site: None if key is None else mask_noise(key, g[site].detach()[..., 0]) for site, key in zip(g, keys, strict=True)
+            }
+            masks = {site: (value + (1 - value) * noise[site], remainders[site]) for site, value in g.items()}
         if kind.sites == "all":
             plans.append(masks)
         elif kind.sites == "each":
@@ -151,8 +157,15 @@ def test_step_of_every_gamma(kind: str, relative: str, dtype: torch.dtype):
     check_step(kind, relative, dtype, losses, last_token_only=False)
 
 
-def check_step(kind: str, relative: str, dtype: torch.dtype, losses: dict[str, float], last_token_only: bool):
-    config, task, decomposition, importance = make(kind, relative, dtype, **losses)
+@pytest.mark.parametrize("last_token_only", [False, True])
+def test_step_with_the_remainder(last_token_only: bool):
+    """Δ is a component of its own in stochastic losses, also with fewer subcomponents than W's rank of 4."""
+    losses = {loss: 0.3 + i for i, loss in enumerate(RECONSTRUCTIONS)} | {"minimality": 0.1}
+    check_step("attention", "offset", torch.float64, losses, last_token_only, C=3, delta=True)
+
+
+def check_step(kind: str, relative: str, dtype: torch.dtype, losses: dict[str, float], last_token_only: bool, **fields: int):
+    config, task, decomposition, importance = make(kind, relative, dtype, **fields, **losses)
     config = config.model_copy(update={"last_token_only": last_token_only})
     step = 7 if dtype == torch.float64 else 1  # a low p is ill-conditioned near g = 0: single precision is compared at p = 0.83
     batch = task.batch(0, "train")
@@ -172,8 +185,9 @@ def check_step(kind: str, relative: str, dtype: torch.dtype, losses: dict[str, f
             forwards = {}
             for site in decomposition.sites:
                 if site.name in plan:
-                    forwards[site.module] = lambda x, s=site: reference.masked_site(
-                        x, decomposition.U[s.name], decomposition.V[s.name], plan[s.name], s.bias
+                    mask, m = plan[site.name]
+                    forwards[site.module] = lambda x, s=site, mask=mask, m=m: reference.masked_site(
+                        x, decomposition.U[s.name], decomposition.V[s.name], mask, s.bias, None if m is None else (s.W, m)
                     )
             with swapped_in(forwards):
                 return call(task.model, inputs)
@@ -184,7 +198,8 @@ def check_step(kind: str, relative: str, dtype: torch.dtype, losses: dict[str, f
             if getattr(config.losses, name)
         }
     W = {site.name: site.W for site in decomposition.sites}
-    values["faithfulness"] = reference.faithfulness(W, decomposition.U, decomposition.V)
+    if config.losses.faithfulness:
+        values["faithfulness"] = reference.faithfulness(W, decomposition.U, decomposition.V)
     p = 0.9 - 0.8 * step / (config.steps - 1)
     values["minimality"] = reference.minimality(pre, p, config.losses.minimality_eps)
     parts = [getattr(config.losses, name) * value for name, value in values.items()]

@@ -144,7 +144,7 @@ class _Removal:
     def __call__(self, site: str, parts: Sequence[int]) -> tuple[list[float], list[float]]:
         """KL without each of `parts`: removed from the target, and removed from the masked model."""
         g = self.held.g[site]
-        whole: list[Plan] = [{site: Replacement(_without(torch.ones_like(g), c))} for c in parts]
+        whole: list[Plan] = [{site: self.decomposition.without(_without(torch.ones_like(g), c))} for c in parts]
         masked: list[Plan] = [{**self.held.masked, site: Replacement(_without(g, c))} for c in parts]
         return self._divergences(whole), self._divergences(masked)
 

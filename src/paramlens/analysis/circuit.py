@@ -22,7 +22,7 @@ from paramlens.method.decomposition import Decomposition
 from paramlens.method.evaluate import evaluate, mean_over_batches
 from paramlens.method.generators import generator, seed_of
 from paramlens.method.losses.divergence import LossAt
-from paramlens.method.losses.faithfulness import mean_square
+from paramlens.method.losses.faithfulness import left_out
 from paramlens.method.sites import at_rest
 from paramlens.method.task import EvaluatedOn, Task
 from paramlens.method.threshold import ACTIVE, require_threshold
@@ -46,6 +46,8 @@ class SiteCircuit:
     """Role → mean importance of each of the C subcomponents, in [0, 1]."""
     silent: str | None
     """If no subcomponent is active anywhere, a text that says what this means. None: at least one is active."""
+    remainder: float | None
+    """‖W - U V‖ / ‖W‖, if the remainder is a component. None: it is not."""
 
 
 @dataclass(frozen=True)
@@ -114,12 +116,13 @@ class Circuit(Result):
         places = 1 if len(self.roles) > _WIDE else 3
         active = Table(
             f"Active subcomponents (importance > {self.threshold:g}), {self.sequences} {self.evaluated_on} sequences",
-            columns("site", *self.roles, "unique"),
+            columns("site", *self.roles, "unique", *(["‖Δ‖ / ‖W‖"] if "remainder" in self.metrics else [])),
             tuple(
                 (
                     site_cell(name),
                     *(shaded(f"{site.active[role]:.{places}f}", site.active[role], highest) for role in self.roles),
                     Cell(str(site.unique)),
+                    *([] if site.remainder is None else [Cell(f"{site.remainder:.2f}")]),
                 )
                 for name, site in self.sites.items()
             ),
@@ -187,6 +190,7 @@ def circuit(run: Run, *, threshold: float = ACTIVE, batches: int = 16, adversary
         everywhere = [each[ALL_POSITIONS] for each in divergence.values()]
         linked = [divergence[link.pattern][link.query] for link in task.links]
         metrics |= {"attention_kl": _average(linked or everywhere), "attention_kl_all": _average(everywhere)}
+    remainders = decomposition.remainders() if decomposition.delta else {}
     trained = None if run.target_history is None else asdict(run.target_history)
     return Circuit(
         run=str(run.path),
@@ -195,7 +199,10 @@ def circuit(run: Run, *, threshold: float = ACTIVE, batches: int = 16, adversary
         sequences=sum(len(held.roles) for held in data),
         evaluated_on=task.evaluated_on,
         roles=roles,
-        sites={name: _site(value, role_index, roles, threshold, if_silent=_if_silent(run, name, threshold)) for name, value in g.items()},
+        sites={
+            name: _site(value, role_index, roles, threshold, if_silent=_if_silent(run, name, threshold), remainder=remainders.get(name))
+            for name, value in g.items()
+        },
         metrics=metrics,
         attention_kl=divergence,
         attention_by_role={
@@ -237,7 +244,7 @@ def _metrics(run: Run, task: Task, data: Sequence[HeldOut], *, threshold: float,
         rows.append(row)
     counts = [LossAt(last_token_only, held.batch.present).count(held.target.logits) for held in data]
     metrics = {name: mean_over_batches([row[name] for row in rows], counts) for name in rows[0]}
-    return metrics | {"faithfulness_relative": metrics["faithfulness"] / mean_square(run.decomposition)}
+    return metrics | left_out(run.decomposition)
 
 
 def _patterns(decomposition: Decomposition, held: HeldOut, names: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -250,7 +257,15 @@ def _attention_by_role(patterns: Sequence[Tensor], role_index: Tensor, count: in
     return _rounded(attention_by_role(torch.cat(list(patterns)), role_index, count))
 
 
-def _site(g: Float[Tensor, "*batch C"], role_index: Tensor, roles: Sequence[str], threshold: float, *, if_silent: str) -> SiteCircuit:
+def _site(
+    g: Float[Tensor, "*batch C"],
+    role_index: Tensor,
+    roles: Sequence[str],
+    threshold: float,
+    *,
+    if_silent: str,
+    remainder: float | None,
+) -> SiteCircuit:
     active = g > threshold
     unique = int(active.flatten(0, -2).any(0).sum())
     counts, sums = active.sum(-1, dtype=torch.float64), g.sum(-1, dtype=torch.float64)
@@ -260,6 +275,7 @@ def _site(g: Float[Tensor, "*batch C"], role_index: Tensor, roles: Sequence[str]
         unique=unique,
         subcomponents={role: [round(v, 5) for v in g[role_index == i].mean(0).tolist()] for i, role in enumerate(roles)},
         silent=if_silent if unique == 0 else None,
+        remainder=remainder,
     )
 
 

@@ -12,7 +12,7 @@ from paramlens.display.result import Result
 from paramlens.display.tables import Cell, Table, columns, shaded
 from paramlens.kernels.machine import machine
 from paramlens.method.importance.sigmoids import lower
-from paramlens.method.masks import Replacement, rounded_mask
+from paramlens.method.masks import rounded_mask
 from paramlens.method.sites import at_rest
 from paramlens.method.threshold import ACTIVE, require_threshold
 from paramlens.runs.rundir import Run
@@ -87,7 +87,7 @@ def edges(run: Run, *, threshold: float = ACTIVE, batches: int = 4) -> Edges:
 
 def _without(run: Run, held: HeldOut, site: str, active: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Every site's input, and its g, in the target without the active subcomponents of `site`."""
-    inputs = run.decomposition.masked_inputs(held.batch.inputs, {site: Replacement(1 - active)})
+    inputs = run.decomposition.masked_inputs(held.batch.inputs, {site: run.decomposition.without(1 - active)})
     pre = run.importance(run.decomposition.seen(inputs), run.decomposition.U, held.batch.present)
     return inputs, {name: lower(value) for name, value in pre.items()}
 

@@ -47,7 +47,7 @@ def interventions(
     for effect in ("removed", "alone"):
         for site in decomposition.names:
             masks = [rounded_mask(held.g[site], threshold=threshold) for held in data]
-            plans: list[Plan] = [{site: Replacement(1 - mask if effect == "removed" else mask)} for mask in masks]
+            plans: list[Plan] = [{site: decomposition.without(1 - mask) if effect == "removed" else Replacement(mask)} for mask in masks]
             done.append(_measured(f"{site} {effect}", site, decomposition, task, data, plans, last_token_only=last_token_only))
     for name, change in task.changes.items():
         changes = [change(held.batch) for held in data]

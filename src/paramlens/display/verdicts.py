@@ -40,6 +40,9 @@ def verdicts(
     if target is not None and not target["converged"]:
         text = "The target had not converged when its training ended: what follows is the circuit of a half-trained model."
         yield Verdict("target", "fails", f"{target['checks'][-1]['accuracy']:.3f} right", text)
+    if "remainder" in metrics:
+        text = "‖W - U V‖ / ‖W‖: the remainder Δ = W - U V is a component, so that nothing of the weights is lost; with masks g it is off."
+        yield Verdict("weights", _standing(0.0, WEIGHTS), f"Δ {_percent(metrics['remainder'])}", text)
     if "faithfulness_relative" in metrics:
         relative = metrics["faithfulness_relative"]
         text = f"Mean squared difference of W and U V, which leaves out {_percent(relative)} of the weights' squared norm."

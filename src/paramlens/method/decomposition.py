@@ -1,7 +1,7 @@
 """The decomposition: each site's weight as a sum of rank-1 subcomponents, and runs of the target with sites replaced by them.
 
     W ≈ U @ V = Σ_c outer(U[:, c], V[c])                                      (eq. 1; U reads, V writes)
-    masked run at a site:  y = ((x @ U) * r) @ V + bias
+    masked run at a site:  y = ((x @ U) * r) @ V + bias, and + m_Δ x (W - U V) if the remainder is a component (`products`)
 
 | tensor            | shape             | range                |
 |-------------------|-------------------|----------------------|
@@ -74,11 +74,12 @@ class TargetRun:
 class Decomposition(Result, nn.Module):
     """U and V of every site, and masked runs of the target `model`. The target is never changed and is not a submodule."""
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site], *, C: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, model: nn.Module, sites: Sequence[Site], *, C: int, dtype: torch.dtype = torch.float32, delta: bool = False) -> None:
+        """delta: whether the remainder Δ = W - U V is a component, with a mask of its own."""
         super().__init__()
         self._target = (model,)  # in a tuple, so that the target's parameters are not registered here
         self.sites = tuple(sites)
-        self.C = C
+        self.C, self.delta = C, delta
         self._blocks: tuple[nn.Module, ...] = ()
         self._home: dict[str, int] = {}  # site name → index of its block
         self._copied: set[Hashable] = set()  # blocks and places whose input or output the model overwrites later in a run
@@ -115,6 +116,17 @@ class Decomposition(Result, nn.Module):
     def inner(self, name: str, x: Tensor) -> Float[Tensor, "*batch C"]:
         """Inner activations x @ U at the site `name`, for its input x."""
         return self.site(name).read(x, self.U[name])
+
+    def without(self, mask: Float[Tensor, "*batch C"]) -> Replacement:
+        """The mask of subcomponents of which some are removed from the target: with Δ as a component, Δ is fully on."""
+        return Replacement(mask, remainder=torch.ones_like(mask[..., 0]) if self.delta else None)
+
+    def remainders(self) -> dict[str, float]:
+        """Site name → ‖W - U V‖ / ‖W‖ (Frobenius norms): how much of the weight is in Δ."""
+        with torch.no_grad():
+            return {
+                site.name: ((site.W - U @ V).norm() / site.W.norm()).item() for site, U, V in zip(self.sites, self._U, self._V, strict=True)
+            }
 
     def seen(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Site name → what γ reads, given the sites' inputs."""

@@ -51,7 +51,7 @@ def evaluate(
 
     metrics = {"faithfulness": faithfulness(decomposition).item()}
     for name in ("recon", "recon_layerwise", "stochastic_recon"):
-        plans = RECONSTRUCTIONS[name].plans(g, generator=generator(seed, "evaluate"))
+        plans = RECONSTRUCTIONS[name].plans(g, delta=decomposition.delta, generator=generator(seed, "evaluate"))
         values = [divergence(plan) for plan in plans]
         metrics[name] = sum(values) / len(values)
     rounded = {site: Replacement(rounded_mask(value, threshold=threshold)) for site, value in g.items()}

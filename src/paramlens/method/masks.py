@@ -22,12 +22,14 @@ class Replacement:
 
     where: (batch, pos or 1), true where the mask applies; elsewhere the target's weight is used. Defaults to None: everywhere.
     sink: contiguous, shaped as g; the compiled product adds g's gradient to it. Defaults to None: autograd gets one tensor per plan.
+    remainder: m_Δ (batch, pos), in [0, 1], the mask of the remainder Δ = W - U V. Defaults to None: 0, so that Δ is left out.
     """
 
     g: Float[Tensor, "*batch C"]
     key: int | None = None
     where: Bool[Tensor, "*#batch"] | None = None
     sink: Float[Tensor, "*batch C"] | None = None
+    remainder: Float[Tensor, "*batch"] | None = None
 
 
 def rounded_mask(g: Float[Tensor, "*batch C"], *, threshold: float) -> Float[Tensor, "*batch C"]:
@@ -69,6 +71,11 @@ def noise_from(rng: torch.Generator) -> Iterator[None]:
         _noise_source.reset(before)
 
 
+def remainder_noise(key: int, g: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch"]:
+    """Masks m_Δ ~ U(0, 1) of the remainder, one per position, from the noise of `key`."""
+    return mask_noise(key, g.detach()[..., :1])[..., 0]
+
+
 def mask_noise(key: int, like: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
     """Noise u ~ U(0, 1): a pure function of key, shape and kind of device. Inside `noise_from`, the next numbers of its generator."""
     if (given := _noise_source.get()) is not None:
@@ -88,9 +95,10 @@ def masked_linear(
     replacements: Sequence[Replacement],
     bias: Float[Tensor, "d_out"] | None,
 ) -> Float[Tensor, "*batch d_out"]:
-    """`((x @ U) * r) @ V + bias`, where r is the masks of `replacements` joined along the first axis.
+    """`((x @ U) * (r - m_Δ)) @ V + bias`, where r and m_Δ are those of `replacements` joined along the first axis.
 
-    Raises `BatchError` if masks and input disagree on the leading axes.
+    Where a replacement has no remainder, m_Δ is 0. With one, m_Δ x W is still to be added (`products`). Raises `BatchError` if masks and
+    input disagree on the leading axes.
     """
     leading = (sum(replacement.g.shape[0] for replacement in replacements), *replacements[0].g.shape[1:-1])
     if leading != tuple(x.shape[:-1]):
@@ -99,44 +107,62 @@ def masked_linear(
     if native.serves(x, U, V, *gs) and _noise_source.get() is None:
         sinks = [replacement.sink for replacement in replacements]
         assert all(sink is None or sink.is_contiguous() for sink in sinks), "a sink is written to in rows of its own memory"
-        product = _MaskedProduct.apply(x, U, V, keys, sinks, *gs)
+        remainders = [replacement.remainder for replacement in replacements]
+        product = _MaskedProduct.apply(x, U, V, keys, sinks, *gs, *remainders)
         return product if bias is None else product + bias
     return F.linear((x @ U) * torch.cat(masks_of(replacements)), V.T, bias)
 
 
 def masks_of(replacements: Sequence[Replacement]) -> list[Float[Tensor, "*batch C"]]:
-    """The masks r of `replacements`."""
-    return [each.g if each.key is None else stochastic_mask(each.g, mask_noise(each.key, each.g)) for each in replacements]
+    """The masks r - m_Δ of `replacements`."""
+    masks = [each.g if each.key is None else stochastic_mask(each.g, mask_noise(each.key, each.g)) for each in replacements]
+    return [r if each.remainder is None else r - each.remainder.unsqueeze(-1) for r, each in zip(masks, replacements, strict=True)]
 
 
 class _MaskedProduct(torch.autograd.Function):
-    """`((x @ U) * r) @ V` by chunks of rows that fit into the cache; the backward pass computes inner activations and masks again."""
+    """`((x @ U) * (r - m_Δ)) @ V` by chunks of rows that fit into the cache.
+
+    The backward pass computes inner activations and masks again.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, U: Tensor, V: Tensor, keys: Sequence[int | None], sinks: Sequence[Tensor | None], *gs: Tensor
+        ctx: Any,
+        x: Tensor,
+        U: Tensor,
+        V: Tensor,
+        keys: Sequence[int | None],
+        sinks: Sequence[Tensor | None],
+        *gs_and_remainders: Tensor | None,
     ) -> Tensor:
-        rows = x.reshape(len(gs), -1, x.shape[-1])
+        """The last arguments are g of every plan, then m_Δ of every plan or None."""
+        rows = x.reshape(len(keys), -1, x.shape[-1])
         U, V = U.contiguous(), V.contiguous()
-        masks = [g.contiguous() for g in gs]
+        masks = [None if each is None else each.contiguous() for each in gs_and_remainders]
+        gs, remainders = cast("list[Tensor]", masks[: len(keys)]), masks[len(keys) :]
         ctx.save_for_backward(rows, U, V, *masks)
         ctx.keys, ctx.sinks = keys, sinks
         out = x.new_empty(*rows.shape[:2], V.shape[1])
         size = _chunk_rows(rows, U)
         inner = x.new_empty(size, U.shape[1])
-        plans = [[each.split(size) for each in (x, g.flatten(0, -2), y)] for x, g, y in zip(rows, masks, out, strict=True)]
+        plans = [[each.split(size) for each in (x, g.flatten(0, -2), y)] for x, g, y in zip(rows, gs, out, strict=True)]
+        shifts = _split(remainders, size)
         for i in range(len(plans[0][0])):
-            for (reads, g, y), key in zip(plans, keys, strict=True):
-                part = inner[: len(reads[i])]
+            for (reads, g, y), key, shift in zip(plans, keys, shifts, strict=True):
+                part, noise = inner[: len(reads[i])], _noise(key, i * inner.numel())
                 torch.mm(reads[i], U, out=part)
-                native.mask_forward(native.units(part), part, g[i], part.numel(), *_noise(key, i * inner.numel()))
+                if shift is None:
+                    native.mask_forward(native.units(part), part, g[i], part.numel(), *noise)
+                else:
+                    native.shifted_mask_forward(len(part), part, g[i], shift[i], part.shape[1], *noise)
                 torch.mm(part, V, out=y[i])
         return out.view(-1, *gs[0].shape[1:-1], V.shape[1])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, U, V, *gs = cast("tuple[Tensor, ...]", ctx.saved_tensors)
+        rows, U, V, *masks = ctx.saved_tensors
+        gs, remainders = cast("list[Tensor]", masks[: len(ctx.keys)]), masks[len(ctx.keys) :]
         above = grad.reshape(len(gs), -1, grad.shape[-1])
         wanted = ctx.needs_input_grad[0]
         grad_rows = torch.empty_like(rows if wanted else rows[:, :0])
@@ -149,18 +175,30 @@ class _MaskedProduct(torch.autograd.Function):
             [each.split(size) for each in (x, a, g.flatten(0, -2), to_g.flatten(0, -2), to_x)]
             for x, a, g, to_g, to_x in zip(rows, above, gs, to_gs, grad_rows, strict=True)
         ]
+        shifts = _split(remainders, size)
+        grad_remainders = [None if each is None else torch.empty_like(each) for each in remainders]
+        to_shifts = _split(grad_remainders, size)
         for i in range(len(plans[0][0])):
-            for (x, a, g, to_g, to_x), key in zip(plans, ctx.keys, strict=True):
-                part, grad_part = inner[: len(x[i])], below[: len(x[i])]
+            for (x, a, g, to_g, to_x), key, shift, to_shift in zip(plans, ctx.keys, shifts, to_shifts, strict=True):
+                part, grad_part, noise = inner[: len(x[i])], below[: len(x[i])], _noise(key, i * inner.numel())
                 torch.mm(x[i], U, out=part)
                 torch.mm(a[i], V.T, out=grad_part)
-                native.mask_backward(native.units(part), part, grad_part, g[i], to_g[i], part.numel(), *_noise(key, i * inner.numel()))
+                if shift is None:
+                    native.mask_backward(native.units(part), part, grad_part, g[i], to_g[i], part.numel(), *noise)
+                else:
+                    assert to_shift is not None
+                    native.shifted_mask_backward(len(part), part, grad_part, g[i], shift[i], to_g[i], to_shift[i], part.shape[1], *noise)
                 grad_V.addmm_(part.T, a[i])
                 grad_U.addmm_(x[i].T, grad_part)
                 if wanted:
                     torch.mm(grad_part, U.T, out=to_x[i])
         given = [grad_gs.pop(id(g), None) for g in gs]
-        return grad_rows.view(*grad.shape[:-1], -1) if wanted else None, grad_U, grad_V, None, None, *given
+        return grad_rows.view(*grad.shape[:-1], -1) if wanted else None, grad_U, grad_V, None, None, *given, *grad_remainders
+
+
+def _split(remainders: Sequence[Tensor | None], size: int) -> list[tuple[Tensor, ...] | None]:
+    """m_Δ of every plan in chunks of `size` rows."""
+    return [None if each is None else each.flatten().split(size) for each in remainders]
 
 
 def _noise(key: int | None, place: int) -> tuple[int, int, int]:

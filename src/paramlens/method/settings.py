@@ -116,6 +116,9 @@ class MethodSettings(MachineSettings):
     """Number of decomposition steps. Table 4: 100000. Figure 6: 20000."""
     C: Count = 64
     """Subcomponents per site. Table 4: 100. Figure 6: 768."""
+    delta: bool = False
+    """Whether the remainder Δ = W - U V is one more component of each site: off where masks are g, at random in stochastic losses. Then
+    the components add up to W at every step, no faithfulness loss is needed, and C can be below the rank of W. The paper has no Δ."""
     sites: Annotated[tuple[str, ...], Field(min_length=1)] = ("*",)
     """Patterns of the weight matrices to decompose, as module paths (* ? [] as in file names). !PATTERN excludes matrices."""
     last_token_only: bool = False
@@ -124,3 +127,12 @@ class MethodSettings(MachineSettings):
     init: Init = Init()
     losses: Losses = Losses(stochastic_recon=1.0, stochastic_recon_layerwise=1.0, recon=0.5, faithfulness=1000.0, minimality=0.02)
     optim: Optim = Optim()
+
+    @model_validator(mode="after")
+    def _remainder_is_free(self) -> "MethodSettings":
+        if self.delta and self.optim.project_from is not None:
+            raise ValueError(
+                f"optim.project_from {self.optim.project_from:g} keeps U V = W, and with delta true what U V lacks is a component; "
+                "give one of them"
+            )
+        return self

@@ -249,7 +249,7 @@ def _built(config: Config, task: Task) -> tuple[Decomposition, Importance]:
     size = footprint(task.model, sites, inputs, last=task.last_token is not None)
     if size is not None:  # before large tensors are made
         require_memory(config, sites, size)
-    decomposition = Decomposition(task.model, sites, C=config.C, dtype=dtype)
+    decomposition = Decomposition(task.model, sites, C=config.C, dtype=dtype, delta=config.delta)
     target = require_sound(decomposition, inputs)
     if config.last_token_only and target.logits.dim() != 3:
         raise ConfigError(

@@ -56,6 +56,8 @@ class ModelDescription(_Checked):
 
     format: Count
     C: Size
+    delta: bool = False
+    """Whether the remainder W - U V is a component."""
     dtype: Literal["float32", "float64"]
     sites: tuple[SiteShape, ...] = Field(min_length=1)
     gamma: GammaShape
@@ -88,6 +90,7 @@ def describe(config: Config, decomposition: Decomposition, importance: Importanc
     return {
         "format": FORMAT,
         "C": decomposition.C,
+        "delta": decomposition.delta,
         "dtype": str(decomposition.U[decomposition.names[0]].dtype).removeprefix("torch."),
         "sites": [
             {"name": site.name, "d_in": site.d_in, "d_out": site.d_out} | ({"d_seen": site.d_seen} if site.d_seen != site.d_in else {})

@@ -21,7 +21,7 @@ from paramlens.files.tensorfile import require_fit
 from paramlens.method.batch import Batches
 from paramlens.method.decomposition import Decomposition
 from paramlens.method.importance.network import Importance
-from paramlens.method.losses.faithfulness import faithfulness, mean_square
+from paramlens.method.losses.faithfulness import left_out
 from paramlens.method.modes import default_modes
 from paramlens.method.sites import named_sites
 from paramlens.method.task import EvaluatedOn, TargetHistory, Task
@@ -89,8 +89,7 @@ class Run(Result):
     def verdicts(self) -> tuple[Verdict, ...]:
         """Whether the decomposition can be trusted, by the last evaluation up to the loaded checkpoint. `circuit` adds more verdicts."""
         measured = [line["evaluation"] for line in self.metrics if "evaluation" in line and line["step"] <= self.step]
-        left_out = faithfulness(self.decomposition).item()
-        now = {"faithfulness": left_out, "faithfulness_relative": left_out / mean_square(self.decomposition)}
+        now = left_out(self.decomposition)
         history = self.target_history
         return tuple(verdicts((measured[-1] if measured else {}) | now, target=None if history is None else asdict(history)))
 
@@ -218,7 +217,7 @@ def _whole_checkpoint(path: Path, step: int | None, described: ModelDescription)
 def build(described: ModelDescription, model: nn.Module) -> tuple[Decomposition, Importance]:
     """Decomposition and γ as `model.json` describes them, without loaded values. Raises `SiteError` if the model lacks a site."""
     sites = named_sites(model, [site.name for site in described.sites])
-    decomposition = Decomposition(model, sites, C=described.C, dtype=getattr(torch, described.dtype))
+    decomposition = Decomposition(model, sites, C=described.C, dtype=getattr(torch, described.dtype), delta=described.delta)
     return decomposition, described.importance().to(sites[0].W.device)
 
 

@@ -15,10 +15,17 @@ def faithfulness(decomposition: Decomposition) -> Float[Tensor, ""]:
     return torch.stack(squares).sum() / sum(site.W.numel() for site in decomposition.sites)
 
 
-def mean_square(decomposition: Decomposition) -> float:
-    """Mean squared entry of the weights of all sites, with which faithfulness is compared."""
+@torch.no_grad()
+def left_out(decomposition: Decomposition) -> dict[str, float]:
+    """What U V leaves out of the weights of all sites: faithfulness, and a figure relative to the weights.
+
+    faithfulness_relative: Σ ‖W - U V‖² / Σ ‖W‖². If the remainder Δ = W - U V is a component, nothing is left out; then the figure is
+    remainder: the root of that share, ‖Δ‖ / ‖W‖.
+    """
     squares = sum(site.W.double().square().sum().item() for site in decomposition.sites)
-    return squares / sum(site.W.numel() for site in decomposition.sites)
+    found = faithfulness(decomposition).item()
+    share = found * sum(site.W.numel() for site in decomposition.sites) / squares
+    return {"faithfulness": found} | ({"remainder": share**0.5} if decomposition.delta else {"faithfulness_relative": share})
 
 
 register(DirectLoss("faithfulness", lambda known: faithfulness(known.decomposition)))

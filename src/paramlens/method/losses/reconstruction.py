@@ -15,7 +15,7 @@ from torch import Tensor
 from paramlens.kernels import native
 from paramlens.method.decomposition import Plan
 from paramlens.method.losses.loss import Loss, LossInputs, register
-from paramlens.method.masks import Replacement, site_subsets, subset_shape
+from paramlens.method.masks import Replacement, remainder_noise, site_subsets, subset_shape
 from paramlens.method.settings import Losses
 
 CPU_STACK = 2**21
@@ -40,16 +40,24 @@ class Reconstruction(Loss):
         samples: int = 1,
         layerwise_sites: int | Literal["all"] = "all",
         partial_scope: Literal["forward", "sequence", "position"] = "forward",
+        delta: bool = False,
         generator: torch.Generator,
     ) -> Iterator[Plan]:
         """The plans whose mean divergence is this loss, or an unbiased estimate of it.
 
         Stochastic plans are drawn `samples` times, eq. 5 once. Layerwise plans replace each site, or each of `layerwise_sites` drawn ones.
+        delta: whether Δ is a component: its mask is then U(0, 1) in stochastic plans, and 0 where the masks are g.
         """
         for _ in range(self._draws(samples)):
             if self.mask == "stochastic":
                 keys = torch.randint(2**31, (len(g),), generator=generator, device=generator.device).tolist()
                 replacements = {site: Replacement(value, key) for (site, value), key in zip(g.items(), keys, strict=True)}
+                if delta:
+                    keys = torch.randint(2**31, (len(g),), generator=generator, device=generator.device).tolist()
+                    replacements = {
+                        site: replace(each, remainder=remainder_noise(key, each.g))
+                        for (site, each), key in zip(replacements.items(), keys, strict=True)
+                    }
             else:
                 replacements = {site: Replacement(value) for site, value in g.items()}
             if self.sites == "all":
@@ -133,6 +141,7 @@ def _plans(known: LossInputs, losses: Sequence[Reconstruction], leaves: Mapping[
             samples=settings.samples,
             layerwise_sites=settings.layerwise_sites,
             partial_scope=settings.partial_scope,
+            delta=known.decomposition.delta,
             generator=known.generator(loss.name),
         )
         plans += [(loss.name, {site: replace(each, sink=leaves[site].grad) for site, each in plan.items()}) for plan in drawn]
