@@ -53,7 +53,8 @@ class Catalogue(Result):
     run: str
     step: int
     threshold: float
-    C: int
+    counts: dict[str, int]
+    """Site → number of its subcomponents."""
     positions: int
     """Number of held-out positions evaluated."""
     masked: float
@@ -73,7 +74,7 @@ class Catalogue(Result):
 
     def summary(self) -> str:
         active = sum(len(site.parts) for site in self.sites.values())
-        return f"{self.run}, step {self.step}: {active} of {self.C * len(self.sites)} subcomponents active somewhere"
+        return f"{self.run}, step {self.step}: {active} of {sum(self.counts.values())} subcomponents active somewhere"
 
     def tables(self) -> tuple[Table, ...]:
         """Every subcomponent with the KL without it, site by site."""
@@ -118,7 +119,7 @@ def catalogue(run: Run, *, threshold: float = ACTIVE, batches: int = 16) -> Cata
         run=str(run.path),
         step=run.step,
         threshold=threshold,
-        C=decomposition.C,
+        counts=decomposition.C,
         positions=sum(held.positions for held in data),
         masked=removal.masked,
         tokens=[list(words) for words in shown.texts],

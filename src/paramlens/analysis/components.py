@@ -262,7 +262,7 @@ def inspect_prompt(run: Run, prompt: str | None = None, *, threshold: float = AC
         active=found,
         unique=[(site, c) for site, on in active.items() for c in (on.any(0) & ~elsewhere[site]).nonzero()[:, 0].tolist()],
         by_site={site: on.sum(1).tolist() for site, on in active.items()},
-        total=run.decomposition.C * len(run.decomposition.sites),
+        total=sum(run.decomposition.C.values()),
     )
 
 
@@ -277,9 +277,9 @@ def _anywhere(sentences: Sentences, indices: Iterable[int], threshold: float) ->
 
 def require_subcomponent(run: Run, site: str, subcomponent: int) -> None:
     """Raise `SiteError` unless the run has this subcomponent."""
-    names, C = run.decomposition.names, run.decomposition.C
-    if site not in names:
-        raise SiteError(f"site {site}: not of this run; its sites: {', '.join(names)}")
+    if site not in run.decomposition.names:
+        raise SiteError(f"site {site}: not of this run; its sites: {', '.join(run.decomposition.names)}")
+    C = run.decomposition.C[site]
     if not 0 <= subcomponent < C:
         raise SiteError(f"site {site}: no subcomponent {subcomponent}; there are {C}, 0 to {C - 1}")
 

@@ -106,7 +106,7 @@ def _places(run: Run, edit: Edit, fact: Fact) -> list[_Place]:
         if not chosen:
             continue
         own = [each.subcomponent for each in chosen]
-        rest = [c for c in range(run.decomposition.C) if c not in own]
+        rest = [c for c in range(run.decomposition.C[site.name]) if c not in own]
         U, V, x = (
             run.decomposition.U[site.name],
             run.decomposition.V[site.name],

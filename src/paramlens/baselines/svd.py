@@ -241,7 +241,7 @@ class _Pruning:
         return self.divergence(self.svd, lambda held: [self._plan(ranks, held) for ranks in attempts])
 
     def _plan(self, ranks: Mapping[str, int], held: HeldOut) -> Plan:
-        kept = torch.arange(self.svd.C, device=self.svd.device)
+        kept = torch.arange(max(self.svd.C.values()), device=self.svd.device)
         return {site: Replacement((kept < ranks[site]).to(g.dtype).expand(*g.shape[:-1], -1)) for site, g in held.g.items()}
 
 

@@ -33,11 +33,8 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
         raise RunDirError(f"{file}: no safetensors file ({error}); restore the file from a copy") from None
 
 
-def require_fit(file: Path, targets: Mapping[str, Tensor]) -> None:
-    """Raise `RunDirError` if a tensor is missing, is unexpected, or has another shape or type. Reads only the file's header.
-
-    `targets` may be on the meta device.
-    """
+def shapes_of(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """The shape of every tensor of a file, and its type as the file names it. Reads only the header. Raises as `load_tensors` does."""
     found: dict[str, tuple[tuple[int, ...], str]] = {}
     try:
         with safe_open(file, framework="pt") as opened:
@@ -48,6 +45,15 @@ def require_fit(file: Path, targets: Mapping[str, Tensor]) -> None:
         raise RunDirError(f"{file}: missing; restore the file from a copy") from None
     except (SafetensorError, OSError) as error:
         raise RunDirError(f"{file}: no safetensors file ({error}); restore the file from a copy") from None
+    return found
+
+
+def require_fit(file: Path, targets: Mapping[str, Tensor]) -> None:
+    """Raise `RunDirError` if a tensor is missing, is unexpected, or has another shape or type. Reads only the file's header.
+
+    `targets` may be on the meta device.
+    """
+    found = shapes_of(file)
     for name in sorted(targets.keys() ^ found.keys()):
         raise RunDirError(f"{file}: tensor {name} is {'missing' if name in targets else 'unexpected'}; the file belongs to another model")
     for name, target in targets.items():

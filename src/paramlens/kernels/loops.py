@@ -358,52 +358,6 @@ def mask_backward(packed: Any) -> None:
             grad[i] *= g[i]
 
 
-def shifted_mask_forward(packed: Any) -> None:
-    """`inner` [row, C] *= r - m, where r is the mask of `mask_forward` and m is one number per row (unit); in place."""
-    d, first, last = unpacked(packed)
-    C, noisy, (origin, stride) = d[4], d[5], stream(d[6])
-    inner, g, m = floats(d[1], (d[0], C)), floats(d[2], (d[0], C)), floats(d[3], (d[0],))
-    for row in range(first, last):
-        x, mask, shift, place = inner[row], g[row], m[row], np.uint32(d[7] + row * C)
-        if noisy:
-            for c in range(i32(0), i32(C)):
-                u = uniform_of(np.uint32(origin + np.uint32(np.uint32(place + np.uint32(c)) * stride)))
-                x[c] *= mask[c] + (ONE - mask[c]) * u - shift
-        else:
-            for c in range(C):
-                x[c] *= mask[c] - shift
-
-
-def shifted_mask_backward(packed: Any) -> None:
-    """As `mask_backward` for masks r - m; `grad_m`, one number per row (unit), becomes m's gradient."""
-    d, first, last = unpacked(packed)
-    C, noisy, (origin, stride) = d[7], d[8], stream(d[9])
-    inner, grad = floats(d[1], (d[0], C)), floats(d[2], (d[0], C))
-    g, m = floats(d[3], (d[0], C)), floats(d[4], (d[0],))
-    grad_g, grad_m = floats(d[5], (d[0], C)), floats(d[6], (d[0],))
-    for row in range(first, last):
-        x, a, mask, to_mask, shift, place = inner[row], grad[row], g[row], grad_g[row], m[row], np.uint32(d[10] + row * C)
-        total = ZERO
-        if noisy:
-            for c in range(i32(0), i32(C)):
-                u = uniform_of(np.uint32(origin + np.uint32(np.uint32(place + np.uint32(c)) * stride)))
-                slope = a[c] * x[c]
-                total += slope
-                to_mask[c] += slope * (ONE - u)
-                r = mask[c] + (ONE - mask[c]) * u - shift
-                x[c] *= r
-                a[c] *= r
-        else:
-            for c in range(C):
-                slope = a[c] * x[c]
-                total += slope
-                to_mask[c] += slope
-                r = mask[c] - shift
-                x[c] *= r
-                a[c] *= r
-        grad_m[row] = -total
-
-
 def divergence_forward(packed: Any) -> None:
     """KL of each row (unit) of `logits` from its target row; target rows repeat every `period` rows. `lse` = log Σ exp of the row."""
     d, first, last = unpacked(packed)

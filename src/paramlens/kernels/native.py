@@ -119,8 +119,6 @@ minimality = _Kernel("minimality", "tttiff")
 uniform = _Kernel("uniform", "tii")
 mask_forward = _Kernel("mask_forward", "ttiiii")
 mask_backward = _Kernel("mask_backward", "ttttiiii")
-shifted_mask_forward = _Kernel("shifted_mask_forward", "tttiiii")
-shifted_mask_backward = _Kernel("shifted_mask_backward", "ttttttiiii")
 divergence_forward = _Kernel("divergence_forward", "tttttii")
 divergence_backward = _Kernel("divergence_backward", "tttttii")
 

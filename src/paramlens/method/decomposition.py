@@ -74,18 +74,27 @@ class TargetRun:
 class Decomposition(Result, nn.Module):
     """U and V of every site, and masked runs of the target `model`. The target is never changed and is not a submodule."""
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site], *, C: int, dtype: torch.dtype = torch.float32, delta: bool = False) -> None:
-        """delta: whether the remainder Δ = W - U V is a component, with a mask of its own."""
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        *,
+        C: int | Mapping[str, int],
+        dtype: torch.dtype = torch.float32,
+        delta: bool = False,
+    ) -> None:
+        """C: number of subcomponents of every site, or of each by its name. delta: whether the remainder Δ = W - U V is a component."""
         super().__init__()
         self._target = (model,)  # in a tuple, so that the target's parameters are not registered here
         self.sites = tuple(sites)
-        self.C, self.delta = C, delta
+        self.delta = delta
         self._blocks: tuple[nn.Module, ...] = ()
         self._home: dict[str, int] = {}  # site name → index of its block
         self._copied: set[Hashable] = set()  # blocks and places whose input or output the model overwrites later in a run
-        device = self.sites[0].W.device
-        self._U = nn.ParameterList(torch.zeros(site.d_in, C, dtype=dtype, device=device) for site in sites)
-        self._V = nn.ParameterList(torch.zeros(C, site.d_out, dtype=dtype, device=device) for site in sites)
+        counts = {site.name: C if isinstance(C, int) else C[site.name] for site in sites}
+        how: dict[str, Any] = {"dtype": dtype, "device": self.sites[0].W.device}
+        self._U = nn.ParameterList(torch.zeros(site.d_in, counts[site.name], **how) for site in sites)
+        self._V = nn.ParameterList(torch.zeros(counts[site.name], site.d_out, **how) for site in sites)
 
     @property
     def model(self) -> nn.Module:
@@ -98,6 +107,11 @@ class Decomposition(Result, nn.Module):
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(site.name for site in self.sites)
+
+    @property
+    def C(self) -> dict[str, int]:
+        """Site name → number of its subcomponents."""
+        return {name: U.shape[1] for name, U in self.U.items()}
 
     @property
     def U(self) -> dict[str, Float[Tensor, "d_in C"]]:
@@ -133,13 +147,14 @@ class Decomposition(Result, nn.Module):
         return {name: self.site(name).seen(x) for name, x in inputs.items()}
 
     def summary(self) -> str:
-        return f"{len(self.sites)} sites, {self.C} subcomponents each"
+        counts = sorted(set(self.C.values()))
+        return f"{len(self.sites)} sites, {counts[0]}{f' to {counts[-1]}' if counts[1:] else ''} subcomponents each"
 
     def tables(self) -> tuple[Table, ...]:
         """A table of the sites with the shapes of W, U and V."""
         shapes = [
-            (site_cell(site.name), *row(f"{site.d_in} × {site.d_out}", f"{site.d_in} × {self.C}", f"{self.C} × {site.d_out}"))
-            for site in self.sites
+            (site_cell(site.name), *row(f"{site.d_in} × {site.d_out}", f"{site.d_in} × {C}", f"{C} × {site.d_out}"))
+            for site, C in zip(self.sites, self.C.values(), strict=True)
         ]
         return (Table(self.summary(), columns("site", "W", "U", "V"), tuple(shapes)),)
 
@@ -183,7 +198,9 @@ class Decomposition(Result, nn.Module):
         if not starts:
             return False
         target = self.target_run(inputs)
-        off = {name: Replacement(self._U[0].new_zeros(*target.inputs[name].shape[:-1], self.C)) for name in self._home}
+        off = {
+            name: Replacement(U.new_zeros(*target.inputs[name].shape[:-1], U.shape[1])) for name, U in self.U.items() if name in self._home
+        }
         ends = {starts[0], starts[-1]}
         plans: list[Plan] = [{}, *({name: off[name] for name, home in self._home.items() if home == start} for start in ends)]
         try:

@@ -231,7 +231,7 @@ def _gradients(logits: Tensor, wanted: list[Tensor]) -> tuple[Tensor | None, ...
 
 def _require_stackable(decomposition: Decomposition, inputs: Inputs, target: TargetRun) -> None:
     """Raise unless stacked plans give the same logits as each plan alone."""
-    off = {name: Replacement(U.new_zeros(*target.inputs[name].shape[:-1], decomposition.C)) for name, U in decomposition.U.items()}
+    off = {name: Replacement(U.new_zeros(*target.inputs[name].shape[:-1], U.shape[1])) for name, U in decomposition.U.items()}
     plans: list[Plan] = [off, {}]
     advice = "every tensor of a batch must lead with the batch axis, and so must what each site is given"
     with torch.no_grad():

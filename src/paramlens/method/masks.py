@@ -149,12 +149,12 @@ class _MaskedProduct(torch.autograd.Function):
         shifts = _split(remainders, size)
         for i in range(len(plans[0][0])):
             for (reads, g, y), key, shift in zip(plans, keys, shifts, strict=True):
-                part, noise = inner[: len(reads[i])], _noise(key, i * inner.numel())
+                part = inner[: len(reads[i])]
                 torch.mm(reads[i], U, out=part)
-                if shift is None:
-                    native.mask_forward(native.units(part), part, g[i], part.numel(), *noise)
-                else:
-                    native.shifted_mask_forward(len(part), part, g[i], shift[i], part.shape[1], *noise)
+                shifted = None if shift is None else part * shift[i]
+                native.mask_forward(native.units(part), part, g[i], part.numel(), *_noise(key, i * inner.numel()))
+                if shifted is not None:
+                    part -= shifted
                 torch.mm(part, V, out=y[i])
         return out.view(-1, *gs[0].shape[1:-1], V.shape[1])
 
@@ -180,14 +180,17 @@ class _MaskedProduct(torch.autograd.Function):
         to_shifts = _split(grad_remainders, size)
         for i in range(len(plans[0][0])):
             for (x, a, g, to_g, to_x), key, shift, to_shift in zip(plans, ctx.keys, shifts, to_shifts, strict=True):
-                part, grad_part, noise = inner[: len(x[i])], below[: len(x[i])], _noise(key, i * inner.numel())
+                part, grad_part = inner[: len(x[i])], below[: len(x[i])]
                 torch.mm(x[i], U, out=part)
                 torch.mm(a[i], V.T, out=grad_part)
-                if shift is None:
-                    native.mask_backward(native.units(part), part, grad_part, g[i], to_g[i], part.numel(), *noise)
-                else:
-                    assert to_shift is not None
-                    native.shifted_mask_backward(len(part), part, grad_part, g[i], shift[i], to_g[i], to_shift[i], part.shape[1], *noise)
+                shifted = None
+                if shift is not None and to_shift is not None:
+                    to_shift[i].copy_((part * grad_part).sum(1, keepdim=True)).neg_()
+                    shifted = part * shift[i], grad_part * shift[i]
+                native.mask_backward(native.units(part), part, grad_part, g[i], to_g[i], part.numel(), *_noise(key, i * inner.numel()))
+                if shifted is not None:
+                    part -= shifted[0]
+                    grad_part -= shifted[1]
                 grad_V.addmm_(part.T, a[i])
                 grad_U.addmm_(x[i].T, grad_part)
                 if wanted:
@@ -197,8 +200,8 @@ class _MaskedProduct(torch.autograd.Function):
 
 
 def _split(remainders: Sequence[Tensor | None], size: int) -> list[tuple[Tensor, ...] | None]:
-    """m_Δ of every plan in chunks of `size` rows."""
-    return [None if each is None else each.flatten().split(size) for each in remainders]
+    """m_Δ of every plan as columns of `size` rows each."""
+    return [None if each is None else each.view(-1, 1).split(size) for each in remainders]
 
 
 def _noise(key: int | None, place: int) -> tuple[int, int, int]:

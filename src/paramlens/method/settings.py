@@ -22,6 +22,21 @@ class Init(Section):
     """Learning rate of those steps (Adam)."""
 
 
+class Merge(Section):
+    """Merging of dead subcomponents into the remainder Δ while training; needs `delta: true`. The paper has none."""
+
+    every: Count | None = None
+    """Steps between merges. Defaults to None: no merging."""
+    start: Share = 0.15
+    """Share of all steps before the first merge."""
+    end: Annotated[Number, Field(ge=0, le=1)] = 0.95
+    """Share of all steps after which there are no more merges."""
+    threshold: Share = 0.1
+    """A subcomponent is dead if the running maximum of its importance is at most this."""
+    memory: Annotated[Number, Field(ge=1)] = 60.0
+    """Steps after which the running maximum has fallen to 1 / e of an importance that does not come again."""
+
+
 COEFFICIENT = "coefficient"
 Coefficient = Annotated[NonNegative, COEFFICIENT]
 """Weight of the loss with the field's name."""
@@ -127,6 +142,7 @@ class MethodSettings(MachineSettings):
     init: Init = Init()
     losses: Losses = Losses(stochastic_recon=1.0, stochastic_recon_layerwise=1.0, recon=0.5, faithfulness=1000.0, minimality=0.02)
     optim: Optim = Optim()
+    merge: Merge = Merge()
 
     @model_validator(mode="after")
     def _remainder_is_free(self) -> "MethodSettings":
@@ -135,4 +151,6 @@ class MethodSettings(MachineSettings):
                 f"optim.project_from {self.optim.project_from:g} keeps U V = W, and with delta true what U V lacks is a component; "
                 "give one of them"
             )
+        if self.merge.every is not None and not self.delta:
+            raise ValueError(f"merge.every {self.merge.every}: dead subcomponents are merged into the remainder; give delta true with it")
         return self

@@ -22,7 +22,7 @@ def initialise(decomposition: Decomposition, init: Init, *, generator: torch.Gen
     """
     for site, U, V in zip(decomposition.sites, decomposition._U, decomposition._V, strict=True):
         W = site.W.to(torch.float64).cpu()
-        C, rank = decomposition.C, min(W.shape[0], W.shape[1], decomposition.C)
+        C, rank = U.shape[1], min(*W.shape, U.shape[1])
         if init.kind == "random":
             reads = torch.randn(U.shape, generator=generator, dtype=torch.float64)
             writes = torch.randn(V.shape, generator=generator, dtype=torch.float64)

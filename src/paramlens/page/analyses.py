@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 _READ = {
     "circuit": {"threshold", "sites", "metrics", "attention_kl", "attention_by_role", "interventions", "maps", "example", "off_data"},
-    "catalogue": {"C", "threshold", "masked", "tokens", "roles", "sites"},
+    "catalogue": {"counts", "threshold", "masked", "tokens", "roles", "sites"},
     "edges": {"threshold", "edges"},
     "inspect": {"prompts"},
 }

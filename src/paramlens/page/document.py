@@ -54,14 +54,17 @@ def _document(circuit: Mapping[str, Any], catalogue: Mapping[str, Any], edges: M
     return _short(
         {
             "threshold": circuit["threshold"],
-            "C": catalogue["C"],
             "masked": catalogue["masked"],
             "roles": circuit["roles"],
             "tokens": catalogue["tokens"],
             "tokenRoles": catalogue["roles"],
             "sites": [
                 {"name": name, "place": list(_place(name)), "unique": circuit["sites"][name]["unique"], "removed": removed.get(name)}
-                | {"parts": len(catalogue["sites"][name]["parts"]), "silent": circuit["sites"][name]["silent"]}
+                | {
+                    "parts": len(catalogue["sites"][name]["parts"]),
+                    "C": catalogue["counts"][name],
+                    "silent": circuit["sites"][name]["silent"],
+                }
                 for name in names
             ],
             "views": list(_views(circuit, catalogue)),

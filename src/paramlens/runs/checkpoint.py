@@ -17,10 +17,11 @@ from torch import Tensor
 from paramlens.errors import RunDirError
 from paramlens.files.manifest import Problem, problems, write_manifest
 from paramlens.files.plain import PART, discard, read_json, sync, write_json
-from paramlens.files.tensorfile import copy_into, load_tensors, save_tensors
+from paramlens.files.tensorfile import copy_into, load_tensors, save_tensors, shapes_of
 from paramlens.method.decomposition import Decomposition
 from paramlens.method.importance.network import Importance
-from paramlens.runs.description import parameters
+from paramlens.method.merging import resize
+from paramlens.runs.description import ModelDescription, parameters, read_description
 from paramlens.runs.layout import checkpoint_path, checkpoint_step, checkpoints, is_resumable
 
 LOADED = ("components.safetensors", "importance.safetensors")
@@ -114,8 +115,20 @@ def load_state(folder: Path) -> CheckpointState:
     )
 
 
+def subcomponents(folder: Path, described: ModelDescription) -> dict[str, int]:
+    """Site → number of its subcomponents at a checkpoint. Sites that the file lacks get the number of the start."""
+    shapes = {name: shape for name, (shape, _) in shapes_of(folder / "components.safetensors").items()}
+    found = {site.name: shapes.get(f"{site.name}.U", ()) for site in described.sites}
+    return {name: shape[1] if len(shape) == 2 and 0 < shape[1] <= described.C else described.C for name, shape in found.items()}
+
+
 @torch.no_grad()
 def load_parameters(folder: Path, decomposition: Decomposition, importance: Importance) -> None:
-    """Load a checkpoint's U, V and γ. Raises `RunDirError` for a tensor that is missing or has another shape or type."""
+    """Load a checkpoint's U, V and γ, with as many subcomponents as it has.
+
+    Raises `RunDirError` for a tensor that is missing or has another shape or type.
+    """
+    described = read_description(folder.parent.parent)
+    resize(decomposition, importance, subcomponents(folder, described))
     for name, tensors in parameters(decomposition, importance).items():
         copy_into(folder / f"{name}.safetensors", tensors)

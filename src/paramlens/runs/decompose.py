@@ -25,6 +25,7 @@ from paramlens.method.generators import generator
 from paramlens.method.importance.kind import kind_class
 from paramlens.method.importance.network import Importance
 from paramlens.method.losses.faithfulness import faithfulness
+from paramlens.method.merging import Merging
 from paramlens.method.modes import buffers_kept, default_modes
 from paramlens.method.padding import require_padding_unseen
 from paramlens.method.sites import at_rest, find_sites
@@ -205,6 +206,7 @@ def _run(
         with buffers_kept(task.model):
             decomposition, importance = _built(config, task)
         optimizer = make_optimizer(config, decomposition, importance)
+        merging = Merging(config.merge, config.steps, decomposition, importance, optimizer)
         start = 0 if state is None else state.step
         require_space(path, config.checkpoint, decomposition, importance, start=start, steps=config.steps)
         identity = target.identity(config.name) | {"sha256": model_sha256(task.model)}
@@ -219,7 +221,7 @@ def _run(
         if state is None:
             _start_values(config, decomposition, importance)
         else:
-            restore(checkpoint_path(path, start), state, decomposition, importance, optimizer)
+            restore(checkpoint_path(path, start), state, decomposition, importance, optimizer, merging)
         if start == config.steps:
             tracker.message(f"{path}: already finished at step {start}")
         else:
@@ -227,7 +229,7 @@ def _run(
                 tracker.message(SPINNING.format(threads=used))
             how = {"threads": used, "cores": usable_cores(), "waiting": waiting()}
             directory.record(status="running", evaluated_on=task.evaluated_on, **how)
-            train(config, task, decomposition, importance, optimizer, directory, start=start, tracker=tracker)
+            train(config, task, decomposition, importance, optimizer, merging, directory, start=start, tracker=tracker)
     return dataclasses.replace(open_run(path, model=task.model), task=task)
 
 

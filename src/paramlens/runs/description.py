@@ -56,6 +56,7 @@ class ModelDescription(_Checked):
 
     format: Count
     C: Size
+    """Number of subcomponents of every site at the start; merging leaves fewer."""
     delta: bool = False
     """Whether the remainder W - U V is a component."""
     dtype: Literal["float32", "float64"]
@@ -69,19 +70,19 @@ class ModelDescription(_Checked):
         """A configuration with the task and data of the run, without fields that this version does not know."""
         return make_config(with_known_fields(self.config), source="model.json")
 
-    def importance(self) -> Importance:
-        """γ, without loaded values."""
+    def importance(self, C: Mapping[str, int] | None = None) -> Importance:
+        """γ, without loaded values. C: number of subcomponents of each site. Defaults to None: as at the start."""
         gamma = Gamma(kind=self.gamma.kind, d_gate=self.gamma.d_gate, relative=self.gamma.relative)
-        shapes = {site.name: (site.d_seen or site.d_in, self.C) for site in self.sites}
+        shapes = {site.name: (site.d_seen or site.d_in, self.C if C is None else C[site.name]) for site in self.sites}
         return Importance(shapes, gamma, max_length=self.gamma.max_length).to(getattr(torch, self.dtype))
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """File stem → tensor name → a meta tensor, with the shape and type that it has in a checkpoint of this run."""
+    def tensors(self, C: Mapping[str, int]) -> dict[str, dict[str, Tensor]]:
+        """File stem → tensor name → a meta tensor, as in a checkpoint of this run with C subcomponents at each site."""
         kind = {"dtype": getattr(torch, self.dtype), "device": "meta"}
-        components = {f"{site.name}.U": torch.empty(site.d_in, self.C, **kind) for site in self.sites}
-        components |= {f"{site.name}.V": torch.empty(self.C, site.d_out, **kind) for site in self.sites}
+        components = {f"{site.name}.U": torch.empty(site.d_in, C[site.name], **kind) for site in self.sites}
+        components |= {f"{site.name}.V": torch.empty(C[site.name], site.d_out, **kind) for site in self.sites}
         with torch.device("meta"):
-            return {"components": components, "importance": named_parameters(self.importance())}
+            return {"components": components, "importance": named_parameters(self.importance(C))}
 
 
 def describe(config: Config, decomposition: Decomposition, importance: Importance, target: dict[str, Any]) -> dict[str, Any]:
@@ -89,7 +90,7 @@ def describe(config: Config, decomposition: Decomposition, importance: Importanc
     gamma = importance.gamma
     return {
         "format": FORMAT,
-        "C": decomposition.C,
+        "C": max(decomposition.C.values()),
         "delta": decomposition.delta,
         "dtype": str(decomposition.U[decomposition.names[0]].dtype).removeprefix("torch."),
         "sites": [

@@ -23,9 +23,10 @@ from paramlens.files.manifest import MANIFEST
 from paramlens.files.plain import PART, read_json, read_text, with_nan
 from paramlens.tracking import TRACKING
 
-FORMAT = 2
+FORMAT = 3
 """Format version of the directory: the one that is written, and the newest that can be read. Since version 2, the run's own files have a
-manifest, model.json has the target and the task, and a checkpoint's state.json has the threads and the state of metrics.jsonl."""
+manifest, model.json has the target and the task, and a checkpoint's state.json has the threads and the state of metrics.jsonl. Since
+version 3, the remainder can be a component, and a checkpoint can have fewer subcomponents than the run began with."""
 
 
 CONTENTS = (

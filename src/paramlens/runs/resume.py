@@ -68,6 +68,7 @@ def _require_extendable(saved: Config, steps: int) -> None:
         f"optim.warmup {optim.warmup:g}, a share": 0 < optim.warmup < 1,
         f"losses.p_start {losses.p_start:g} to p_final {losses.p_final:g}": losses.minimality and losses.p_start != losses.p_final,
         f"optim.project_from {optim.project_from}": optim.project_from,
+        f"merge.every {saved.merge.every}, from {saved.merge.start:g} to {saved.merge.end:g} of the steps": saved.merge.every,
     }
     if bound := [reason for reason, holds in reasons.items() if holds]:
         raise ConfigError(

@@ -26,7 +26,7 @@ from paramlens.method.modes import default_modes
 from paramlens.method.sites import named_sites
 from paramlens.method.task import EvaluatedOn, TargetHistory, Task
 from paramlens.runs import targets
-from paramlens.runs.checkpoint import LOADED, load_parameters, require_whole
+from paramlens.runs.checkpoint import LOADED, load_parameters, require_whole, subcomponents
 from paramlens.runs.description import ModelDescription, read_description
 from paramlens.runs.hub import locate
 from paramlens.runs.integrity import require_own, require_target, require_whole_run
@@ -205,7 +205,7 @@ def _whole_checkpoint(path: Path, step: int | None, described: ModelDescription)
         try:
             require_whole(folder, LOADED)
             require_own(folder, path)
-            for name, tensors in described.tensors().items():
+            for name, tensors in described.tensors(subcomponents(folder, described)).items():
                 require_fit(folder / f"{name}.safetensors", tensors)
         except RunDirError:
             if folder.is_dir():

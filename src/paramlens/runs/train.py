@@ -17,6 +17,7 @@ from paramlens.method.evaluate import active_counts, evaluate, importances, mean
 from paramlens.method.generators import seed_of
 from paramlens.method.importance.network import Importance
 from paramlens.method.losses.divergence import LossAt
+from paramlens.method.merging import Merging
 from paramlens.method.settings import Optim
 from paramlens.method.step import Step, Steps
 from paramlens.method.task import Task
@@ -59,6 +60,7 @@ def train(
     decomposition: Decomposition,
     importance: Importance,
     optimizer: torch.optim.Optimizer,
+    merging: Merging,
     directory: RunWriter,
     *,
     start: int,
@@ -84,20 +86,23 @@ def train(
                 batch = task.batch(step, "train").to(config.device)  # 1
                 longer(batch, step)
                 result = steps(batch, step)  # 2 to 10
+                merging.after_step(step, result.g)
                 done = step + 1
                 last = done == config.steps
                 log, measure = done % config.log_every == 0 or last, done % config.evaluate.every == 0 or last
                 if log or measure:
                     steps.require_finite(result, step)
                 if log:
-                    saver.append(_logged(config, result, done, share, batch, tracker))
+                    saver.append(_logged(config, result, merging, done, share, batch, tracker))
                 if measure:
                     saver.append(_evaluated(config, task, decomposition, importance, done, tracker))
                 stop = interrupted()
                 if saver.due(done) or last or stop:
                     steps.require_finite(result, step)
                     require_finite_parameters(decomposition, importance, done)
-                    saver.save(partial(_save, config, decomposition, importance, optimizer, directory, done), done, now=bool(last or stop))
+                    saver.save(
+                        partial(_save, config, decomposition, importance, optimizer, merging, directory, done), done, now=bool(last or stop)
+                    )
                 if stop and not last:
                     raise RunInterrupted(stop)
         status = "finished"
@@ -162,7 +167,7 @@ def require_finite_parameters(decomposition: Decomposition, importance: Importan
         )
 
 
-def _logged(config: Config, result: Step, done: int, share: float, batch: Batch, tracker: Tracker) -> dict[str, Any]:
+def _logged(config: Config, result: Step, merging: Merging, done: int, share: float, batch: Batch, tracker: Tracker) -> dict[str, Any]:
     """The line of metrics.jsonl for a logged step, which is also sent to the tracker."""
     logged = LoggedStep(
         step=done,
@@ -173,7 +178,9 @@ def _logged(config: Config, result: Step, done: int, share: float, batch: Batch,
         active=active_counts(result.g, present=batch.present),
     )
     tracker.update(logged)
-    return {"step": done, "losses": logged.losses, "total": logged.total, "p": logged.p, "lr": logged.lr, "active": logged.active}
+    left = {"left": merging.left()} if config.merge.every is not None else {}
+    line = {"step": done, "losses": logged.losses, "total": logged.total, "p": logged.p, "lr": logged.lr, "active": logged.active}
+    return line | left
 
 
 def _evaluated(
@@ -190,6 +197,7 @@ def _save(
     decomposition: Decomposition,
     importance: Importance,
     optimizer: torch.optim.Optimizer,
+    merging: Merging,
     directory: RunWriter,
     step: int,
 ) -> None:
@@ -198,16 +206,30 @@ def _save(
         for index, state in optimizer.state_dict()["state"].items()
         for key, value in state.items()
     }
+    if config.merge.every is not None:
+        moments |= {f"{RECENT}{site}": value for site, value in merging.recent.items()}
     directory.save_checkpoint(config, decomposition, importance, step=step, optimizer=moments, rng=rng_state(config.device))
 
 
+RECENT = "recent."
+"""Before a site's name: its running maxima, beside the optimizer's moments in a checkpoint."""
+
+
 def restore(
-    folder: Path, state: CheckpointState, decomposition: Decomposition, importance: Importance, optimizer: torch.optim.Optimizer
+    folder: Path,
+    state: CheckpointState,
+    decomposition: Decomposition,
+    importance: Importance,
+    optimizer: torch.optim.Optimizer,
+    merging: Merging,
 ) -> None:
-    """Set U, V, γ, the optimizer and all random generators to their state at a checkpoint."""
+    """Set U, V, γ, the optimizer, the running maxima of merging and all random generators to their state at a checkpoint."""
     load_parameters(folder, decomposition, importance)
     moments: dict[int, dict[str, Tensor]] = {}
     for name, value in state.optimizer.items():
+        if name.startswith(RECENT):
+            merging.recent[name.removeprefix(RECENT)] = value.to(decomposition.device)
+            continue
         index, key = name.split(".", 1)
         moments.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})

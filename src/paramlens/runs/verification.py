@@ -10,7 +10,7 @@ from paramlens.display.tables import Cell, Column, Table
 from paramlens.errors import ParamLensError
 from paramlens.files.plain import read_json
 from paramlens.files.tensorfile import require_fit
-from paramlens.runs.checkpoint import damage
+from paramlens.runs.checkpoint import damage, subcomponents
 from paramlens.runs.description import ModelDescription
 from paramlens.runs.integrity import require_own, require_whole_run
 from paramlens.runs.layout import checkpoint_step, checkpoints, is_begun, is_resumable, read_metrics, require_run
@@ -110,7 +110,7 @@ def _report(folder: Path, path: Path, described: ModelDescription | None) -> Che
     found = damage(folder)
     if not found and described is not None:
         _attempt(found, lambda: require_own(folder, path))
-        for name, tensors in described.tensors().items():
+        for name, tensors in described.tensors(subcomponents(folder, described)).items():
             _attempt(found, lambda name=name, tensors=tensors: require_fit(folder / f"{name}.safetensors", tensors))
     return CheckpointReport(checkpoint_step(folder), tuple(found))
 

@@ -92,6 +92,15 @@ class GammaKind(nn.Module, ABC):
         """Pre-activations, one row per position. x, U: each site's input in the target, and its U; present: not padding. None: all."""
 
     @torch.no_grad()
+    def switch_off(self, off: Sequence[Bool[Tensor, "C"]]) -> None:
+        """Make the pre-activation -1 everywhere, so that g = 0 and has no gradient, for the subcomponents `off` of each site."""
+        axis = self.declared["w_out"].C_axis
+        assert axis is not None
+        for w_out, b_out, where in zip(self.w_out, self.b_out, off, strict=True):
+            w_out.index_fill_(axis, where.nonzero()[:, 0], 0)
+            b_out.masked_fill_(where, -1)
+
+    @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
         """Set the first values: random if `fan_in` is declared, otherwise `start`."""
         for name, parameter in self.named_parameters():

@@ -15,7 +15,7 @@ async function showSite(site, { view = null, column = null, chosen = null, home 
   const fill = (count) => list.replaceChildren(...ranked.slice(0, count).map(({ part, value }) => html("li", {}, partButton(site, part, value, detail))));
   fill(LISTED);
   const more = ranked.length > LISTED ? html("button", { type: "button", onclick: () => { fill(ranked.length); more.remove(); } }, `all ${ranked.length}`) : null;
-  const inactive = `${parts.length} of ${DATA.C} subcomponents are active on some token (importance above ${DATA.threshold})`;
+  const inactive = `${parts.length} of ${about.C} subcomponents are active on some token (importance above ${DATA.threshold})`;
   const heading = html("h3", { id: "panel-heading", tabindex: "-1" }, about.name);
   const note = about.silent ? html("p", { class: "note" }, `This site is silent: it ${about.silent}.`) : null;
   const lost = about.removed === null ? "" : ` Without the active ones, KL rises to ${number(about.removed)} nats.`;
