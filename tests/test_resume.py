@@ -23,7 +23,7 @@ from paramlens.errors import ConfigError, RunDirError
 from paramlens.files.lock import locked
 from paramlens.files.plain import read_json
 from paramlens.runs.decompose import decompose, decompose_config
-from paramlens.runs.layout import checkpoint_path, checkpoint_step, checkpoints
+from paramlens.runs.layout import FORMAT, checkpoint_path, checkpoint_step, checkpoints
 from paramlens.runs.rundir import open_run
 from paramlens.runs.verification import verify
 
@@ -63,7 +63,7 @@ def test_runs_of_every_format_go_on(version: str, tmp_path):
         for where, step in ((path, 8), (path, 12), (GOLDEN / version / "induction", 12))
     )
     assert (ours - theirs).norm() < 0.1 * (theirs - start).norm()
-    assert (run.info["format"], verify(path).whole) == (2, True)
+    assert (run.info["format"], verify(path).whole) == (FORMAT, True)
     assert [line["step"] for line in run.metrics] == [line["step"] for line in open_run(GOLDEN / version / "induction").metrics]
 
 
