@@ -57,7 +57,7 @@ def test_circuit_json(tiny_run):
     assert 0 <= site["unique"] <= 5
     assert set(document["metrics"]) == {
         *("faithfulness", "faithfulness_relative", "recon", "recon_layerwise", "stochastic_recon", "recon_rounded"),
-        *("accuracy_target", "accuracy_masked", "attention_kl", "attention_kl_all", "recon_adversarial"),
+        *("accuracy_target", "accuracy_masked", "attention_kl", "attention_kl_all", "recon_adversarial", "recon_worst"),
     }
     assert len(document["example"]["attention"]["blocks.0.attn.pattern"]["masked"]) == 8
     assert len(document["example"]["tokens"]) == len(document["example"]["roles"]) == 8

@@ -1,24 +1,29 @@
 """Interventions and maps, against the same numbers from the target and its weights directly."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
-from paramlens.analysis.adversary import adversarial_recon
+from conftest import tiny_with
+from paramlens.analysis.adversary import adversarial_recon, attack
 from paramlens.analysis.attention import attention_along, attention_by_role
 from paramlens.analysis.circuit import circuit
 from paramlens.analysis.held_out import held_out
 from paramlens.analysis.interventions import interventions
 from paramlens.analysis.maps import aligned_importance
+from paramlens.method.evaluate import importances
 from paramlens.method.generators import generator
 from paramlens.method.losses.divergence import LossAt, kl_divergence
 from paramlens.method.masks import Replacement
 from paramlens.method.task import Link
+from paramlens.runs.decompose import decompose_config
 from paramlens.runs.rundir import open_run
 from paramlens.tasks.induction.model import InductionTransformer
 from paramlens.tasks.induction.sequences import S1, M, induction_batch, induction_task
 from paramlens.tasks.induction.task import InductionTask
 from paramlens.tasks.induction.training import check_target
-from rounding import TOY, assert_near, near, near_divergence
+from rounding import TOY, TOY_STEP, assert_near, bound, near, near_divergence
 
 
 def measured(run, threshold: float = 0.1) -> dict:
@@ -165,3 +170,74 @@ def test_the_adversary_finds_what_random_masks_miss(tiny_run):
 def test_s1_is_the_role_before_m():
     batch = induction_batch(InductionTask(vocabulary=6, length=8), seed=0, stream="x", step=0, batch=9)
     assert torch.equal((batch.roles == S1).int().argmax(1) + 1, (batch.roles == M).int().argmax(1))
+
+
+def attacked(run, *, steps=(1, 2, 4, 8), starts=4, at_once=None, monkeypatch=None):
+    task = run.task
+    assert task is not None
+    batch = task.batch(0, "evaluate")
+    target, g = importances(run.decomposition, run.importance, batch)
+    if at_once is not None:
+        monkeypatch.setattr("paramlens.analysis.adversary.stack_size", lambda *_, **__: at_once)
+    return attack(run.decomposition, batch.inputs, target, g, at=LossAt(), generator=generator("attack"), steps=steps, starts=starts), (
+        batch,
+        target,
+        g,
+    )
+
+
+def test_an_attack_is_a_ladder_from_several_starts(tiny_run, monkeypatch):
+    """More steps never find less, nor do more starts; what is found is the KL of masks in [g, 1], and its sites add to it."""
+    found, (batch, target, g) = attacked(tiny_run)
+    assert [rung.steps for rung in found.rungs] == [1, 2, 4, 8]
+    for before, after in pairwise(found.rungs):
+        assert after.worst >= before.worst
+        assert after.one_start >= before.one_start
+    for rung in found.rungs:
+        assert rung.worst >= rung.one_start
+        assert rung.share == rung.worst / found.all_off
+    at = LossAt()
+    off = {site: Replacement(torch.zeros_like(value)) for site, value in g.items()}
+    with torch.no_grad():
+        all_off = at.divergence(at.log_probs(target.logits), tiny_run.decomposition(batch.inputs, [off]))[0].item()
+    assert found.all_off == near(all_off, TOY, size=10)
+    assert found.sites.keys() == g.keys()
+    assert all(drop <= found.rungs[-1].worst + bound(TOY, 10) for drop in found.sites.values())
+    in_turns, _ = attacked(tiny_run, at_once=3, monkeypatch=monkeypatch)
+    assert in_turns.rungs[0].worst == near(found.rungs[0].worst, TOY_STEP, size=10)
+    alone, _ = attacked(tiny_run, starts=1)
+    assert alone.rungs[-1].worst == alone.rungs[-1].one_start
+
+
+def test_an_attack_uses_the_remainder_if_it_is_a_component(tmp_path):
+    """With no subcomponents to turn on (g = 1 everywhere), Δ alone is left to attack."""
+    losses = {"stochastic_recon": 1.0, "minimality": 0.01}
+    run = decompose_config(tiny_with(C=2, delta=True, losses=losses, steps=2), out=tmp_path / "run")
+    assert run.task is not None
+    batch = run.task.batch(0, "evaluate")
+    target = run.decomposition.target_run(batch.inputs)
+    ones = {name: torch.ones(*batch.inputs.shape, 2) for name in run.decomposition.names}
+    how = {"at": LossAt(), "generator": generator("attack"), "steps": (6,), "starts": 2}
+    with_it = attack(run.decomposition, batch.inputs, target, ones, **how)
+    run.decomposition.delta = False
+    without = attack(run.decomposition, batch.inputs, target, ones, **how)
+    plan = {name: Replacement(value) for name, value in ones.items()}
+    at = LossAt()
+    with torch.no_grad():
+        recon = at.divergence(at.log_probs(target.logits), run.decomposition(batch.inputs, [plan]))[0].item()
+    assert without.rungs[-1].worst == near(recon, TOY, size=10)  # masks can only be 1
+    assert with_it.rungs[-1].worst != without.rungs[-1].worst
+
+
+def test_circuit_tells_the_ladder(tiny_run, capsys):
+    found = circuit(tiny_run, batches=1, adversary=50)
+    assert [rung.steps for rung in found.adversary] == [20, 40, 50]
+    assert found.metrics["recon_worst"] == found.adversary[-1].worst
+    assert found.attacked.keys() == set(tiny_run.decomposition.names)
+    document = found.to_json()
+    assert document["adversary"][0].keys() == {"steps", "one_start", "worst", "share"}
+    print(found)
+    assert "Worst masks on the first batch" in capsys.readouterr().out
+    verdict = next(each for each in found.verdicts if each.name == "worst case")
+    worst = max(found.metrics["recon_adversarial"], found.metrics["recon_worst"])
+    assert verdict.figure == (f"{worst:.1e} nats" if worst < 0.01 else f"{worst:.2f} nats")

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from paramlens.analysis.adversary import STEPS, adversarial_recon
+from paramlens.analysis.adversary import STARTS, STEPS, Attack, Rung, adversarial_recon, attack
 from paramlens.analysis.attention import attention_by_role, attention_divergence, attention_patterns
 from paramlens.analysis.held_out import ALL_POSITIONS, HeldOut, data_of, held_out, role_names
 from paramlens.analysis.interventions import Intervention, interventions
@@ -76,7 +76,7 @@ class Circuit(Result):
 
     metrics: faithfulness (eq. 1; relative: divided by the mean squared weight), reconstructions and attention_kl in nats, accuracies in
     [0, 1]. attention_kl is the KL at the query of each of the task's links, mean over links: the output does not depend on the other
-    queries. attention_kl_all is the mean over all patterns and queries.
+    queries. attention_kl_all is the mean over all patterns and queries. recon_worst is the last of `adversary`.
     """
 
     run: str
@@ -96,6 +96,10 @@ class Circuit(Result):
     maps: dict[str, AlignedImportance]
     """Role that has exactly one position in every sequence → mean importance around it."""
     example: ExampleSequence
+    adversary: list[Rung]
+    """The worst masks found on the first batch, from several starts, after more and more steps; empty: not searched for."""
+    attacked: dict[str, float]
+    """Site → how much of that KL goes, in nats, when the masks of this site alone are put back to g."""
     off_data: OffData | None
     """The same decomposition on inputs of another kind. None: the task has no such inputs."""
     verdicts: list[Verdict]
@@ -135,12 +139,27 @@ class Circuit(Result):
             tuple(row(name, metric(name, value)) for name, value in numbers.items()),
             notes=() if self.off_data is None else (Cell(f"off data: {self.off_data.what}", "faint"),),
         )
+        worst = [_attack_table(self.adversary, self.attacked)] if self.adversary else []
         telling = any(change.attention or change.accuracy is not None for change in self.interventions)
-        return active, metrics, *([_changes(self.interventions)] if telling else []), verdict_table(self.verdicts)
+        return active, metrics, *([_changes(self.interventions)] if telling else []), *worst, verdict_table(self.verdicts)
 
 
 _WIDE = 6
 """Up to this many roles, the table shows three decimal places; with more roles, one."""
+
+
+def _attack_table(rungs: Sequence[Rung], attacked: Mapping[str, float]) -> Table:
+    site, most = max(attacked.items(), key=lambda each: each[1])
+    rows = tuple(
+        row(str(rung.steps), f"{rung.one_start:.3f}", f"{rung.worst:.3f}", "-" if rung.share is None else f"{rung.share:.2f}")
+        for rung in rungs
+    )
+    return Table(
+        "Worst masks on the first batch, KL in nats",
+        columns("steps of ascent", "one start", f"worst of {STARTS} starts", "share of KL with all off"),
+        rows,
+        notes=(Cell(f"most of it at {site}: with the masks of this site put back to the importances, {most:.3g} nats less", "faint"),),
+    )
 
 
 def _changes(changes: Sequence[Intervention]) -> Table:
@@ -165,7 +184,8 @@ def circuit(run: Run, *, threshold: float = ACTIVE, batches: int = 16, adversary
 
     A task without held-out batches is evaluated on its training data, and `evaluated_on` says so. A task without roles has one, "all".
 
-    adversary: number of steps of projected gradient ascent to the worst masks (recon_adversarial); 0 leaves it out.
+    adversary: number of steps of projected gradient ascent to the worst masks; 0 leaves it out. recon_adversarial is from one start, mean
+    over batches; `Circuit.adversary` is from several, on the first batch, after 20, 40, 80 ... steps up to this number.
     Raises `ConfigError` for a number out of range and for a run on your own model that was opened without batches.
     """
     task = data_of(run)
@@ -177,6 +197,8 @@ def circuit(run: Run, *, threshold: float = ACTIVE, batches: int = 16, adversary
         data = held_out(run, batches=batches)
         metrics = _metrics(run, task, data, threshold=threshold, adversary=adversary)
         changed = interventions(decomposition, task, data, threshold=threshold, last_token_only=last_token_only)
+        worst = _attacked(run, task, data[0], adversary) if adversary else None
+        metrics |= {} if worst is None else {"recon_worst": worst.rungs[-1].worst}
         elsewhere = off_data(run, data, threshold=threshold)
         patterns = [_patterns(decomposition, held, task.attention_patterns) for held in data]
     ragged = len({held.roles.shape[1:] for held in data}) > 1  # batches of different lengths cannot be stacked
@@ -212,8 +234,24 @@ def circuit(run: Run, *, threshold: float = ACTIVE, batches: int = 16, adversary
         interventions=changed,
         maps=aligned_importance(g, role_index, roles) if task.roles and not data[0].batch.texts else {},  # roles other than tokens
         example=_example(data[0], roles, patterns[0]),
+        adversary=[] if worst is None else worst.rungs,
+        attacked={} if worst is None else worst.sites,
         off_data=elsewhere,
         verdicts=list(verdicts(metrics, off_data=None if elsewhere is None else asdict(elsewhere), target=trained)),
+    )
+
+
+def _attacked(run: Run, task: Task, held: HeldOut, steps: int) -> Attack:
+    rungs = [STEPS * 2**i for i in range(steps.bit_length()) if STEPS * 2**i < steps]
+    last_token_only = run.config.last_token_only
+    return attack(
+        run.decomposition,
+        task.loss_inputs(held.batch, last_token_only=last_token_only),
+        held.target,
+        held.g,
+        at=LossAt(last_token_only, held.batch.present),
+        generator=generator(run.config.seed, "attack"),
+        steps=[*rungs, steps],
     )
 
 

@@ -54,9 +54,10 @@ def verdicts(
         lost = metrics["accuracy_target"] - metrics["accuracy_masked"]
         text = f"Share of answers that the masked model gets right; the target gets {metrics['accuracy_target']:.4f}."
         yield Verdict("answers", _standing(lost, ACCURACY), f"{metrics['accuracy_masked']:.4f}", text)
-    if "recon_adversarial" in metrics:
+    worst = [metrics[name] for name in ("recon_adversarial", "recon_worst") if name in metrics]
+    if worst:
         text = "How far predictions move when inactive subcomponents are turned on by the worst masks that a search finds."
-        yield _kl("worst case", metrics["recon_adversarial"], text)
+        yield _kl("worst case", max(worst), text)
     if off_data is not None:
         yield _kl("off the data", off_data["recon"], _off_data(off_data))
 
