@@ -51,7 +51,9 @@ def test_make_says_what_is_missing_and_obeys(tmp_path, words: list[str], said: s
     for name in ("Makefile", ".ci", "pyproject.toml", "constraints.txt"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "bin").mkdir()
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")} | world(tmp_path / "bin", {})
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHON" and not key.startswith("MAKE")} | world(
+        tmp_path / "bin", {}
+    )
     make = subprocess.run(
         [str(shutil.which("make")), "demo", *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )

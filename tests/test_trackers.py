@@ -6,6 +6,7 @@ import signal
 import sqlite3
 import struct
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ def wandb(run: Run) -> dict[tuple[int, str], float]:
 
 
 def trackio(run: Run) -> dict[tuple[int, str], float]:
-    with sqlite3.connect(run.path / "tracking/trackio/paramlens.db") as database:
+    with closing(sqlite3.connect(run.path / "tracking/trackio/paramlens.db")) as database:
         rows = database.execute("select run_id, step, metrics from metrics").fetchall()
     assert len({identity for identity, _, _ in rows}) == 1, "one run"
     listed = [((step, name), value) for _, step, row in rows for name, value in json.loads(row).items() if name != "messages"]
@@ -149,7 +150,7 @@ def test_the_configuration_is_there_as_hyperparameters(tracked):
     assert json.loads(found["sites"].string_value) == config["sites"]
     begun = next(record.run for record in wandb_records(run) if record.WhichOneof("record_type") == "run")
     assert {item.key: json.loads(item.value_json) for item in begun.config.update}.items() >= config.items()
-    with sqlite3.connect(run.path / "tracking/trackio/paramlens.db") as database:
+    with closing(sqlite3.connect(run.path / "tracking/trackio/paramlens.db")) as database:
         [(name, kept)] = database.execute("select run_name, config from configs").fetchall()
     assert name == "tiny"
     assert json.loads(kept).items() >= config.items()
@@ -225,7 +226,7 @@ def test_a_run_that_is_killed_leaves_its_numbers(home, tmp_path):
     beside._lines.put(None)  # as the pipe closes when this process dies
     assert process is not None
     assert process.wait() == 0
-    with sqlite3.connect(tmp_path / "tracking/trackio/paramlens.db") as database:
+    with closing(sqlite3.connect(tmp_path / "tracking/trackio/paramlens.db")) as database:
         [(step, row)] = database.execute("select step, metrics from metrics").fetchall()
     assert (step, json.loads(row)["active/a"]) == (3, 2.0)
 
@@ -346,7 +347,7 @@ def test_the_command_and_seeds(home, tmp_path, tiny_run, capsys):
     for path in (tmp_path / "one", tmp_path / "seeds/s0"):
         assert {entry.name for entry in (path / "tracking").iterdir() if entry.is_dir()} == {"tensorboard", "trackio"}
         lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-        with sqlite3.connect(path / "tracking/trackio/paramlens.db") as database:
+        with closing(sqlite3.connect(path / "tracking/trackio/paramlens.db")) as database:
             kept = {step: json.loads(row) for step, row in database.execute("select step, metrics from metrics")}
         assert [kept[line["step"]]["total"] for line in lines if "total" in line] == [line["total"] for line in lines if "total" in line]
 

@@ -16,7 +16,7 @@ from paramlens.runs.forecast import require_training_room
 from paramlens.runs.layout import require_free
 from paramlens.runs.writer import RunWriter
 from paramlens.tasks.base import Target
-from paramlens.tracking.tracker import TargetTracker, Tracker, report_target
+from paramlens.tracking.tracker import Tracker, follows_targets, report_target
 from paramlens.tracking.trackers import as_tracker
 
 
@@ -44,7 +44,7 @@ def trained_target(config: Config, *, tracker: Tracker) -> Target:
     """Train the toy target of a configuration; report its progress and whether it converged."""
     require_device(config.device)
     require_training_room(config)
-    if isinstance(tracker, TargetTracker):
+    if follows_targets(tracker):
         tracker.start_target(steps=config.task.training_plan().steps)
     try:
         with machine(config):

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
@@ -67,9 +67,19 @@ class TargetTracker(Tracker, Protocol):
     def target(self, step: int, text: str) -> None: ...
 
 
+def is_tracker(value: Any) -> TypeGuard[Tracker]:
+    """Whether `value` has the methods of `Tracker`, its own or by `__getattr__`, which isinstance no longer asks since Python 3.12."""
+    return all(callable(getattr(value, name, None)) for name in ("start", "update", "evaluated", "message", "close"))
+
+
+def follows_targets(tracker: Tracker) -> TypeGuard[TargetTracker]:
+    """Whether a tracker has the methods of `TargetTracker` too."""
+    return all(callable(getattr(tracker, name, None)) for name in ("start_target", "target"))
+
+
 def report_target(tracker: Tracker, step: int, text: str) -> None:
     """Pass a check of the target's training to a tracker, as a message if the tracker is not a `TargetTracker`."""
-    if isinstance(tracker, TargetTracker):
+    if follows_targets(tracker):
         tracker.target(step, text)
     else:
         tracker.message(f"target step {step}  {text}")
@@ -186,7 +196,7 @@ class Fanout:
         self._each(lambda tracker: tracker.start(phase, steps=steps, done=done, path=path, config=config))
 
     def start_target(self, *, steps: int) -> None:
-        self._each(lambda tracker: tracker.start_target(steps=steps) if isinstance(tracker, TargetTracker) else None)
+        self._each(lambda tracker: tracker.start_target(steps=steps) if follows_targets(tracker) else None)
 
     def target(self, step: int, text: str) -> None:
         self._each(lambda tracker: report_target(tracker, step, text))

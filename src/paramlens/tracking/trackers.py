@@ -18,7 +18,7 @@ from paramlens.config.model import Config
 from paramlens.errors import ConfigError, TrackerError
 from paramlens.tracking import TRACKING
 from paramlens.tracking.signals import own_session
-from paramlens.tracking.tracker import Fanout, LoggedStep, Silent, Terminal, Tracker
+from paramlens.tracking.tracker import Fanout, LoggedStep, Silent, Terminal, Tracker, is_tracker
 
 LIBRARIES = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "trackio": "Trackio"}
 """Name of a tracker, which is also its package and its extra → the library's title."""
@@ -48,7 +48,7 @@ def as_tracker(tracker: Tracker | str | Sequence[str] | None) -> Tracker:
         return Silent()
     if isinstance(tracker, str | Sequence):
         return select_trackers(tracker, first=Terminal())
-    if not isinstance(tracker, Tracker):
+    if not is_tracker(tracker):
         needed = "start, update, evaluated, message and close"
         raise ConfigError(
             f"tracker: {type(tracker).__name__} is not a tracker, which has the methods {needed}; see paramlens.tracking.Tracker"
