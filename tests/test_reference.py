@@ -11,11 +11,12 @@ from paramlens.method.generators import generator
 from paramlens.method.hooks import swapped_in
 from paramlens.method.importance.network import Importance
 from paramlens.method.importance.sigmoids import lower, upper
+from paramlens.method.losses.adversarial import fresh_sources
 from paramlens.method.losses.faithfulness import faithfulness
 from paramlens.method.losses.minimality import minimality
 from paramlens.method.losses.reconstruction import RECONSTRUCTIONS
 from paramlens.method.masks import Replacement, mask_noise
-from paramlens.method.settings import Init
+from paramlens.method.settings import Adversary, Init
 from paramlens.method.sites import at_rest, find_sites
 from paramlens.method.start import initialise
 from paramlens.method.step import training_step
@@ -162,6 +163,60 @@ def test_step_with_the_remainder(last_token_only: bool):
     """Δ is a component of its own in stochastic losses, also with fewer subcomponents than W's rank of 4."""
     losses = {loss: 0.3 + i for i, loss in enumerate(RECONSTRUCTIONS)} | {"minimality": 0.1}
     check_step("attention", "offset", torch.float64, losses, last_token_only, C=3, delta=True)
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_the_adversary(delta: bool):
+    """Sources of each group of rows, the ascent and the loss at its end, with the gradients of U, V and γ."""
+    losses = {"adversarial": 1.0, "recon": 0.5}
+    config, task, decomposition, importance = make("vector", "offset", torch.float64, C=3, delta=delta, **losses)
+    config = config.model_copy(update={"adversary": Adversary(start=0.2, groups=2, ascents=3, step_size=0.3)})
+    batch, step = task.batch(0, "train"), 7
+    parameters = [*decomposition.parameters(), *importance.parameters()]
+    with at_rest(task.model):
+        ours = training_step(config, task, decomposition, importance, batch, step)
+        our_gradients = [parameter.grad for parameter in parameters]
+        assert "adversarial" not in training_step(config, task, decomposition, importance, batch, 1).losses
+        target = decomposition.target_run(batch.inputs)
+        pre = reference_pre(config, decomposition, importance, target.inputs)
+        g = {site: reference.lower(value) for site, value in pre.items()}
+        fixed = {site: value.detach() for site, value in g.items()}
+
+        def run(masks):
+            forwards = {}
+            for site in decomposition.sites:
+                mask, m = masks[site.name]
+                U, V = decomposition.U[site.name], decomposition.V[site.name]
+                forwards[site.module] = lambda x, s=site, U=U, V=V, mask=mask, m=m: reference.masked_site(
+                    x, U, V, mask, s.bias, None if m is None else (s.W, m)
+                )
+            with swapped_in(forwards):
+                return reference.kl(target.logits, call(task.model, batch.inputs), last_token_only=False)
+
+        def attacked(g, sources):
+            masks = {}
+            for site, value in g.items():
+                rows = [sources[site][row * 2 // 3] for row in range(3)]  # three rows, two groups
+                mask = torch.stack([row_g + (1 - row_g) * s[:3] for row_g, s in zip(value, rows, strict=True)])
+                masks[site] = mask, torch.stack([s[3].expand(value.shape[1]) for s in rows]) if delta else None
+            return run(masks)
+
+        sources = fresh_sources(fixed, groups=2, delta=delta, generator=generator(config.seed, "masks", "adversarial", step))
+        for _ in range(3):
+            sources = {site: value.requires_grad_() for site, value in sources.items()}
+            slopes = torch.autograd.grad(attacked(fixed, sources), sources.values())
+            sources = {
+                site: (value + 0.3 * slope.sign()).clamp(0, 1).detach()
+                for (site, value), slope in zip(sources.items(), slopes, strict=True)
+            }
+        value = attacked(g, sources)
+        recon = run({site: (mask, None) for site, mask in g.items()})
+    assert relative_error(ours.losses["adversarial"], value) < RELATIVE[torch.float64]
+    parts = [
+        torch.autograd.grad(part, parameters, retain_graph=True, allow_unused=True, materialize_grads=True) for part in (value, 0.5 * recon)
+    ]
+    for mine, *theirs in zip(our_gradients, *parts, strict=True):
+        assert relative_error(mine, sum(theirs), sum(each.norm().item() for each in theirs)) < RELATIVE[torch.float64]
 
 
 def check_step(kind: str, relative: str, dtype: torch.dtype, losses: dict[str, float], last_token_only: bool, **fields: int):

@@ -70,6 +70,8 @@ class Config(MethodSettings):
             raise ValueError(
                 "cuda_graph true cannot capture the projection of optim.project_from, which the host waits for; give one of them"
             )
+        if self.cuda_graph and self.losses.adversarial:
+            raise ValueError("cuda_graph true replays one step, and losses.adversarial draws its sources on the host; give one of them")
         if self.cuda_graph and self.merge.every is not None:
             raise ValueError("cuda_graph true replays tensors of one size, which merge.every changes; give one of them")
         if self.cuda_graph and (partial or self.losses.layerwise_sites != "all"):

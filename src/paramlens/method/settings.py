@@ -22,6 +22,19 @@ class Init(Section):
     """Learning rate of those steps (Adam)."""
 
 
+class Adversary(Section):
+    """How `losses.adversarial` chooses its masks: sources s in [0, 1], new in every step, climb the KL by the signs of its slopes."""
+
+    start: Share = 0.35
+    """Share of all steps before the adversary begins."""
+    groups: Count = 8
+    """Groups of a batch's rows; a group shares its sources over rows and positions. Half of them begin at random, half at corners."""
+    ascents: Count = 3
+    """Steps of ascent per training step."""
+    step_size: Positive = 0.4
+    """Change of every source in one ascent."""
+
+
 class Merge(Section):
     """Merging of dead subcomponents into the remainder Δ while training; needs `delta: true`. The paper has none."""
 
@@ -57,6 +70,8 @@ class Losses(Section):
     """eq. 5, 7. Figure 6: 10."""
     stochastic_recon_partial: Coefficient = 0.0
     """eq. 6, 8. Figure 6: 10."""
+    adversarial: Coefficient = 0.0
+    """Masks r = g + (1 - g) s, with s chosen to raise the KL (`adversary`). The paper has none."""
     local: Coefficient = 0.0
     """Each site's output at each token from its important subcomponents alone: squared error relative to the output's square. The others
     then write nothing there. Ours; the paper has none."""
@@ -143,6 +158,7 @@ class MethodSettings(MachineSettings):
     losses: Losses = Losses(stochastic_recon=1.0, stochastic_recon_layerwise=1.0, recon=0.5, faithfulness=1000.0, minimality=0.02)
     optim: Optim = Optim()
     merge: Merge = Merge()
+    adversary: Adversary = Adversary()
 
     @model_validator(mode="after")
     def _remainder_is_free(self) -> "MethodSettings":

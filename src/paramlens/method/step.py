@@ -60,7 +60,8 @@ def training_step(
     losses = enabled(config.losses)
     # 4, 5, 8: masks, masked runs, divergences
     values, to_g = reconstruction_backward(known, [loss for loss in losses if isinstance(loss, Reconstruction)])
-    values |= {loss.name: loss.value(known) for loss in losses if isinstance(loss, DirectLoss)}  # and all other losses
+    direct = {loss.name: loss.value(known) for loss in losses if isinstance(loss, DirectLoss)}  # and all other losses
+    values |= {name: value for name, value in direct.items() if value is not None}
     total = torch.stack([getattr(config.losses, name) * value for name, value in values.items()]).sum()  # 9
     roots: list[tuple[Tensor, Tensor | None]] = [(total, None)] if total.requires_grad else []
     roots += [(g[site], gradient) for site, gradient in to_g.items() if g[site].requires_grad]

@@ -55,9 +55,9 @@ class Loss:
 
 @dataclass(frozen=True)
 class DirectLoss(Loss):
-    """A loss with its own function `value`, which returns a scalar with gradient to U, V and γ."""
+    """A loss with its own function `value`, which returns a scalar with gradient to U, V and γ, or None at a step that is without it."""
 
-    value: Callable[[LossInputs], Float[Tensor, ""]]
+    value: Callable[[LossInputs], Float[Tensor, ""] | None]
 
 
 LOSSES: dict[str, Loss] = {}

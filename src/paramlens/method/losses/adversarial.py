@@ -1,0 +1,69 @@
+"""KL under masks that are chosen to raise it: training meets the worst case, and not only random masks. The paper has no such loss."""
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from paramlens.method.decomposition import Plan
+from paramlens.method.losses.loss import DirectLoss, LossInputs, register
+from paramlens.method.masks import Replacement, stochastic_mask
+
+Sources = dict[str, Float[Tensor, "group source"]]
+"""Site → for each group of rows one source in [0, 1] per subcomponent, and a last one for Δ if it is a component."""
+
+
+def fresh_sources(g: Mapping[str, Float[Tensor, "*batch C"]], *, groups: int, delta: bool, generator: torch.Generator) -> Sources:
+    """Sources ~ U(0, 1), drawn anew; in every other group rounded to 0 or 1, so that half of the attacks begin at corners."""
+    corners = torch.arange(groups, device=generator.device)[:, None] % 2 == 1
+    found: Sources = {}
+    for site, value in g.items():
+        drawn = torch.rand(groups, value.shape[-1] + delta, generator=generator, device=generator.device, dtype=torch.float64)
+        found[site] = torch.where(corners, drawn.round(), drawn).to(value)
+    return found
+
+
+def sourced_plan(g: Mapping[str, Float[Tensor, "batch *pos C"]], sources: Mapping[str, Tensor], *, delta: bool) -> Plan:
+    """All sites with masks r = g + (1 - g) s. A group's sources are shared by its rows, neighbours in the batch, and by all positions."""
+    plan: dict[str, Replacement] = {}
+    for site, value in g.items():
+        s = sources[site]
+        rows, between = value.shape[0], value.dim() - 2
+        of_row = s[torch.arange(rows, device=s.device) * len(s) // rows].view(rows, *[1] * between, -1)
+        mask = stochastic_mask(value, of_row[..., : value.shape[-1]].expand_as(value))
+        plan[site] = Replacement(mask, remainder=of_row[..., -1].expand(value.shape[:-1]) if delta else None)
+    return plan
+
+
+def adversarial_loss(known: LossInputs) -> Float[Tensor, ""] | None:
+    """KL(target ‖ masked) in nats at sources that a few steps of sign ascent have chosen, with gradient to U, V and γ.
+
+    s ← clamp(s + `adversary.step_size` sign ∂KL/∂s, 0, 1), `adversary.ascents` times. None: before `adversary.start`.
+    """
+    settings, decomposition = known.config.adversary, known.decomposition
+    if known.step < settings.start * known.config.steps:
+        return None
+    inputs = known.task.loss_inputs(known.batch, last_token_only=known.config.last_token_only)
+    target_log_probs = known.at.log_probs(known.target.logits)
+
+    def divergence(g: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> Tensor:
+        plan = sourced_plan(g, sources, delta=decomposition.delta)
+        return known.at.divergence(target_log_probs, decomposition(inputs, [plan], known.target))[0]
+
+    fixed = {site: value.detach() for site, value in known.g.items()}
+    groups = min(settings.groups, len(next(iter(fixed.values()))))
+    sources = fresh_sources(fixed, groups=groups, delta=decomposition.delta, generator=known.generator("adversarial"))
+    for _ in range(settings.ascents):
+        with torch.enable_grad():
+            leaves = {site: value.requires_grad_() for site, value in sources.items()}
+            slopes = torch.autograd.grad(divergence(fixed, leaves), list(leaves.values()))
+        with torch.no_grad():
+            sources = {
+                site: (value + settings.step_size * slope.sign()).clamp(0, 1)
+                for (site, value), slope in zip(leaves.items(), slopes, strict=True)
+            }
+    return divergence(known.g, sources)
+
+
+register(DirectLoss("adversarial", adversarial_loss))
