@@ -1,0 +1,142 @@
+"""What the remainder Δ, merging and the adversary buy, on the induction head: one added at a time, each on the same targets.
+
+    python benchmarks/robustness.py runs [SEEDS]    # variants × seeds (default 2), one thread each; goes on where it was stopped
+    python benchmarks/robustness.py tables          # the tables of docs/robustness.md, in Markdown
+
+Runs go to runs/robustness; every finished one adds its figures to docs/results/robustness.json.
+"""
+
+import platform
+import statistics
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from paramlens import circuit, load_config, open_run
+from paramlens.analysis.circuit import Circuit
+from paramlens.config.model import Config
+from paramlens.files.plain import read_json, write_json
+from paramlens.runs.decompose import decompose_config
+from paramlens.runs.layout import is_run
+from paramlens.runs.rundir import Run
+from paramlens.runs.target_training import train_target
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, RUNS = ROOT / "docs/results/robustness.json", ROOT / "runs/robustness"
+BATCHES, STEPS = 4, 320
+HOME = {"0.attn.q": "m", "0.attn.k": "s1", "0.attn.v": "s1", "1.attn.q": "s2", "1.attn.k": "m", "1.attn.v": "m"}
+"""Site → the role at which the paper's circuit reads it (Table 1a)."""
+
+DELTA = {"delta": True, "losses.faithfulness": 0.0}
+MERGE = DELTA | {"merge.every": 50}
+VARIANTS: dict[str, dict[str, object]] = {
+    "as shipped": {},
+    "Δ": DELTA,
+    "Δ, merging": MERGE,
+    "adversary": {"losses.adversarial": 1.0},
+    "Δ, adversary": DELTA | {"losses.adversarial": 1.0},
+    "Δ, merging, adversary": MERGE | {"losses.adversarial": 1.0},
+    "C 100": {"C": 100},
+    "C 100: Δ, merging": MERGE | {"C": 100},
+    "C 100: Δ, merging, adversary": MERGE | {"losses.adversarial": 1.0, "C": 100},
+}
+"""Name → the fields in which it differs from induction-quick."""
+
+
+def runs(seeds: int) -> None:
+    found = read_json(RESULTS) if RESULTS.is_file() else {"machine": f"{platform.system()} {platform.machine()}, one thread", "runs": {}}
+    for seed in range(1, seeds + 1):
+        for variant, fields in VARIANTS.items():
+            key = f"{variant}, seed {seed}"
+            if key not in found["runs"]:
+                print(key, flush=True)
+                config = load_config("induction-quick", overrides={**fields, "seed": seed, "threads": 1, "evaluate.every": 1500})
+                found["runs"][key] = _measured(_run(config, variant, seed))
+                write_json(RESULTS, found)
+
+
+def _run(config: Config, variant: str, seed: int) -> Run:
+    target, out = RUNS / f"target-s{seed}", RUNS / f"{variant.replace(' ', '-').replace(',', '').replace(':', '')}-s{seed}"
+    if not (target / "target.json").is_file():
+        train_target(config, out=target)
+    if is_run(out) and open_run(out).status == "finished":
+        return open_run(out)
+    return decompose_config(config, out=out, target=target, overwrite=out.exists())
+
+
+def _measured(run: Run) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    found: Circuit = circuit(run, batches=BATCHES, adversary=STEPS)
+    active = {name: found.sites[f"blocks.{name}"].active[role] for name, role in HOME.items()}
+    return {
+        "seconds": run.info["seconds"],
+        "metrics": found.metrics,
+        "ladder": [[rung.steps, rung.one_start, rung.worst, rung.share] for rung in found.adversary],
+        "attacked": found.attacked,
+        "off data": None if found.off_data is None else found.off_data.recon,
+        "active": active,
+        "at random": {name: found.sites[f"blocks.{name}"].active["random"] for name in HOME},
+        "unique": sum(site.unique for site in found.sites.values()),
+        "left": sum(run.decomposition.C.values()),
+        "remainder": None if not run.decomposition.delta else run.decomposition.remainders(),
+    }
+
+
+def _rows() -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
+    found = read_json(RESULTS)["runs"]
+    for variant in VARIANTS:
+        rows = [row for key, row in found.items() if key.rpartition(", seed ")[0] == variant]
+        if rows:
+            yield variant, rows
+
+
+def tables() -> None:
+    heads = (
+        "variant",
+        "worst of 8, 320 steps, nats",
+        "share of all off",
+        "one start, 20 steps",
+        "stochastic",
+        "recon",
+        "layerwise",
+        "rounded",
+    )
+    print(f"| {' | '.join((*heads, 'off the data', 'seconds'))} |\n|---{'|---:' * (len(heads) + 1)}|")
+    for variant, rows in _rows():
+        cells = [
+            _each([row["ladder"][-1][2] for row in rows], ".2f"),
+            _each([row["ladder"][-1][3] for row in rows], ".2f"),
+            _each([row["ladder"][0][1] for row in rows], ".2f"),
+            *(
+                _each([row["metrics"][name] for row in rows], ".1e")
+                for name in ("stochastic_recon", "recon", "recon_layerwise", "recon_rounded")
+            ),
+            _each([row["off data"] for row in rows], ".1f"),
+            _each([row["seconds"] for row in rows], ".0f"),
+        ]
+        print(f"| {variant} | {' | '.join(cells)} |")
+    print(
+        f"\n| variant | {' | '.join(f'{name[-1].upper()}{name[0]}' for name in HOME)} | unique | left | ‖Δ‖ / ‖W‖, most |\n|---{'|---:' * 9}|"
+    )
+    for variant, rows in _rows():
+        cells = [_each([row["active"][name] for row in rows], ".1f") for name in HOME]
+        most = [max(row["remainder"].values()) for row in rows if row["remainder"] is not None]
+        cells += [_each([row[key] for row in rows], ".0f") for key in ("unique", "left")] + [_each(most, ".2f") if most else "-"]
+        print(f"| {variant} | {' | '.join(cells)} |")
+
+
+def _each(values: list[float], form: str) -> str:
+    """All seeds, or the median and the largest of more than three."""
+    if len(values) <= 3:
+        return ", ".join(f"{value:{form}}" for value in values)
+    return f"{statistics.median(values):{form}} ({max(values):{form}})"
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "runs":
+        runs(int(sys.argv[2]) if len(sys.argv) > 2 else 2)
+    else:
+        tables()
