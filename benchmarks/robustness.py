@@ -118,9 +118,8 @@ def tables() -> None:
             _each([row["seconds"] for row in rows], ".0f"),
         ]
         print(f"| {variant} | {' | '.join(cells)} |")
-    print(
-        f"\n| variant | {' | '.join(f'{name[-1].upper()}{name[0]}' for name in HOME)} | unique | left | ‖Δ‖ / ‖W‖, most |\n|---{'|---:' * 9}|"
-    )
+    heads = (*(f"{name[-1].upper()}{name[0]}" for name in HOME), "unique", "left", "‖Δ‖ / ‖W‖, most")
+    print(f"\n| variant | {' | '.join(heads)} |\n|---{'|---:' * len(heads)}|")
     for variant, rows in _rows():
         cells = [_each([row["active"][name] for row in rows], ".1f") for name in HOME]
         most = [max(row["remainder"].values()) for row in rows if row["remainder"] is not None]
