@@ -52,7 +52,7 @@ def test_induction_is_tables_3_and_4():
         ("losses.p_start", 0.05, "losses: p_start 0.05 is below p_final 0.1; p is annealed downwards, so give p_start >= p_final"),
         ("losses.reco", 1, "losses.reco: unknown field; did you mean losses.recon?"),
         ("lr", 1, "lr: unknown field; did you mean optim.lr?"),
-        ("zzz", 1, "zzz: unknown field; known here: C, batch,"),
+        ("zzz", 1, "zzz: unknown field; known here: C, adversary, batch,"),
         ("gama", 3, "gama: unknown field; did you mean gamma?"),
         ("gama.kind", "vector", "gama: unknown field; did you mean gamma?"),
         ("optim.gama_lr", 3, "optim.gama_lr: unknown field; did you mean optim.gamma_lr?"),
@@ -156,7 +156,7 @@ def test_overrides_reach_absent_sections(tmp_path):
 
 
 def test_switches_and_lists_are_what_their_types_say():
-    assert set(switches()) == {"last_token_only", "compile", "cuda_graph"}
+    assert set(switches()) == {"last_token_only", "compile", "cuda_graph", "delta"}
     assert set(list_fields()) == {"sites", "optim.betas", "task.training.undecayed", "task.sentences"}
 
 

@@ -236,7 +236,7 @@ def test_what_is_kept_of_a_run_is_as_it_was_when_the_model_writes_in_place():
     decomposition.find_blocks(x)
     with torch.no_grad():
         target = decomposition.target_run(x)
-        plan = {"layers.2.mix": Replacement(torch.zeros(2, 5, decomposition.C))}
+        plan = {"layers.2.mix": Replacement(torch.zeros(2, 5, decomposition.C["layers.2.mix"]))}
         torch.testing.assert_close(decomposition(x, [plan, {}], target), decomposition(x, [plan, {}]))
 
 

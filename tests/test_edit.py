@@ -59,7 +59,7 @@ def test_one_slice_is_the_papers_formula():
 
 
 def test_taking_all_parts_out_leaves_what_the_parts_do_not_hold(facts_run):
-    C = facts_run.decomposition.C
+    C = facts_run.decomposition.C[FIRST]
     everything = suppress(facts_run, subcomponents=[(FIRST, c) for c in range(C)], method="subtraction")
     [site] = [site for site in facts_run.decomposition.sites if site.name == FIRST]
     U, V = facts_run.decomposition.U[FIRST], facts_run.decomposition.V[FIRST]
@@ -207,7 +207,7 @@ def test_equal_activations_are_read_once():
 
 def test_a_control_that_would_take_out_less_is_left_out_with_the_reason(facts_run):
     """All but two subcomponents of a site taken out; all of a site whose weight has fewer singular directions; parts that write nothing."""
-    C, fact = facts_run.decomposition.C, fact_of(KOBE, shipped_facts())
+    C, fact = facts_run.decomposition.C[FIRST], fact_of(KOBE, shipped_facts())
     most = edit(facts_run, [Selected(FIRST, c) for c in range(C - 2)])
     result = evaluate_edit(facts_run, most, KOBE, facts=[fact])
     reason = f"{FIRST} has 2 other subcomponents that write anything, and {C - 2} were removed"

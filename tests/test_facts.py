@@ -173,6 +173,11 @@ def test_the_loss_on_other_text_takes_out_what_is_one_sentences_own(facts_run):
     assert value.item() != near_divergence(0, log_probs, GPT)
     assert all(each.grad is None for each in g.values())
     assert all(each.grad.abs().sum() > 0 for each in decomposition.parameters())
+    few = Decomposition(run.task.model, run.decomposition.sites, C=3, delta=True)
+    initialise(few, run.config.init, generator=generator("init"))
+    with at_rest(run.task.model):
+        nothing = elsewhere_loss(few, other, {name: each[..., :3] for name, each in alike.items()}, generator=generator("keys"))
+    assert nothing.item() == near_divergence(0, log_probs, GPT), "what few subcomponents lack is in Δ, which is on"
 
 
 def test_the_loss_on_other_text_needs_its_text():

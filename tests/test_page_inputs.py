@@ -47,6 +47,7 @@ def test_numbers_that_are_not_finite_leave_the_page_whole(run):
 
 
 @needs_browser
+@pytest.mark.slow
 def test_any_token_can_be_shown_and_saved(run):
     """Letters of two code units at the edge of a narrow cell, control characters, and a token wider than the page."""
     file = run / "analysis/catalogue.json"

@@ -174,9 +174,10 @@ def test_the_adversary(delta: bool):
     batch, step = task.batch(0, "train"), 7
     parameters = [*decomposition.parameters(), *importance.parameters()]
     with at_rest(task.model):
+        with torch.no_grad():
+            assert "adversarial" not in training_step(config, task, decomposition, importance, batch, 1).losses
         ours = training_step(config, task, decomposition, importance, batch, step)
         our_gradients = [parameter.grad for parameter in parameters]
-        assert "adversarial" not in training_step(config, task, decomposition, importance, batch, 1).losses
         target = decomposition.target_run(batch.inputs)
         pre = reference_pre(config, decomposition, importance, target.inputs)
         g = {site: reference.lower(value) for site, value in pre.items()}

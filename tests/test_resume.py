@@ -50,7 +50,7 @@ def test_runs_of_every_format_open(version: str, kind: str):
 
 @pytest.mark.parametrize("version", FORMATS)
 def test_runs_of_every_format_go_on(version: str, tmp_path):
-    """From the checkpoint at step 8 to near what that version ended with; the directory is then of the newest format.
+    """From the checkpoint at step 8 to near what that version ended with. Only a directory of format 1 becomes one of the newest.
 
     Random masks are another draw of the same distribution in another version, so the last steps go nearly the same way, not the same.
     """
@@ -63,7 +63,7 @@ def test_runs_of_every_format_go_on(version: str, tmp_path):
         for where, step in ((path, 8), (path, 12), (GOLDEN / version / "induction", 12))
     )
     assert (ours - theirs).norm() < 0.1 * (theirs - start).norm()
-    assert (run.info["format"], verify(path).whole) == (FORMAT, True)
+    assert (run.info["format"], verify(path).whole) == (FORMAT if version == "format-1" else int(version[-1]), True)
     assert [line["step"] for line in run.metrics] == [line["step"] for line in open_run(GOLDEN / version / "induction").metrics]
 
 
@@ -175,6 +175,7 @@ def noisy_run(path: Path, stop: int | None) -> None:
         decompose(model, batches, out=path, resume=True, **fields)
 
 
+@pytest.mark.slow
 def test_every_generator_is_taken_up_again(tmp_path):
     """Without the tests' own type checks, which draw from Python's generator."""
     script = (

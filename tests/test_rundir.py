@@ -20,7 +20,7 @@ from paramlens.method.task import TargetHistory
 from paramlens.runs import rundir, targets, verification
 from paramlens.runs.decompose import decompose, decompose_config
 from paramlens.runs.integrity import model_sha256
-from paramlens.runs.layout import checkpoints
+from paramlens.runs.layout import FORMAT, checkpoints
 from paramlens.runs.rundir import open_run
 from paramlens.runs.writer import RunWriter
 from paramlens.tasks.base import Target
@@ -81,7 +81,7 @@ def test_manifest_names_every_file(tiny_run):
 
 def test_run_json(tiny_run):
     info = tiny_run.info
-    assert (info["format"], info["device"], info["dtype"], info["seed"], info["threads"]) == (2, "cpu", "float32", 0, 1)
+    assert (info["format"], info["device"], info["dtype"], info["seed"], info["threads"]) == (FORMAT, "cpu", "float32", 0, 1)
     assert (info["status"], info["steps"]) == ("finished", 12)
     assert info["target"]["sha256"] == model_sha256(tiny_run.task.model)
     assert set(info["versions"]) == {"paramlens", "torch", "python"}
@@ -89,7 +89,7 @@ def test_run_json(tiny_run):
 
 def test_model_json_is_enough_to_load(tiny_run):
     model = json.loads((tiny_run.path / "model.json").read_text())
-    assert model["format"] == 2
+    assert model["format"] == FORMAT
     assert model["target"]["sha256"] == tiny_run.info["target"]["sha256"]
     assert model["config"]["task"]["kind"] == "induction"
     assert model["sites"][0] == {"name": "blocks.0.attn.q", "d_in": 4, "d_out": 4}
@@ -223,8 +223,8 @@ def test_damaged_files_are_named(copy):
 
 def test_newer_format_is_refused(copy):
     model = json.loads((copy / "model.json").read_text())
-    (copy / "model.json").write_text(json.dumps(model | {"format": 3}))
-    with pytest.raises(RunDirError, match="written in format 3, this version reads up to 2; upgrade paramlens"):
+    (copy / "model.json").write_text(json.dumps(model | {"format": FORMAT + 1}))
+    with pytest.raises(RunDirError, match=f"written in format {FORMAT + 1}, this version reads up to {FORMAT}; upgrade paramlens"):
         open_run(copy)
 
 

@@ -95,6 +95,7 @@ def test_seeds_end_with_the_process_that_started_them(tmp_path):
     assert 3 <= checkpoint_step(find_checkpoint(tmp_path / "x/s0", None)) < 20_000  # metrics are written from step 3 on
 
 
+@pytest.mark.slow
 def test_the_command_compares_seeds_of_one_target(tmp_path, tiny_run, capsys):
     file = tmp_path / "tiny.yaml"
     file.write_text(dump_config(make_config(TINY)), encoding="utf-8")

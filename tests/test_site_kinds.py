@@ -166,7 +166,7 @@ def test_masks_of_ones_give_the_target(model_and_sites: tuple[nn.Module, tuple[S
     before = [dict(module.__dict__) for module in model.modules()]
     with at_rest(model), torch.no_grad():
         target = require_sound(decomposition, TOKENS)
-        ones = {name: Replacement(torch.ones(3, 5, decomposition.C)) for name in decomposition.names}
+        ones = {name: Replacement(torch.ones(3, 5, C)) for name, C in decomposition.C.items()}
         alone, untouched = decomposition(TOKENS, [ones, {}], target)
         own = logits_of(model)
     if isinstance(model, Encoder):  # alone, it runs PyTorch's fused kernel

@@ -116,7 +116,9 @@ def load_state(folder: Path) -> CheckpointState:
 
 
 def subcomponents(folder: Path, described: ModelDescription) -> dict[str, int]:
-    """Site → number of its subcomponents at a checkpoint. Sites that the file lacks get the number of the start."""
+    """Site → number of its subcomponents at a checkpoint: that of the start, or, where Δ could take in some, that of the file."""
+    if not described.delta:
+        return {site.name: described.C for site in described.sites}
     shapes = {name: shape for name, (shape, _) in shapes_of(folder / "components.safetensors").items()}
     found = {site.name: shapes.get(f"{site.name}.U", ()) for site in described.sites}
     return {name: shape[1] if len(shape) == 2 and 0 < shape[1] <= described.C else described.C for name, shape in found.items()}

@@ -28,6 +28,8 @@ FORMAT = 3
 manifest, model.json has the target and the task, and a checkpoint's state.json has the threads and the state of metrics.jsonl. Since
 version 3, the remainder can be a component, and a checkpoint can have fewer subcomponents than the run began with."""
 
+WITH_TASK = 2
+"""The first version whose model.json is complete; that of an older run is written anew when the run is resumed."""
 
 CONTENTS = (
     *("checkpoints", "analysis", "report.html", "metrics.jsonl", "model.json", "target.safetensors", "target.json", "target"),

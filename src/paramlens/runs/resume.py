@@ -12,7 +12,7 @@ from paramlens.method.importance.network import Importance
 from paramlens.runs import targets
 from paramlens.runs.checkpoint import CheckpointState
 from paramlens.runs.integrity import require_target, require_whole_run
-from paramlens.runs.layout import FORMAT, is_begun, is_resumable, require_free
+from paramlens.runs.layout import FORMAT, WITH_TASK, is_begun, is_resumable, require_free
 from paramlens.runs.writer import RunWriter, versions
 from paramlens.tracking.tracker import Tracker
 
@@ -99,7 +99,7 @@ def reopen(
     if before != here:
         tracker.message(f"{path}: begun with {before}, continued with {here}; only the same versions give the same bytes")
         directory.record(versions=here)
-    if described.format < FORMAT:
+    if described.format < WITH_TASK:
         directory.record(format=FORMAT)
         directory.describe(config, decomposition, importance, described.target.model_dump(exclude_none=True))
     if load_config(path / "config.yaml").steps != config.steps:

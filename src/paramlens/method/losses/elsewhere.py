@@ -1,6 +1,7 @@
 """KL on other text, where subcomponents that belong to one sequence alone must not matter. Ours; the paper has no such loss."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -19,7 +20,7 @@ def elsewhere_loss(
     """KL(target ‖ masked) on the batch `other`, in nats, with all sites replaced and masks r = 1 - s u, u ~ U(0, 1).
 
     s: how far a subcomponent belongs to one sequence of the decomposed batch: its largest g in that sequence minus its largest g in any
-    other. No gradient reaches g: only the decomposed sequences decide what is important.
+    other. No gradient reaches g: only the decomposed sequences decide what is important. Δ, if it is a component, is fully on.
     """
     target = decomposition.target_run(other.inputs)
     plan: dict[str, Replacement] = {}
@@ -27,7 +28,7 @@ def elsewhere_loss(
     for (site, value), key in zip(g.items(), keys, strict=True):
         most = value.detach().amax(1).sort(0, descending=True).values
         own = most[0] - most[1] if len(most) > 1 else most[0]
-        plan[site] = Replacement((1 - own).expand(*target.inputs[site].shape[:-1], -1), key)
+        plan[site] = replace(decomposition.without((1 - own).expand(*target.inputs[site].shape[:-1], -1)), key=key)
     at = LossAt(present=other.present)
     return at.divergence(at.log_probs(target.logits), decomposition(other.inputs, [plan]))[0]
 
