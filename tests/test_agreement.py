@@ -94,6 +94,7 @@ def test_a_part_without_partner_counts_as_unlike(pair):
         assert site.direction < 0.9
 
 
+@pytest.mark.slow
 def test_means_over_pairs_and_chance(tiny, tiny_run, tmp_path):
     seeds = [decompose_config(tiny.model_copy(update={"seed": seed}), out=tmp_path / str(seed), target=tiny_run.path) for seed in (1, 2)]
     result = agreement([tiny_run, *seeds], batches=2)

@@ -22,7 +22,7 @@ from rounding import TOY_STEP, assert_near, near
 SMALL = {"length": 6, "batch": 3, "C": 5, "threads": 1}
 
 
-@pytest.mark.parametrize("kind", ["scalar", "vector", "attention"])
+@pytest.mark.parametrize("kind", ["scalar", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("vector", "attention"))])
 def test_the_naive_step_is_the_same_step(kind: str):
     """Same losses and gradients as the library's, given the same noise: what is compared is the same work."""
     config = bench.Case(importance=kind, **SMALL).config()

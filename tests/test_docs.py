@@ -71,6 +71,7 @@ def test_no_page_asks_another_host_for_anything(site: Path, pages: dict[str, Pag
 
 
 @pytest.mark.skipif(not CHROMIUM.exists(), reason="Debian's chromium is not installed, so no browser searches the site")
+@pytest.mark.slow
 def test_the_search_works_from_disk_and_asks_nobody(site: Path):
     from playwright.sync_api import sync_playwright
 

@@ -208,6 +208,7 @@ def test_the_probability_of_an_answer_is_the_product_over_its_tokens(facts_run):
     assert bool(right[1]) == best
 
 
+@pytest.mark.slow
 def test_the_small_gpt2_is_a_pure_function_of_its_seed_and_learns():
     settings = Miniature(blocks=2, width=32, heads=2, steps=60, batch=32, lr=3e-3, dropout=0.05, check_every=30)
     models = [train_miniature(settings, (KOBE,), seed=seed, device="cpu") for seed in (3, 3, 4)]

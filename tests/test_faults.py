@@ -157,7 +157,6 @@ def slow_unless(fast: bool, *values: Any) -> Any:
 
 FIRST = {
     ("half of optimizer", signal.SIGKILL),
-    ("between write and rename", signal.SIGKILL),
     ("half a line of metrics", signal.SIGTERM),
     ("in a step", signal.SIGINT),
     ("writing run.json at the end", signal.SIGINT),
@@ -396,7 +395,7 @@ DAMAGES: dict[str, Callable[[bytes, bytes], bytes]] = {
     "random bytes": lambda ours, _: torch.randint(256, (len(ours),), generator=torch.Generator().manual_seed(0)).byte().numpy().tobytes(),
     "another run's": lambda _, theirs: theirs,
 }
-OFTEN = ("cut", "one bit flipped")
+OFTEN = ("one bit flipped",)
 OF_A_CHECKPOINT = (*(f"{name}.safetensors" for name in _TENSORS), "state.json", "MANIFEST.json")
 OF_THE_RUN = ("config.yaml", "model.json", "run.json", "MANIFEST.json", "metrics.jsonl", "target.safetensors", "target.json")
 

@@ -1,6 +1,5 @@
 """Merging: dead subcomponents go into Δ, C shrinks, and what is left goes on as if nothing had happened."""
 
-import json
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -9,6 +8,7 @@ import pytest
 import torch
 
 from conftest import tiny_with
+from paramlens.analysis.catalogue import catalogue
 from paramlens.cli.main import main
 from paramlens.config.file import dump_config
 from paramlens.errors import ConfigError
@@ -157,12 +157,10 @@ def test_a_run_ends_with_fewer_and_opens_at_every_checkpoint(merged: Path):
     assert len(left) == 12
     assert all(count <= found[-1][site] for site, count in left[-1].items())
     assert main(["circuit", str(merged), "--batches", "1", "--adversary", "1"]) == 0
-    assert main(["report", str(merged)]) == 0
-    catalogue = json.loads((merged / "analysis/catalogue.json").read_text())
-    assert catalogue["counts"] == found[-1]
+    assert catalogue(open_run(merged), batches=1).counts == found[-1]
 
 
-@pytest.mark.parametrize("step", [2, 6])
+@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 6])
 def test_it_goes_on_across_a_merge_in_the_same_bytes(merged: Path, tmp_path: Path, step: int):
     copy = tmp_path / "run"
     shutil.copytree(merged, copy)

@@ -233,6 +233,7 @@ for p in (1.0, 1, np.float32(1), np.int64(1), torch.tensor(1), torch.tensor(1.0)
 """
 
 
+@pytest.mark.slow
 def test_a_power_may_be_any_number():
     """At p = 1 minimality is the sum of the importances: an int is not taken for the bits of a float, where no types are checked."""
     found = subprocess.run([sys.executable, "-c", OUTSIDE], capture_output=True, text=True, check=True).stdout.splitlines()

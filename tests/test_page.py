@@ -284,9 +284,8 @@ def require_files(page: Any) -> None:
 
 
 @needs_browser
-@pytest.mark.parametrize(
-    ("which", "width", "scheme"), [pytest.param("complete", 1000, "light", marks=pytest.mark.slow), ("facts", 400, "dark")]
-)
+@pytest.mark.parametrize(("which", "width", "scheme"), [("complete", 1000, "light"), ("facts", 400, "dark")])
+@pytest.mark.slow
 def test_every_element_of_a_page_answers(request, which: str, width: int, scheme: str):
     path = request.getfixturevalue(which)
     with opened(path / "report.html", width=width, scheme=scheme) as (page, complaints, requests):

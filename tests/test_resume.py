@@ -98,6 +98,7 @@ STEADY = {
 }
 
 
+@pytest.mark.slow
 def test_a_run_that_is_extended_is_the_longer_run(tmp_path):
     longer = decompose_config(tiny_with(steps=16, **STEADY), out=tmp_path / "longer")
     config = tiny_with(steps=8, **STEADY)

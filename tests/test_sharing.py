@@ -125,6 +125,7 @@ def test_damage_to_a_copy_for_reading_is_found(hub, run):
         open_run(REPO)
 
 
+@pytest.mark.slow
 def test_with_resumable_the_run_goes_on_elsewhere(hub, tmp_path):
     """To the bytes of a run that never stopped; a fetched file that resuming writes to is no link to the cache."""
     constant = TINY | {
@@ -289,6 +290,7 @@ def test_the_command(hub, run, capsys):
     assert main(["push", "nowhere", REPO]) == 2
 
 
+@pytest.mark.slow
 def test_by_environment_as_a_user_sets_it(hub, run, tmp_path):
     """HF_ENDPOINT and HF_HOME, in a process of its own, with Xet as it is installed: reading needs no account."""
     run.push_to_hub(REPO)

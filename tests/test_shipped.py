@@ -18,6 +18,7 @@ def shipped(tmp_path_factory):
     return paramlens.example(tmp_path_factory.mktemp("shipped") / "runs" / "example")
 
 
+@pytest.mark.slow
 def test_the_example_is_whole_and_says_what_it_said(shipped):
     assert verify(shipped).whole
     run = paramlens.open_run(shipped)

@@ -146,7 +146,8 @@ def _complaint(error: CycloptsError) -> str:
     text = f"{error} `paramlens --help` lists all." if isinstance(error, UnknownCommandError) else str(error)
     if isinstance(error, UnknownOptionError):
         names = [each.name for each in error.argument_collection if each.show and each.name.startswith("-")]
-        own = [name for name in names if name not in FIELDS]
+        configured = any("." in name for name in names)
+        own = [name for name in names if not configured or name not in FIELDS]
         text += f" There are {', '.join(own)}{'' if own == names else ', and the fields of CONFIG'}."
     return text
 
