@@ -63,7 +63,8 @@ def runs(names: list[str]) -> None:
     transformers.logging.disable_progress_bar()
     warnings.simplefilter("ignore")
     known = json.loads(RESULTS.read_text(encoding="utf-8"))["architectures"] if names and RESULTS.exists() else {}
-    for name, config in architectures.configs().items():
+    for name in architectures.names():
+        config = architectures.config(name)
         if not names or name in names:
             known[name] = tried(config)
             print(name, known[name], flush=True)

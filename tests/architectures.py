@@ -145,14 +145,17 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 """Name → what comes before `Config` in its class's name, and the fields."""
 
 
-def configs() -> dict[str, PretrainedConfig]:
-    """Name → a tiny configuration of an architecture that the installed transformers has."""
-    found: dict[str, PretrainedConfig] = {}
-    for name, (family, fields) in _FAMILIES.items():
-        kind: Callable[..., PretrainedConfig] | None = getattr(transformers, f"{family}Config", None)
-        if kind is not None:
-            found[name] = kind(**fields)
-    return found
+def names() -> list[str]:
+    """The architectures that the installed transformers has; none of them is imported for it."""
+    available = set(dir(transformers))
+    return [name for name, (family, _) in _FAMILIES.items() if f"{family}Config" in available]
+
+
+def config(name: str) -> PretrainedConfig:
+    """A tiny configuration of an architecture."""
+    family, fields = _FAMILIES[name]
+    kind: Callable[..., PretrainedConfig] = getattr(transformers, f"{family}Config")
+    return kind(**fields)
 
 
 def random_model(config: PretrainedConfig, *, scale: float = 0.2) -> nn.Module:

@@ -29,8 +29,8 @@ SHAPED = (
 """Whose shape annotations are checked."""
 
 CHECKED = (
-    *("test_batches", "test_circuit", "test_decomposition", "test_importance", "test_induction", "test_interventions", "test_language"),
-    *("test_masks_and_losses", "test_native", "test_reference", "test_sites", "test_step", "test_tokens", "test_trace", "test_train"),
+    *("test_batches", "test_decomposition", "test_importance", "test_interventions", "test_masks_and_losses", "test_native"),
+    *("test_reference", "test_remainder", "test_sites", "test_step", "test_tokens"),
 )
 """Tests in which shapes are checked, which takes a third of their time. The others pass through the same functions."""
 

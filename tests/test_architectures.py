@@ -13,7 +13,7 @@ from paramlens.method.sites import Site, at_rest, find_sites
 from paramlens.runs.integrity import model_sha256
 from paramlens.tasks.language_models.encoding import model_inputs
 
-CONFIGS = architectures.configs()
+NAMES = architectures.names()
 FUSED = {
     "bloom": ["query_key_value"],
     "codegen": ["qkv_proj"],
@@ -64,9 +64,9 @@ def left_on(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + ("forward" in m.__dict__) for m in model.modules())
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in FIRST)) for name in CONFIGS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in FIRST)) for name in NAMES])
 def test_every_site_that_is_taken_holds(name: str):
-    model = architectures.random_model(CONFIGS[name])
+    model = architectures.random_model(architectures.config(name))
     before = model_sha256(model)
     sites = called_once(model)
     assert len(sites) >= 4
@@ -85,7 +85,7 @@ def test_every_site_that_is_taken_holds(name: str):
 
 @pytest.mark.parametrize("name", FUSED)
 def test_slices_are_the_models_queries_keys_and_values(name: str):
-    model = architectures.random_model(CONFIGS[name])
+    model = architectures.random_model(architectures.config(name))
     for leaf in FUSED[name]:
         sites = find_sites(model, [f"*.{leaf}[*]"])
         with at_rest(model):
@@ -113,7 +113,7 @@ def test_a_wrong_split_is_never_taken(name: str, wrong: str, monkeypatch: pytest
 
     if name == "minimax" and wrong == "q v k":
         pytest.skip("linear attention without a softmax is the same in keys and values")
-    model = architectures.random_model(CONFIGS[name])
+    model = architectures.random_model(architectures.config(name))
     monkeypatch.setattr(linear, "fused_columns", broken)
     taken = find_sites(model, [f"*.0.*{FUSED[name][0]}[*]"])
     with at_rest(model), pytest.raises(SiteError, match=r"its slices are not the queries, keys and values of its attention"):

@@ -69,7 +69,7 @@ def test_configurations_and_run_directories(bash, tmp_path):
     assert bash("agreement", "runs", "r", cwd=tmp_path) == ["runs"]
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+@pytest.mark.parametrize("shell", ["bash", *(pytest.param(shell, marks=pytest.mark.slow) for shell in ("zsh", "fish"))])
 def test_scripts_name_everything_and_are_read_by_their_shell(shell, capsys: pytest.CaptureFixture[str], tmp_path):
     assert main(["completion", shell]) == 0
     text = capsys.readouterr().out

@@ -416,9 +416,9 @@ def test_what_is_refused_is_left_out(tmp_path: Path):
 
 
 def test_checkpointing_of_transformers_is_off_where_nothing_is_trained(tmp_path: Path):
-    from architectures import configs, random_model
+    from architectures import config, random_model
 
-    model = random_model(configs()["llama"])
+    model = random_model(config("llama"))
     (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
     model.train()
     found = run(model, tmp_path, sites=["*.mlp.*"])

@@ -111,7 +111,7 @@ def test_idle_threads_sleep_unless_the_user_says_otherwise(first: str, variables
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads' states are read from /proc")
 @pytest.mark.skipif(usable_cores() < 2, reason="one core: there is no second thread")
-@pytest.mark.parametrize("order", ["paramlens, torch", "torch, paramlens"])
+@pytest.mark.parametrize("order", [pytest.param("paramlens, torch", marks=pytest.mark.slow), "torch, paramlens"])
 def test_workers_use_no_time_between_parallel_loops(order: str):
     """Counted in the threads' own processor time, which no other program changes; the default policy spends as much on the worker."""
     code = (

@@ -219,7 +219,9 @@ def test_a_written_weight_is_what_the_masked_run_computes(model_and_sites: tuple
         torch.testing.assert_close(logits_of(model), masked, rtol=1e-3, atol=1e-4 * max(1.0, masked.abs().max().item()))
 
 
-@pytest.mark.parametrize("kind", ["linear", "lookup", "attention", "embedding", "experts"])
+@pytest.mark.parametrize(
+    "kind", ["lookup", "embedding", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("linear", "attention", "experts"))]
+)
 def test_decomposed_edited_and_loaded_again(kind: str, tmp_path: Path):
     make, patterns = KINDS[kind]
     torch.manual_seed(0)
