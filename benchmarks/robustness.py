@@ -1,7 +1,7 @@
 """What the remainder Δ, merging and the adversary buy, on the induction head: one added at a time, each on the same targets.
 
     python benchmarks/robustness.py runs [SEEDS]    # variants × seeds (default 2), one thread each; goes on where it was stopped
-    python benchmarks/robustness.py tables          # the tables of docs/robustness.md, in Markdown
+    python benchmarks/robustness.py tables          # its tables, in Markdown
 
 Runs go to runs/robustness; every finished one adds its figures to docs/results/robustness.json.
 """

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from paramlens.method.batch import Inputs
 from paramlens.method.decomposition import Decomposition, Plan, TargetRun
+from paramlens.method.losses.adversarial import fresh_sources, sourced_plan
 from paramlens.method.losses.divergence import LossAt
 from paramlens.method.losses.reconstruction import stack_size
 from paramlens.method.masks import Replacement, stochastic_mask
@@ -61,9 +62,6 @@ def adversarial_recon(
 
 STARTS = 8
 """Number of starts of an attack: half of them uniform, half at corners, where every source is 0 or 1."""
-
-Sources = Mapping[str, Float[Tensor, "start source"]]
-"""Site → for each start one source in [0, 1] per subcomponent, and a last one for Δ if it is a component."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +112,11 @@ def attack(
     def divergences(plans: Sequence[Plan]) -> Float[Tensor, "plan"]:
         return at.divergence(log_probs, decomposition(inputs, plans))
 
+    def plan_of(sources: Mapping[str, Tensor], start: int) -> dict[str, Replacement]:
+        return sourced_plan(g, {site: value[start : start + 1] for site, value in sources.items()}, delta=decomposition.delta)
+
     at_once = stack_size(log_probs.numel(), device=log_probs.device.type)
-    s = _first_sources(g, starts, delta=decomposition.delta, generator=generator)
+    s = fresh_sources(g, groups=starts, delta=decomposition.delta, generator=generator)
     best, worst = torch.full((starts,), -torch.inf), {site: value.clone() for site, value in s.items()}
     rungs = list[Rung]()
     all_off = divergences([{site: Replacement(torch.zeros_like(value)) for site, value in g.items()}])[0].item()
@@ -124,7 +125,7 @@ def attack(
             own = slice(first, first + at_once)
             with torch.enable_grad():
                 leaves = {site: value[own].clone().requires_grad_() for site, value in s.items()}
-                found = divergences([_masked(g, leaves, start, decomposition.delta) for start in range(len(best[own]))])
+                found = divergences([plan_of(leaves, start) for start in range(len(best[own]))])
                 slopes = torch.autograd.grad(found.sum(), list(leaves.values()))
             better = found.detach().cpu() > best[own]
             best[own] = torch.where(better, found.detach().cpu(), best[own])
@@ -135,26 +136,6 @@ def attack(
             most = best.max().item()
             rungs.append(Rung(step, best[0].item(), most, most / all_off if all_off > 0 else None))
     start = int(best.argmax())
-    plan = _masked(g, worst, start, decomposition.delta)
+    plan = plan_of(worst, start)
     without = [divergences([plan | {site: Replacement(value)}])[0].item() for site, value in g.items()]
     return Attack(rungs, all_off, {site: best.max().item() - each for site, each in zip(g, without, strict=True)})
-
-
-def _first_sources(
-    g: Mapping[str, Float[Tensor, "*batch C"]], starts: int, *, delta: bool, generator: torch.Generator
-) -> dict[str, Float[Tensor, "start source"]]:
-    found: dict[str, Tensor] = {}
-    for site, value in g.items():
-        drawn = torch.rand(starts, value.shape[-1] + delta, generator=generator, dtype=torch.float64)
-        corners = torch.arange(starts)[:, None] >= (starts + 1) // 2
-        found[site] = torch.where(corners, drawn.round(), drawn).to(value)
-    return found
-
-
-def _masked(g: Mapping[str, Float[Tensor, "*batch C"]], s: Sources, start: int, delta: bool) -> dict[str, Replacement]:
-    masks: dict[str, Replacement] = {}
-    for site, value in g.items():
-        own = s[site][start]
-        mask = stochastic_mask(value, own[: value.shape[-1]].expand_as(value))
-        masks[site] = Replacement(mask, remainder=own[-1].expand(value.shape[:-1]) if delta else None)
-    return masks

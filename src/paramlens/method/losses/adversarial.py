@@ -6,7 +6,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from paramlens.method.decomposition import Plan
 from paramlens.method.losses.loss import DirectLoss, LossInputs, register
 from paramlens.method.masks import Replacement, stochastic_mask
 
@@ -24,7 +23,7 @@ def fresh_sources(g: Mapping[str, Float[Tensor, "*batch C"]], *, groups: int, de
     return found
 
 
-def sourced_plan(g: Mapping[str, Float[Tensor, "batch *pos C"]], sources: Mapping[str, Tensor], *, delta: bool) -> Plan:
+def sourced_plan(g: Mapping[str, Float[Tensor, "batch *pos C"]], sources: Mapping[str, Tensor], *, delta: bool) -> dict[str, Replacement]:
     """All sites with masks r = g + (1 - g) s. A group's sources are shared by its rows, neighbours in the batch, and by all positions."""
     plan: dict[str, Replacement] = {}
     for site, value in g.items():
