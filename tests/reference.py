@@ -133,3 +133,14 @@ def minimality(pre: dict[str, Tensor], p: float, eps: float) -> Tensor:
         for c in range(value.shape[-1]):
             total = total + ((upper(value[..., c]) + eps) ** p - eps**p).mean()
     return total
+
+
+def smooth_minimality(pre: dict[str, Tensor], width: float, weight: float, scale: float) -> Tensor:
+    """Σ_l Σ_c f (1 + b log2(1 + a f)), f the mean over batch and positions of g² / (g² + γ²)."""
+    total = torch.zeros((), dtype=torch.float64)
+    for value in pre.values():
+        for c in range(value.shape[-1]):
+            g = upper(value[..., c])
+            f = (g**2 / (g**2 + width**2)).mean()
+            total = total + f * (1 + weight * torch.log(1 + scale * f) / torch.log(torch.tensor(2.0, dtype=torch.float64)))
+    return total

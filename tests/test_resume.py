@@ -122,6 +122,8 @@ def test_a_run_that_is_extended_is_the_longer_run(tmp_path):
         ({"optim": {"schedule": "constant", "warmup": 0.1}}, "optim.warmup 0.1, a share"),
         ({"losses": STEADY["losses"] | {"p_start": 0.9}}, "losses.p_start 0.9 to p_final 0.5"),
         ({"optim": {"schedule": "constant", "project_from": 0.5}}, "optim.project_from 0.5"),
+        ({"losses": STEADY["losses"] | {"smooth_minimality": 0.1}}, "smooth.start 1 to final 0.01"),
+        ({"losses": STEADY["losses"] | {"adversarial": 1.0}}, "adversary.start 0.35, a share"),
     ],
 )
 def test_a_run_that_depends_on_its_length_is_not_extended(tmp_path, tiny_run, fields: dict, reason: str):

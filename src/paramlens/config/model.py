@@ -72,6 +72,8 @@ class Config(MethodSettings):
             )
         if self.cuda_graph and self.losses.adversarial:
             raise ValueError("cuda_graph true replays one step, and losses.adversarial draws its sources on the host; give one of them")
+        if self.cuda_graph and self.losses.smooth_minimality:
+            raise ValueError("cuda_graph true replays one step, and losses.smooth_minimality changes its width; give one of them")
         if self.cuda_graph and self.merge.every is not None:
             raise ValueError("cuda_graph true replays tensors of one size, which merge.every changes; give one of them")
         if self.cuda_graph and (partial or self.losses.layerwise_sites != "all"):

@@ -35,6 +35,25 @@ class Adversary(Section):
     """Change of every source in one ascent."""
 
 
+class Smooth(Section):
+    """The smooth count of `losses.smooth_minimality`: φ = g² / (g² + γ²), and a price of f (1 + b log2(1 + a f)) on φ's mean f."""
+
+    start: Positive = 1.0
+    """Width γ at the first step: importances well below it cost little, so all are lowered alike at first."""
+    final: Positive = 0.01
+    """Width γ at the last step; γ changes linearly."""
+    frequency_weight: NonNegative = 0.5
+    """b: how much more a subcomponent costs that is on often. 0: as much at each position."""
+    frequency_scale: Positive = 4096.0
+    """a: from a share of 1 / a of all positions on, a subcomponent costs more."""
+
+    @model_validator(mode="after")
+    def _narrows(self) -> "Smooth":
+        if self.start < self.final:
+            raise ValueError(f"start {self.start:g} is below final {self.final:g}; the width is annealed downwards, so give start >= final")
+        return self
+
+
 class Merge(Section):
     """Merging of dead subcomponents into the remainder Δ while training; needs `delta: true`. The paper has none."""
 
@@ -82,6 +101,8 @@ class Losses(Section):
     """eq. 1. Table 4: 1000. Figure 6: 1e6."""
     minimality: Coefficient = 0.0
     """eq. 1. Table 4: 0.02. Figure 6: 0.05."""
+    smooth_minimality: Coefficient = 0.0
+    """A smooth count of what is on, in which often costs more (`smooth`), instead of `minimality` or beside it. The paper has none."""
     p_start: Positive = 0.9
     """Minimality's power p at the first step. Tables: 0.9."""
     p_final: Positive = 0.1
@@ -119,6 +140,8 @@ class Optim(Section):
     """Learning rate of γ. Defaults to `lr`."""
     betas: tuple[Share, Share] = (0.9, 0.999)
     """Decay rates of Adam's two moments; the paper does not give them."""
+    clip: Positive | None = None
+    """Largest norm of the gradient of U, of V and of γ, each clipped apart. Defaults to None: no clipping."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay (AdamW only). Figure 6: 0.05."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
@@ -159,6 +182,7 @@ class MethodSettings(MachineSettings):
     optim: Optim = Optim()
     merge: Merge = Merge()
     adversary: Adversary = Adversary()
+    smooth: Smooth = Smooth()
 
     @model_validator(mode="after")
     def _remainder_is_free(self) -> "MethodSettings":

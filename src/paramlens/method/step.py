@@ -83,6 +83,7 @@ class Steps:
     ) -> None:
         self.config, self.task, self.decomposition, self.importance, self.optimizer = config, task, decomposition, importance, optimizer
         self.parameters = [*decomposition.parameters(), *importance.parameters()]
+        self.clipped = [list(decomposition.U.values()), list(decomposition.V.values()), list(importance.parameters())]
         self.broken = torch.zeros((), device=decomposition.device)
         self.waits = decomposition.device.type != "cuda"
         if not self.waits:
@@ -104,6 +105,9 @@ class Steps:
         self.broken.copy_(torch.maximum(self.broken, (~_finite(result, norm)).to(self.broken.dtype)))
         if self.waits:
             self.require_finite(result, step)
+        if self.config.optim.clip is not None:
+            for parameters in self.clipped:
+                nn.utils.clip_grad_norm_(parameters, self.config.optim.clip)
         self.optimizer.step()
         if projecting:
             project(self.decomposition)

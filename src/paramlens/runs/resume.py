@@ -62,11 +62,13 @@ def _require_extendable(saved: Config, steps: int) -> None:
     """Raise `ConfigError` if a run of `steps` steps would have been different so far."""
     if steps < saved.steps:
         raise ConfigError(f"extend_steps {steps}: the run is of {saved.steps} steps; give more")
-    optim, losses = saved.optim, saved.losses
+    optim, losses, smooth = saved.optim, saved.losses, saved.smooth
     reasons = {
         f"optim.schedule {optim.schedule}": optim.schedule != "constant",
         f"optim.warmup {optim.warmup:g}, a share": 0 < optim.warmup < 1,
         f"losses.p_start {losses.p_start:g} to p_final {losses.p_final:g}": losses.minimality and losses.p_start != losses.p_final,
+        f"smooth.start {smooth.start:g} to final {smooth.final:g}": losses.smooth_minimality and smooth.start != smooth.final,
+        f"adversary.start {saved.adversary.start:g}, a share": losses.adversarial and saved.adversary.start,
         f"optim.project_from {optim.project_from}": optim.project_from,
         f"merge.every {saved.merge.every}, from {saved.merge.start:g} to {saved.merge.end:g} of the steps": saved.merge.every,
     }

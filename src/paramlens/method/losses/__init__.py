@@ -1,5 +1,6 @@
 """The losses of Algorithm 3: `divergence` (KL at the loss positions), `reconstruction` (eqs. 2, 3, 5 to 8), `faithfulness` and
-`minimality` (eq. 1), `local` and `elsewhere` (ours). `loss` has the registry in which each file registers its losses.
+`minimality` (eq. 1), and those that the paper does not have: `local`, `elsewhere`, `adversarial`, `smooth_minimality`. `loss` has the
+registry in which each file registers its losses.
 
 To add a loss, add a file here, which is imported automatically, and a coefficient in `settings.Losses`.
 """
