@@ -44,6 +44,18 @@ def test_batches_are_a_pure_function_of_seed_stream_and_step():
     assert not any(torch.equal(draw(), other) for other in others)
 
 
+def test_a_share_of_the_training_sequences_is_shuffled(target):
+    plain, mixed = (induction_task(TASK.model_copy(update={"shuffled": share}), target, seed=0, batch=8) for share in (0.0, 0.25))
+    before, after = (task.batch(3, "train") for task in (plain, mixed))
+    assert torch.equal(before.inputs[:6], after.inputs[:6])
+    assert torch.equal(before.inputs[6:].sort(1).values, after.inputs[6:].sort(1).values)
+    assert not torch.equal(before.inputs[6:], after.inputs[6:])
+    assert (after.roles[6:] == RANDOM).all()
+    assert torch.equal(after.roles[:6], before.roles[:6])
+    assert after.answers is None
+    assert torch.equal(plain.batch(3, "evaluate").inputs, mixed.batch(3, "evaluate").inputs)
+
+
 def test_first_s_is_uniform_or_early():
     task = InductionTask(length=34)
     uniform, early = (

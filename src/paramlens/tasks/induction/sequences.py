@@ -4,6 +4,7 @@ A sequence has n - 2 ordinary tokens, the special token s at a random place, and
 token after the first s. The first s is never directly before the last, as m would then be s itself.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -45,12 +46,34 @@ def induction_batch(
     return Batch(tokens, roles=roles, answers=tokens[row, first + 1])
 
 
+def with_shuffled(batch: Batch, rows: int, *, seed: int, step: int) -> Batch:
+    """The batch with the tokens of its last `rows` sequences in random order, each its own.
+
+    Their positions have no role but `random`, and as they have no answer, the batch has none.
+    """
+    if not rows:
+        return batch
+    assert isinstance(batch.inputs, Tensor)
+    assert batch.roles is not None
+    rng = generator(seed, "induction", "shuffled", step)
+    tokens, roles = batch.inputs.clone(), batch.roles.clone()
+    order = torch.rand(rows, tokens.shape[1], generator=rng).argsort(1)
+    tokens[-rows:] = tokens[-rows:].gather(1, order)
+    roles[-rows:] = RANDOM
+    return dataclasses.replace(batch, inputs=tokens, roles=roles, answers=None)
+
+
 def induction_task(task: InductionTask, model: InductionTransformer, *, seed: int, batch: int) -> Task:
     """The task of a trained target."""
+
+    def batches(step: int, stream: str) -> Batch:
+        made = induction_batch(task, seed=seed, stream=stream, step=step, batch=batch)
+        return with_shuffled(made, round(task.shuffled * batch), seed=seed, step=step) if stream == "train" else made
+
     patterns = tuple(f"blocks.{i}.attn.pattern" for i in range(task.blocks))
     return Task(
         model=model,
-        batch=lambda step, stream: induction_batch(task, seed=seed, stream=stream, step=step, batch=batch),
+        batch=batches,
         roles=ROLES,
         attention_patterns=patterns,
         links=(Link("attention_m_s1", patterns[0], "m", "s1"), Link("attention_s2_m", patterns[-1], "s2", "m")),

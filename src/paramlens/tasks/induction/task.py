@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from paramlens.fields import Count, Natural, NonNegative, Positive, Section, Share
+from paramlens.fields import Count, Natural, NonNegative, Number, Positive, Section, Share
 from paramlens.tasks.base import BaseTask, OnCheck, OnGivenUp, Skeleton, Target, TargetCheck, TrainingPlan, on_meta
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class InductionTask(BaseTask):
     """The induction-head task and its attention-only target (§5.1, Table 3)."""
 
     check: ClassVar = InductionCheck
-    how_trained: ClassVar = frozenset({"training", "embedding_scale", "position_scale", "position_offset"})
+    how_trained: ClassVar = frozenset({"training", "embedding_scale", "position_scale", "position_offset", "shuffled"})
 
     kind: Literal["induction"] = "induction"
     vocabulary: Annotated[Count, Field(ge=2)] = 128
@@ -107,6 +107,9 @@ class InductionTask(BaseTask):
     position_offset: NonNegative = 0.0
     """Standard deviation of one vector that is added to all learned encodings at initialisation. With it, as with the slow waves of
     sinusoidal encodings, a query can ask for a token at any position."""
+    shuffled: Annotated[Number, Field(ge=0, le=1)] = 0.0
+    """Share of each training batch's sequences whose tokens are in random order, so that the decomposition also holds where there is
+    nothing to copy. Held-out sequences never are. The paper: 0."""
     training: TargetTraining = TargetTraining()
 
     @model_validator(mode="after")
