@@ -659,7 +659,7 @@ BAD: dict[str, tuple[str, list[str], str]] = {  # name: what is added to the fil
     "no loss": ("losses: {}", [], "no loss is enabled"),
     "a loss below 0": ("", ["--losses.recon", "-1"], "losses.recon: -1: give 0 or more"),
     "p upwards": ("", ["--losses.p_start", "0.1", "--losses.p_final", "0.9"], "p is annealed downwards"),
-    "layerwise sites 0": ("", ["--losses.layerwise_sites", "0"], "losses.layerwise_sites"),
+    "layerwise sites 0": ("", ["--losses.layerwise_sites", "0"], "losses.layerwise_sites: 0: give 1 or more, or 'all'"),
     "other text without a loss": ("", ["--losses.elsewhere", "1"], "losses.elsewhere and task.elsewhere"),
     "a device that is none": ("", ["--device", "tpu"], "device"),
     "a device that is not here": ("", ["--device", "mps"], "device mps: torch"),

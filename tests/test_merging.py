@@ -179,12 +179,25 @@ def test_it_goes_on_across_a_merge_in_the_same_bytes(merged: Path, tmp_path: Pat
     ("fields", "message"),
     [
         ({"merge": {"every": 50}}, "merge.every 50: .* give delta true"),
+        ({"C": "auto"}, "C auto is what merging leaves; give delta true and merge.every"),
+        ({"C": "auto", "optim": {"project_from": 0.5}}, "optim.project_from 0.5 leaves no remainder .* C auto"),
+        ({"C": "some"}, "C"),
         ({"merge": {"every": 50}, "delta": True, "device": "cuda", "cuda_graph": True}, "cuda_graph true replays tensors of one size"),
     ],
 )
 def test_what_excludes_it_is_refused(fields: dict[str, object], message: str):
     with pytest.raises(ConfigError, match=message):
         tiny_with(**fields)
+
+
+def test_automatic_C_begins_at_twice_the_rank_and_ends_with_what_is_used(tmp_path):
+    config = tiny_with(**MERGES | {"C": "auto", "losses": {"recon": 1.0, "minimality": 1.0}})
+    run = decompose_config(config, out=tmp_path / "run")
+    counts = [line["left"] for line in run.metrics if "left" in line]
+    assert all(count <= 2 * 4 for left in counts for count in left.values()), "the tiny target has width 4"
+    assert sum(run.decomposition.C.values()) < 2 * 4 * len(run.decomposition.sites)
+    assert open_run(run.path).decomposition.C == run.decomposition.C
+    assert (verify(run.path).whole, open_run(run.path).config.C) == (True, "auto")
 
 
 def test_it_is_in_the_help_and_in_the_file(capsys: pytest.CaptureFixture[str]):

@@ -30,7 +30,7 @@ from paramlens.method.generators import generator
 from paramlens.method.importance.kind import kind_class
 from paramlens.method.importance.network import Importance
 from paramlens.method.sites import find_sites
-from paramlens.method.start import initialise
+from paramlens.method.start import initialise, subcomponents
 from paramlens.method.step import Steps
 from paramlens.runs.target_training import require_device
 from paramlens.runs.train import make_optimizer
@@ -231,8 +231,9 @@ def training(config: Config, side: Literal["ours", "naive"]) -> Callable[[int], 
         parameter.requires_grad_(False)
     task = config.task.make(Target(model.eval()), seed=0, batch=config.batch)
     sites = find_sites(model, config.sites)
-    decomposition = Decomposition(model, sites, C=config.C)
-    importance = Importance({site.name: (site.d_seen, config.C) for site in sites}, config.gamma, max_length=longest)
+    C = subcomponents(config.C, sites)
+    decomposition = Decomposition(model, sites, C=C)
+    importance = Importance({site.name: (site.d_seen, C) for site in sites}, config.gamma, max_length=longest)
     initialise(decomposition, config.init, generator=generator(0, "init"))
     importance.initialise(generator(0, "gamma"))
     importance = importance.to(config.device)

@@ -97,8 +97,9 @@ def _in_order(model: type[BaseModel]) -> list[str]:
 def explain(error: ValidationError, *, source: str) -> str:
     """The first problem of a validation error in one line, and the number of other problems."""
     problems = error.errors()
-    first = problems[0]
-    place = [str(part) for part in first["loc"]]
+    first, place = problems[0], _place(problems[0])
+    others = {tuple(_place(problem)) for problem in problems} - {tuple(place)}
+    word = next((problem for problem in problems if problem["type"] == "literal_error" and _place(problem) == place), None)
     kind = place.pop(1) if place[:1] == ["task"] and len(place) > 1 else None  # pydantic puts the kind of task there
     field = ".".join(place)
     if first["type"] == "extra_forbidden":
@@ -108,8 +109,16 @@ def explain(error: ValidationError, *, source: str) -> str:
         unseen = first["type"] in ("missing", "invalid_key") or isinstance(first["input"], dict | BaseModel)
         given = "" if unseen else f" {shown if len(shown) <= 60 else shown[:57] + '...'}:"
         text = f"{field}{':' if field else ''}{given} {_remedy(first)}".strip()
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        if word is not None and word is not first:
+            text += f", or {word['ctx']['expected']}"
+    more = f" (and {len(others)} more)" if others else ""
     return f"{source}: {text}{more}"
+
+
+def _place(problem: Mapping[str, Any]) -> list[str]:
+    """The path to the problem's field. Pydantic adds a name with brackets for each type of a field that takes a number or a word."""
+    place = [str(part) for part in problem["loc"]]
+    return place if problem["type"] in ("extra_forbidden", "invalid_key") else [part for part in place if "[" not in part]
 
 
 _REMEDIES = {

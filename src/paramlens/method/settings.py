@@ -167,8 +167,9 @@ class MethodSettings(MachineSettings):
     """Seed of the target, the data, the first U, V and γ, and every mask."""
     steps: Count = 1000
     """Number of decomposition steps. Table 4: 100000. Figure 6: 20000."""
-    C: Count = 64
-    """Subcomponents per site. Table 4: 100. Figure 6: 768."""
+    C: Count | Literal["auto"] = 64
+    """Subcomponents per site. Table 4: 100. Figure 6: 768. `auto`, with merging (`merge.every`): twice the rank that the largest weight can
+    have, of which merging leaves those that are used."""
     delta: bool = False
     """Whether the remainder Δ = W - U V is one more component of each site: off where masks are g, at random in stochastic losses. Then
     the components add up to W at every step, no faithfulness loss is needed, and C can be below the rank of W. The paper has no Δ."""
@@ -186,6 +187,15 @@ class MethodSettings(MachineSettings):
 
     @model_validator(mode="after")
     def _remainder_is_free(self) -> "MethodSettings":
+        if self.C == "auto" and self.optim.project_from is not None:
+            raise ValueError(
+                f"optim.project_from {self.optim.project_from:g} leaves no remainder into which C auto could merge what is unused; "
+                "give C a number, or delta true and merge.every in place of the projection"
+            )
+        if self.C == "auto" and self.merge.every is None:
+            raise ValueError(
+                "merge.every is not given, and C auto is what merging leaves; give delta true and merge.every, or give C a number"
+            )
         if self.delta and self.optim.project_from is not None:
             raise ValueError(
                 f"optim.project_from {self.optim.project_from:g} keeps U V = W, and with delta true what U V lacks is a component; "

@@ -1,6 +1,7 @@
-"""The first values of U and V, and projections that keep U V = W (eq. 1 as a constraint)."""
+"""The number and the first values of U and V's subcomponents, and projections that keep U V = W (eq. 1 as a constraint)."""
 
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -9,6 +10,14 @@ from torch import Tensor
 from paramlens.method.decomposition import Decomposition
 from paramlens.method.settings import Init
 from paramlens.method.sites import Site
+
+GENEROUS = 2
+"""Subcomponents at the start of a run with `C: auto`, as a multiple of the rank that the largest weight can have."""
+
+
+def subcomponents(C: int | Literal["auto"], sites: Sequence[Site]) -> int:
+    """The number of subcomponents of every site at the first step."""
+    return GENEROUS * max(min(site.d_in, site.d_out) for site in sites) if C == "auto" else C
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from paramlens.method.losses.loss import enabled
 from paramlens.method.losses.reconstruction import Reconstruction, stack_size
 from paramlens.method.masks import Replacement
 from paramlens.method.sites import Site, at_rest
+from paramlens.method.start import subcomponents
 
 _ADAM_STATE = 2
 """Numbers that Adam keeps per parameter."""
@@ -120,11 +121,12 @@ def diagnose(config: Config, sites: Sequence[Site], size: Footprint, *, target: 
     Raises `ConfigError` for sizes that no machine could hold.
     """
     word = torch.finfo(getattr(torch, config.dtype)).bits // 8
-    factors = sum((site.d_in + site.d_out) * config.C for site in sites)
-    gamma, copied = _gamma_parameters(config, sites, size.length)
+    C = subcomponents(config.C, sites)
+    factors = sum((site.d_in + site.d_out) * C for site in sites)
+    gamma, copied = _gamma_parameters(config, sites, size.length, C)
     trained = factors + gamma
     weights = sum(site.d_in * site.d_out for site in sites)
-    passing = {"gamma activations": _gamma_activations(config, sites, size) * word, **_masked_runs(config, sites, size, word)}
+    passing = {"gamma activations": _gamma_activations(config, sites, size, C) * word, **_masked_runs(config, sites, size, C, word)}
     step = {
         **{name: round(SCATTERED * count) for name, count in passing.items()},
         "gamma working copies": copied * word,
@@ -149,26 +151,26 @@ def diagnose(config: Config, sites: Sequence[Site], size: Footprint, *, target: 
     )
 
 
-def _gamma_parameters(config: Config, sites: Sequence[Site], length: int) -> tuple[int, int]:
+def _gamma_parameters(config: Config, sites: Sequence[Site], length: int, C: int) -> tuple[int, int]:
     """Number of γ's parameters, and the size of the largest one that is copied to rearrange it, with its gradient."""
     kind, table = kind_class(config.gamma.kind), config.gamma.max_length or length
     total = rearranged = 0
     for d_in, count in Counter(site.d_seen for site in sites).items():
         for parameter in kind.parameters_of_site(config.gamma, d_in=d_in, max_length=table).values():
-            numbers = count * parameter.count(config.C)
+            numbers = count * parameter.count(C)
             total += numbers
             rearranged = max(rearranged, 2 * numbers * parameter.rearranged)
     if total >= MOST_NUMBERS:
         raise ConfigError(
-            f"C {config.C}, gamma.d_gate {config.gamma.d_gate}, gamma.max_length {config.gamma.max_length}: "
+            f"C {C}, gamma.d_gate {config.gamma.d_gate}, gamma.max_length {config.gamma.max_length}: "
             "no machine has memory for that many parameters; lower them"
         )
     return total, rearranged
 
 
-def _gamma_activations(config: Config, sites: Sequence[Site], size: Footprint) -> int:
+def _gamma_activations(config: Config, sites: Sequence[Site], size: Footprint, C: int) -> int:
     """Count of numbers: the sites' inputs, γ's inner activations, its pre-activations, the importances, and their gradients."""
-    kind, C = kind_class(config.gamma.kind), config.C
+    kind = kind_class(config.gamma.kind)
     kept = [kind.activations(config.gamma, d_in=site.d_seen, C=C, length=size.length) for site in sites]
     return (sum(kept) + sum(site.d_seen + 5 * C for site in sites)) * size.rows * size.length
 
@@ -178,7 +180,7 @@ def _compiled(config: Config) -> bool:
     return native.serves(torch.empty(0, dtype=getattr(torch, config.dtype), device="cpu" if config.device == "cpu" else "meta"))
 
 
-def _masked_runs(config: Config, sites: Sequence[Site], size: Footprint, word: int) -> dict[str, int]:
+def _masked_runs(config: Config, sites: Sequence[Site], size: Footprint, C: int, word: int) -> dict[str, int]:
     """Bytes that one pass of plans keeps, and bytes of the logits and of the divergence."""
     positions = size.rows * size.length
     masked = [loss for loss in enabled(config.losses) if isinstance(loss, Reconstruction)]
@@ -190,7 +192,7 @@ def _masked_runs(config: Config, sites: Sequence[Site], size: Footprint, word: i
     replaced = min(whole, plans) * len(sites) + max(0, plans - whole)
     through_sites = 2 * sum(site.d_in + site.d_out for site in sites) * size.length * word
     return {
-        "masks and inner activations": 0 if _compiled(config) else 3 * replaced * positions * config.C * word,
+        "masks and inner activations": 0 if _compiled(config) else 3 * replaced * positions * C * word,
         "masked runs": plans * size.rows * (through_sites if size.kept is None else size.kept),
         "logits": max(plans * (computed + seen) + positions + 2 * seen, CHECKED * positions) * size.vocabulary * word,
     }
@@ -203,7 +205,9 @@ def require_memory(config: Config, sites: Sequence[Site], size: Footprint, *, ta
     """
     free = free_memory(config.device) if free is None else free
 
-    def needed(field: str = "C", value: object = config.C, *, count: int = len(sites)) -> int:
+    C = subcomponents(config.C, sites)
+
+    def needed(field: str = "C", value: object = C, *, count: int = len(sites)) -> int:
         owner, _, leaf = field.rpartition(".")
         update = {"gamma": config.gamma.model_copy(update={leaf: value})} if owner else {leaf: value}
         rows = value if field == "batch" and isinstance(value, int) else size.rows
@@ -215,7 +219,7 @@ def require_memory(config: Config, sites: Sequence[Site], size: Footprint, *, ta
         return
     kinds = [(kind, needed("gamma.kind", kind)) for kind in reversed(KINDS) if kind_class(kind).saves_memory]
     remedies = [f"gamma.kind {kind} ({size_text(amount)})" for kind, amount in kinds if amount < 0.8 * total]
-    for field, value in (("batch", size.rows), ("gamma.d_gate", config.gamma.d_gate), ("C", config.C)):
+    for field, value in (("batch", size.rows), ("gamma.d_gate", config.gamma.d_gate), ("C", C)):
         halves = [value >> shift for shift in range(1, value.bit_length())]
         fitting = next((half for half in halves if needed(field, half) <= free), None)
         if fitting is not None:

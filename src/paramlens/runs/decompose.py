@@ -5,7 +5,7 @@ import inspect
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -29,7 +29,7 @@ from paramlens.method.merging import Merging
 from paramlens.method.modes import buffers_kept, default_modes
 from paramlens.method.padding import require_padding_unseen
 from paramlens.method.sites import at_rest, find_sites
-from paramlens.method.start import initialise
+from paramlens.method.start import initialise, subcomponents
 from paramlens.method.task import Task
 from paramlens.runs import targets
 from paramlens.runs.budget import Footprint, footprint, require_memory
@@ -56,7 +56,7 @@ def decompose(
     *,
     held_out: Batches | None = None,
     sites: str | Sequence[str] = ("*",),
-    C: int = 64,
+    C: int | Literal["auto"] = 64,
     steps: int = 1000,
     out: str | Path | None = None,
     resume: bool = False,
@@ -251,7 +251,8 @@ def _built(config: Config, task: Task) -> tuple[Decomposition, Importance]:
     size = footprint(task.model, sites, inputs, last=task.last_token is not None)
     if size is not None:  # before large tensors are made
         require_memory(config, sites, size)
-    decomposition = Decomposition(task.model, sites, C=config.C, dtype=dtype, delta=config.delta)
+    C = subcomponents(config.C, sites)
+    decomposition = Decomposition(task.model, sites, C=C, dtype=dtype, delta=config.delta)
     target = require_sound(decomposition, inputs)
     if config.last_token_only and target.logits.dim() != 3:
         raise ConfigError(
@@ -263,7 +264,7 @@ def _built(config: Config, task: Task) -> tuple[Decomposition, Importance]:
     if size is None:
         require_memory(config, sites, Footprint(target.logits.shape[0], longest, target.logits.shape[-1]))
     known = task.longest if task.longest is not None and first.columns == longest else longest
-    importance = Importance({site.name: (site.d_seen, config.C) for site in sites}, config.gamma, max_length=max(known, longest))
+    importance = Importance({site.name: (site.d_seen, C) for site in sites}, config.gamma, max_length=max(known, longest))
     importance = importance.to(device=config.device, dtype=dtype)
     with torch.no_grad():
         importance(target.seen, decomposition.U, first.present)
