@@ -30,8 +30,9 @@ def hooked() -> Iterator[None]:
     before = InductionTransformer.forward
 
     def forward(self: InductionTransformer, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if not any(block.attn.pattern._forward_hooks for block in self.blocks):
-            made.extend(block.attn.pattern.register_forward_hook(lambda *_: None) for block in self.blocks)
+        patterns = [block.get_submodule("attn.pattern") for block in self.blocks]
+        if not any(pattern._forward_hooks for pattern in patterns):
+            made.extend(pattern.register_forward_hook(lambda *_: None) for pattern in patterns)
         return before(self, *args, **kwargs)
 
     with patch.object(InductionTransformer, "forward", forward):

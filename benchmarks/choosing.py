@@ -175,8 +175,8 @@ def _curves(columns: Sequence[tuple[str, Mapping[float, Row], float]]) -> go.Fig
                 line = {"color": next(colours), "width": 1.6}
                 y = [of(rows[value]) for value in values]
                 figure.add_scatter(x=values, y=y, name=name, mode="lines+markers", line=line, showlegend=column == 1, row=place, col=column)
-            figure.add_vline(x=shipped, line={"color": "#5c6672", "dash": "dot", "width": 1}, row=place, col=column)
-            kind = {"type": "log", "tickformat": "~g", "dtick": 1} if place == 1 else {"rangemode": "tozero"}
+            figure.add_vline(x=shipped, line={"color": "#5c6672", "dash": "dot", "width": 1}, row=place, col=column)  # pyright: ignore[reportArgumentType]  # named as text
+            kind: dict[str, Any] = {"type": "log", "tickformat": "~g", "dtick": 1} if place == 1 else {"rangemode": "tozero"}
             figure.update_yaxes(title=title if column == 1 else None, **kind, row=place, col=column)
         figure.update_xaxes(type="log", tickvals=values, row=3, col=column)
         figure.update_xaxes(title=label, row=3, col=column)

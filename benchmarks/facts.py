@@ -37,7 +37,7 @@ from paramlens.method.decomposition import Decomposition
 from paramlens.method.generators import generator
 from paramlens.method.importance.network import Importance
 from paramlens.method.sites import at_rest, find_sites
-from paramlens.method.start import initialise
+from paramlens.method.start import initialise, subcomponents
 from paramlens.method.step import Steps
 from paramlens.runs.forecast import diagnose_config
 from paramlens.runs.seeds import decompose_seeds
@@ -131,6 +131,7 @@ def _measure_fully(path: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     run = open_run(path)
     found = _measure(run, EDITS, dict.fromkeys(CONTROLLED, CONTROLS)) | {"traces": [], "blocks_of_best": {}}
+    assert run.task is not None
     for fact in _targets(run):
         how = {"answer": fact.answer, "seed": run.config.seed}
         found["traces"].append(trace(run.decomposition.model, run.task.tokenizer, fact.prompt, fact.subject, **how).to_json())
@@ -159,7 +160,7 @@ def _measure(run: Run, edits: Mapping[str, Mapping[str, Any]], controls: Mapping
         "target": {"accuracy": history.checks[-1].accuracy, "probability": history.checks[-1].probability} if history else None,
         "metrics": last,
         "active": len(active),
-        "total": run.decomposition.C * len(run.decomposition.sites),
+        "total": sum(run.decomposition.C.values()),
         "active_by_block": dict(sorted(blocks.items())),
         "edits": {
             name: {fact.sentence: _effect(run, fact, how, controls.get(name, ())) for fact in _targets(run)} for name, how in edits.items()
@@ -237,6 +238,7 @@ def stories() -> None:
                 continue
             found = evaluate_edit(run, edit, sentence, facts=facts).to_json()
             edits[name] = {key: found[key] for key in ("effect", "controls", "perplexity_before")} | {"slices": len(edit.selected)}
+        assert run.task is not None
         traced = trace(run.decomposition.model, run.task.tokenizer, fact.prompt, subject, answer=fact.answer)
         rows[sentence] = {"edits": edits, "trace": traced.to_json()}
     document = _measure(run, {}, {})
@@ -304,14 +306,15 @@ def _gpt2_steps(fields: Mapping[str, object], folder: str) -> dict[str, Any]:
     config = load_config("gpt2-facts", overrides={**fields, "task.model": folder, "device": DEVICE})
     target = config.task.pretrained(config.dtype).to(config.device, config.dtype)
     task = config.task.make(target, seed=config.seed, batch=config.batch)
-    times: list[float] = []
+    times, losses = list[float](), list[float]()
     with machine(config), at_rest(task.model):
         sites = find_sites(task.model, config.sites)
         batch = task.batch(0, "train").to(config.device)
-        decomposition = Decomposition(task.model, sites, C=config.C).to(config.device)
+        C = subcomponents(config.C, sites)
+        decomposition = Decomposition(task.model, sites, C=C).to(config.device)
         initialise(decomposition, config.init, generator=generator(0, "init"))
         decomposition.find_blocks(batch.inputs)
-        importance = Importance({site.name: (site.d_seen, config.C) for site in sites}, config.gamma)
+        importance = Importance({site.name: (site.d_seen, C) for site in sites}, config.gamma)
         importance.initialise(generator(0, "gamma"))
         importance = importance.to(config.device)
         steps = Steps(config, task, decomposition, importance, make_optimizer(config, decomposition, importance))
@@ -319,7 +322,7 @@ def _gpt2_steps(fields: Mapping[str, object], folder: str) -> dict[str, Any]:
         for step in range(count):
             start = time.perf_counter()
             result = steps(batch, step)
-            loss = result.total.item()
+            losses.append(result.total.item())
             times.append(time.perf_counter() - start)
         threads = torch.get_num_threads()
     peak = torch.cuda.max_memory_allocated() if DEVICE != "cpu" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -331,7 +334,7 @@ def _gpt2_steps(fields: Mapping[str, object], folder: str) -> dict[str, Any]:
         "foretold_bytes": foretold.bytes["total"],
         "peak_bytes": peak,
         "seconds": times,
-        "total_loss": loss,
+        "total_loss": losses[-1],
         "tokens": [len(texts) for texts in batch.texts or ()],
     }
 

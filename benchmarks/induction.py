@@ -127,7 +127,7 @@ def _least_kl(run: Run, site: str, role: str, k: int, *, steps: int = 400) -> fl
     model, config = run.decomposition.model, run.config
     assert isinstance(config.task, InductionTask)
     module = model.get_submodule(site)
-    left, singular, right = torch.linalg.svd(module.weight.detach().T)
+    left, singular, right = torch.linalg.svd(module.get_parameter("weight").detach().T)
     U, V = ((part * singular[:k].sqrt()).clone() for part in (left[:, :k], right[:k].T))
     parameters = [U.requires_grad_(), V.requires_grad_()]
     optimizer = torch.optim.Adam(parameters, lr=0.05)

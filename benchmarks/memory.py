@@ -17,8 +17,6 @@ from torch import nn
 from paramlens import decompose, load_config
 from paramlens.method.sites import find_sites
 from paramlens.runs.budget import COMPILED, diagnose, footprint
-from paramlens.tasks.facts.miniature import miniature_model
-from paramlens.tasks.induction.model import InductionTransformer
 
 GPT2 = ["transformer.h.*.attn.c_attn", "transformer.h.*.mlp.*"]
 LOSSES = {"stochastic_recon": 1.0, "stochastic_recon_layerwise": 1.0, "layerwise_sites": 2, "recon": 1.0, "faithfulness": 1.0}
@@ -68,10 +66,7 @@ def _model(base: str, fields: dict[str, Any]) -> tuple[nn.Module, int, dict[str,
         return GPT2LMHeadModel(GPT2Config()).eval(), 50257, {"sites": GPT2, "losses": LOSSES, **fields}
     config = load_config(base)
     own = config.model_dump(mode="json", include={"sites", "C", "gamma", "losses", "optim", "init", "last_token_only"})
-    if config.task.kind == "induction":
-        return InductionTransformer(config.task), config.task.vocabulary, own | fields
-    task = config.task.miniature
-    return miniature_model(task, task.vocabulary).eval(), task.vocabulary, own | fields
+    return config.task.network().eval(), config.task.skeleton(batch=1).vocabulary, own | fields
 
 
 if __name__ == "__main__":

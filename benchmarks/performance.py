@@ -13,6 +13,7 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -34,6 +35,7 @@ VARIED = {"C": "C", "length": "length", "batch": "batch", "sites": "sites"}
 def measure() -> None:
     """All grids; growth at one thread, so that what else the machine does weighs least."""
     grids: dict[str, object] = {}
+    document: dict[str, Any] = {}
     for grid in KEPT:
         fixed = {} if grid in ("like-for-like", "table2") else {"threads": 1}
         measured = []
@@ -93,7 +95,7 @@ def curves(document: dict) -> list[dict]:
             naive = [None if case["naive_steps_per_s"] is None else 1 / case["naive_steps_per_s"] for case in cases]
             entry = {"grid": grid, "importance": kind, "alone": alone, "sizes": sizes, "ours": ours, "naive": naive}
             entry["exponent"] = exponent(sizes, ours)
-            entry["naive_exponent"] = exponent(sizes, naive) if None not in naive else None
+            entry["naive_exponent"] = exponent(sizes, [each for each in naive if each is not None]) if None not in naive else None
             found.append(entry)
     return found
 

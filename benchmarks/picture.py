@@ -48,7 +48,9 @@ def save_figure(figure: go.Figure, out: Path, *, width: int, height: int) -> Non
     figure.update_layout(
         template="plotly_white",
         margin={"l": 60, "r": 20, "t": 40, "b": 40},
-        legend={"orientation": "h", "y": 1.04, "yanchor": "bottom"} if not figure.layout.annotations else {"orientation": "h", "y": -0.2},
+        legend={"orientation": "h", "y": 1.04, "yanchor": "bottom"}
+        if not figure["layout"]["annotations"]
+        else {"orientation": "h", "y": -0.2},
         font={"family": "system-ui, sans-serif", "size": 12},
     )
     draw = "([figure, how]) => Plotly.newPlot('figure', figure).then((made) => Plotly.toImage(made, how))"
@@ -57,7 +59,7 @@ def save_figure(figure: go.Figure, out: Path, *, width: int, height: int) -> Non
         browser = playwright.chromium.launch(**CHROMIUM)
         page = browser.new_page()
         page.set_content(f'<div id="figure"></div><script>{get_plotlyjs()}</script>')
-        head, _, body = page.evaluate(draw, [json.loads(figure.to_json()), how]).partition(",")
+        head, _, body = page.evaluate(draw, [json.loads(str(figure.to_json())), how]).partition(",")
         browser.close()
     out.write_bytes(b64decode(body) if head.endswith(";base64") else unquote(body).encode())
 

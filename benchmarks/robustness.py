@@ -30,7 +30,7 @@ BATCHES, STEPS = 4, 320
 HOME = {"0.attn.q": "m", "0.attn.k": "s1", "0.attn.v": "s1", "1.attn.q": "s2", "1.attn.k": "m", "1.attn.v": "m"}
 """Site → the role at which the paper's circuit reads it (Table 1a)."""
 
-DELTA = {"delta": True, "losses.faithfulness": 0.0}
+DELTA: dict[str, object] = {"delta": True, "losses.faithfulness": 0.0}
 MERGE = DELTA | {"merge.every": 50}
 VARIANTS: dict[str, dict[str, object]] = {
     "as shipped": {},

@@ -110,7 +110,7 @@ def explain(error: ValidationError, *, source: str) -> str:
         given = "" if unseen else f" {shown if len(shown) <= 60 else shown[:57] + '...'}:"
         text = f"{field}{':' if field else ''}{given} {_remedy(first)}".strip()
         if word is not None and word is not first:
-            text += f", or {word['ctx']['expected']}"
+            text += f", or {word.get('ctx', {})['expected']}"
     more = f" (and {len(others)} more)" if others else ""
     return f"{source}: {text}{more}"
 
