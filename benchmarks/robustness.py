@@ -1,7 +1,7 @@
 """What the remainder Δ, merging and the adversary buy, on the induction head: one added at a time, each on the same targets.
 
-    python benchmarks/robustness.py runs [SEEDS]    # variants × seeds (default 2), one thread each; goes on where it was stopped
-    python benchmarks/robustness.py tables          # its tables, in Markdown
+    python benchmarks/robustness.py runs [SEED ...]    # all variants on each seed (default 1 2), one thread; goes on where it was stopped
+    python benchmarks/robustness.py tables             # its tables, in Markdown
 
 Runs go to runs/robustness; every finished one adds its figures to docs/results/robustness.json.
 """
@@ -9,7 +9,7 @@ Runs go to runs/robustness; every finished one adds its figures to docs/results/
 import platform
 import statistics
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,9 @@ VARIANTS: dict[str, dict[str, object]] = {
     "adversary": {"losses.adversarial": 1.0},
     "Δ, adversary": DELTA | {"losses.adversarial": 1.0},
     "Δ, merging, adversary": MERGE | {"losses.adversarial": 1.0},
+    "Δ, merging, adversary, a quarter shuffled": MERGE | {"losses.adversarial": 1.0, "task.shuffled": 0.25},
+    "Δ, merging, adversary, smooth": MERGE
+    | {"losses.adversarial": 1.0, "losses.minimality": 0.0, "losses.smooth_minimality": 0.05, "optim.clip": 1.0},
     "C 100": {"C": 100},
     "C 100: Δ, merging": MERGE | {"C": 100},
     "C 100: Δ, merging, adversary": MERGE | {"losses.adversarial": 1.0, "C": 100},
@@ -46,9 +49,9 @@ VARIANTS: dict[str, dict[str, object]] = {
 """Name → the fields in which it differs from induction-quick."""
 
 
-def runs(seeds: int) -> None:
+def runs(seeds: Sequence[int]) -> None:
     found = read_json(RESULTS) if RESULTS.is_file() else {"machine": f"{platform.system()} {platform.machine()}, one thread", "runs": {}}
-    for seed in range(1, seeds + 1):
+    for seed in seeds:
         for variant, fields in VARIANTS.items():
             key = f"{variant}, seed {seed}"
             if key not in found["runs"]:
@@ -136,6 +139,6 @@ def _each(values: list[float], form: str) -> str:
 
 if __name__ == "__main__":
     if sys.argv[1] == "runs":
-        runs(int(sys.argv[2]) if len(sys.argv) > 2 else 2)
+        runs([int(seed) for seed in sys.argv[2:]] or [1, 2])
     else:
         tables()
