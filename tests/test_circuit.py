@@ -41,7 +41,7 @@ def test_counts_by_hand(tiny_run, monkeypatch: pytest.MonkeyPatch):
         "has no subcomponent above 0.1 anywhere; with all of them off it writes zero, so every attention score is the"
     )
     assert key.silent.endswith("attention is uniform over what it may see, not off")
-    assert result.sites["blocks.0.attn.v"].silent.endswith("writes zero, and the model runs on without what it carried")
+    assert result.sites["blocks.0.attn.v"].silent.endswith("writes zero, and the rest of the model runs without what this site contributes")
 
 
 @pytest.mark.parametrize(("site", "has_bias", "added_after"), [("h.mlp", False, False), ("h.q", True, False), ("h.k", False, True)])

@@ -81,8 +81,8 @@ class Rung:
 class Attack:
     """What an attack on one batch found.
 
-    all_off: KL with every subcomponent off, in nats. sites: site → how much of the worst KL goes, in nats, when the masks of this site
-    alone are put back to g; the site with the largest figure is the one that is attacked.
+    all_off: KL with every subcomponent off, in nats. sites: site → by how many nats the worst KL falls when the masks of this
+    site alone are set back to g; the site with the largest figure is the one that is attacked.
     """
 
     rungs: list[Rung]

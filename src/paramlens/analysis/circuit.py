@@ -41,7 +41,8 @@ class SiteCircuit:
     importance: dict[str, float]
     """Role → mean over positions of Σ_c g."""
     unique: int
-    """Number of subcomponents active at one evaluated position at least."""
+    """Number of different subcomponents that are active at one or more evaluated positions (Table 1). Not those that `unique_to` selects,
+    which are active in one sentence only."""
     subcomponents: dict[str, list[float]]
     """Role → mean importance of each of the C subcomponents, in [0, 1]."""
     silent: str | None
@@ -75,8 +76,8 @@ class Circuit(Result):
     """Table 1 of a run, and what its subcomponents do (§6.1).
 
     metrics: faithfulness (eq. 1; relative: divided by the mean squared weight), reconstructions and attention_kl in nats, accuracies in
-    [0, 1]. attention_kl is the KL at the query of each of the task's links, mean over links: the output does not depend on the other
-    queries. attention_kl_all is the mean over all patterns and queries. recon_worst is the last of `adversary`.
+    [0, 1]. attention_kl is the KL at the query of each of the task's links, mean over links; other queries are no part of the
+    circuit, and attention_kl_all is the mean over all of them. recon_worst is what the attack with the most steps of `adversary` found.
     """
 
     run: str
@@ -99,7 +100,7 @@ class Circuit(Result):
     adversary: list[Rung]
     """The worst masks found on the first batch, from several starts, after more and more steps; empty: not searched for."""
     attacked: dict[str, float]
-    """Site → how much of that KL goes, in nats, when the masks of this site alone are put back to g."""
+    """Site → by how many nats the worst KL falls when the masks of this site alone are set back to g."""
     off_data: OffData | None
     """The same decomposition on inputs of another kind. None: the task has no such inputs."""
     verdicts: list[Verdict]
@@ -165,7 +166,7 @@ def _attack_table(rungs: Sequence[Rung], attacked: Mapping[str, float]) -> Table
 def _changes(changes: Sequence[Intervention]) -> Table:
     links = list(changes[0].attention)
     return Table(
-        "Without and with a site's active subcomponents alone, and other changes (§6.1)",
+        "Interventions: one site's active subcomponents removed, or kept alone, and other changes (§6.1)",
         columns("change", "KL, nats", "accuracy", *(link.replace("_", " ") for link in links)),
         tuple(
             row(
@@ -333,7 +334,7 @@ def silence(site: str, *, has_bias: bool, threshold: float, added_after: bool) -
     leaf = site.rsplit(".", 1)[-1].split("[")[-1].rstrip("]")
     if leaf in ("q", "k", "q_proj", "k_proj", "query", "key") and not has_bias and not added_after:
         return f"{text}, so every attention score is the same: attention is uniform over what it may see, not off"
-    return f"{text}, and the model runs on without what it carried"
+    return f"{text}, and the rest of the model runs without what this site contributes"
 
 
 def _by_role(values: Float[Tensor, "batch pos"], role_index: Tensor, roles: Sequence[str]) -> dict[str, float]:

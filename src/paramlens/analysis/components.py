@@ -59,7 +59,7 @@ class Inspection(Result):
     by_site: dict[str, list[int]]
     """Site → number of active subcomponents at each position."""
     total: int
-    """Number of subcomponents of the run: C times the number of sites."""
+    """Number of subcomponents of the run: the sum of C over all sites."""
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
@@ -90,9 +90,8 @@ class Subcomponent(Result):
     """One rank-1 subcomponent outer(u, v) of a site's weight.
 
     reads: tokens whose embedding, passed through the norm before the site, has the largest inner activation. positions: the same for
-    position encodings. Both are empty for a site that does not read the residual stream. writes, suppresses: tokens whose logit it raises
-    and lowers most, through the gain of the norms in between, before a cap on logits. Both are empty for a site that does not write to the
-    residual stream. All are measured, and empty if anything but norms lies in between.
+    position encodings. writes, suppresses: tokens whose logits v raises and lowers most on the direct path to the unembedding, with the
+    scale of norms fixed and before a soft cap on logits. Each is empty where no such direct path was found.
     """
 
     run: str
@@ -232,7 +231,8 @@ def active_in(sentences: Sentences, index: int, *, threshold: float) -> dict[str
 def inspect_prompt(run: Run, prompt: str | None = None, *, threshold: float = ACTIVE) -> Inspection:
     """The subcomponents active (g > threshold) on each token of `prompt`. Defaults to the run's first sentence.
 
-    Those unique to it are active in no other sentence of the run. Raises `ConfigError` if the target is not a language model.
+    A subcomponent is unique to the prompt if it is active in no other sentence of the run; sentences that begin with the prompt do not
+    count as others. Raises `ConfigError` if the target is not a language model.
     """
     require_threshold(threshold)
     own = run.config.task.own_sentences

@@ -22,10 +22,10 @@ from paramlens.runs.layout import holds_toy
 from paramlens.tracking.signals import termination
 from paramlens.version import __version__
 
-OVERVIEW = f"""paramlens {__version__} takes a Transformer's weights apart: which parts matter where
+OVERVIEW = f"""paramlens {__version__} decomposes a Transformer's weights and shows which parts matter on which token
 
   paramlens demo               start here: the induction circuit from nothing
-  paramlens decompose CONFIG   a run directory; CONFIG: shipped, or a YAML file
+  paramlens decompose CONFIG   decompose a model; CONFIG: a shipped name, or a YAML file
   paramlens circuit RUN        what is active where, and how faithful it is
   paramlens inspect RUN        what is active on which token of a sentence
   paramlens report RUN         one offline HTML page
@@ -83,7 +83,7 @@ def _report(text: str, code: int, style: str) -> int:
 
 
 def _again(argv: Sequence[str], given: Mapping[str, Any]) -> list[str]:
-    """The command that continues an interrupted run. A demo needs no --resume; a run holds its toy target and refuses --target."""
+    """The command that continues an interrupted run. `demo` resumes by itself; a run holds its toy target and refuses --target."""
     toy = given.get("seeds") is None and given.get("target") is not None and holds_toy(given["target"])
     left_out = {"--resume", "--overwrite", "--json", *(["--target"] if toy else [])}
     kept = [word for before, word in pairwise(["", *argv]) if word.partition("=")[0] not in left_out and not (toy and before == "--target")]
@@ -156,4 +156,4 @@ def _require_text(argv: Sequence[str]) -> None:
     """Raise `ConfigError` for a word that cannot be decoded as text, unless a file has that name."""
     for word in argv:
         if any("\ud800" <= letter <= "\udfff" for letter in word) and not Path(word.partition("=")[2] or word).exists():
-            raise ConfigError(f"{word!r}: not text in {sys.getfilesystemencoding().upper()}, as the words of a command are")
+            raise ConfigError(f"{word!r}: not valid {sys.getfilesystemencoding().upper()}, which the words of a command must be")

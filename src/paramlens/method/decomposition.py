@@ -1,6 +1,6 @@
 """The decomposition: each site's weight as a sum of rank-1 subcomponents, and runs of the target with sites replaced by them.
 
-    W ≈ U @ V = Σ_c outer(U[:, c], V[c])                                      (eq. 1; U reads, V writes)
+    W ≈ U @ V = Σ_c outer(U[:, c], V[c])           (eq. 1; U reads, V writes; W is the transposed weight of nn.Linear)
     masked run at a site:  y = ((x @ U) * r) @ V + bias, and + m_Δ x (W - U V) if the remainder is a component (`products`)
 
 | tensor            | shape             | range                |
@@ -15,8 +15,8 @@
 | stacked logits    | [plan, batch, pos, token] |              |
 
 A plan says which sites are replaced, and by which masks. Plans are stacked along the batch, so one forward pass runs them all. For
-each plan a site computes only what that plan needs: the target's product or the masked one. If the loss needs only the last positions
-and a site receives only those, it uses the mask's last positions. If a site receives a flattened input [batch * pos, d_in], it is
+each plan a site computes only what that plan needs: the target's product or the masked one. If a site receives only a sequence's
+last positions, its mask is cut to those positions. If a site receives a flattened input [batch * pos, d_in], it is
 reshaped to [batch, pos, d_in]. A plan that changes nothing in the model's first blocks starts at the first block that it changes, with
 the target's activations.
 """
@@ -50,7 +50,7 @@ Plan = Mapping[str, Replacement]
 class BlockRun:
     """The output of one block in the target's run.
 
-    batched: for each tensor among the block's other arguments, whether the first axis is the batch.
+    batched: for each tensor that the block gets besides the hidden state, whether its first axis is the batch.
     """
 
     output: Any
@@ -132,7 +132,7 @@ class Decomposition(Result, nn.Module):
         return self.site(name).read(x, self.U[name])
 
     def without(self, mask: Float[Tensor, "*batch C"]) -> Replacement:
-        """The mask of subcomponents of which some are removed from the target: with Δ as a component, Δ is fully on."""
+        """The replacement that removes subcomponents from the target: mask 0 is off; Δ, if a component, is fully on."""
         return Replacement(mask, remainder=torch.ones_like(mask[..., 0]) if self.delta else None)
 
     def remainders(self) -> dict[str, float]:

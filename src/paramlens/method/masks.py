@@ -21,7 +21,7 @@ class Replacement:
     """A site's mask in one plan: r = g, or, with a key, r = g + (1 - g) u in [g, 1], with noise u from that key.
 
     where: (batch, pos or 1), true where the mask applies; elsewhere the target's weight is used. Defaults to None: everywhere.
-    sink: contiguous, shaped as g; the compiled product adds g's gradient to it. Defaults to None: autograd gets one tensor per plan.
+    sink: contiguous, shaped as g; the compiled product adds g's gradient to it. Defaults to None: autograd sums one tensor per plan.
     remainder: m_Δ (batch, pos), in [0, 1], the mask of the remainder Δ = W - U V. Defaults to None: 0, so that Δ is left out.
     """
 
@@ -77,7 +77,7 @@ def remainder_noise(key: int, g: Float[Tensor, "*batch C"]) -> Float[Tensor, "*b
 
 
 def mask_noise(key: int, like: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
-    """Noise u ~ U(0, 1): a pure function of key, shape and kind of device. Inside `noise_from`, the next numbers of its generator."""
+    """Noise u ~ U(0, 1): a pure function of key, shape and kind of device. Inside `noise_from`, it comes from its generator."""
     if (given := _noise_source.get()) is not None:
         return torch.rand(like.shape, generator=given, device=like.device, dtype=like.dtype)
     if native.serves(like):
@@ -102,7 +102,9 @@ def masked_linear(
     """
     leading = (sum(replacement.g.shape[0] for replacement in replacements), *replacements[0].g.shape[1:-1])
     if leading != tuple(x.shape[:-1]):
-        raise BatchError(f"mask has leading axes {leading}, the site's input {tuple(x.shape[:-1])}; masks come from the same batch")
+        raise BatchError(
+            f"mask has leading axes {leading}, the site's input {tuple(x.shape[:-1])}; compute the masks from the same batch as the input"
+        )
     gs, keys = [replacement.g for replacement in replacements], [replacement.key for replacement in replacements]
     if native.serves(x, U, V, *gs) and _noise_source.get() is None:
         sinks = [replacement.sink for replacement in replacements]

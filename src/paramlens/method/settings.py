@@ -36,12 +36,12 @@ class Adversary(Section):
 
 
 class Smooth(Section):
-    """The smooth count of `losses.smooth_minimality`: φ = g² / (g² + γ²), and a price of f (1 + b log2(1 + a f)) on φ's mean f."""
+    """The smooth count of `losses.smooth_minimality`: φ = g² / (g² + w²), and a price of f (1 + b log2(1 + a f)) on φ's mean f."""
 
     start: Positive = 1.0
-    """Width γ at the first step: importances well below it cost little, so all are lowered alike at first."""
+    """Width w at the first step: importances well below it cost little, so all are lowered alike at first."""
     final: Positive = 0.01
-    """Width γ at the last step; γ changes linearly."""
+    """Width w at the last step; w changes linearly."""
     frequency_weight: NonNegative = 0.5
     """b: how much more a subcomponent costs that is on often. 0: as much at each position."""
     frequency_scale: Positive = 4096.0

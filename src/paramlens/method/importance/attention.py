@@ -50,7 +50,7 @@ class AttentionGamma(GammaKind):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
-        """Set the first values as declared; with `relative_init` local, r starts at -0.7 |offset| plus noise."""
+        """Set the first values as declared; with `relative_init` local, r / sqrt(d) starts at -0.7 min(|offset|, 8) plus noise."""
         super().initialise(generator)
         if self.gamma.relative_init == "local":
             distance = (torch.arange(self.relative.shape[-1]) - self.absolute.shape[1]).abs().clamp(max=8)
@@ -71,7 +71,7 @@ class AttentionGamma(GammaKind):
     def _require_fitting(self, batch: tuple[int, ...]) -> None:
         if len(batch) != 2:
             raise BatchError(
-                f"site {self.names[0]}: the attention γ needs inputs (batch, pos, d_in), but these lead with {tuple(batch)}; "
+                f"site {self.names[0]}: the attention γ needs inputs (batch, pos, d_in), but these have the leading axes {tuple(batch)}; "
                 "use gamma.kind vector"
             )
         longest = self.gamma.max_length
@@ -113,7 +113,7 @@ class AttentionGamma(GammaKind):
         return torch.stack(sequences)
 
     def _offsets(self, n: int) -> Int[Tensor, "query key"]:
-        """Key position - query position, as index (from 1) into the 2s relative encodings; offsets beyond the table use its ends."""
+        """Key position - query position, as index (1 to 2s - 1; 0 is unused) into the 2s relative encodings; beyond the table its ends."""
         place, longest = torch.arange(n, device=self.relative.device), self.absolute.shape[1]
         return (place[None, :] - place[:, None] + longest).clamp(1, 2 * longest - 1)
 
@@ -121,7 +121,7 @@ class AttentionGamma(GammaKind):
 def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, r: Tensor, present: Bool[Tensor, "*batch pos"] | None) -> Tensor:
     """softmax(q k^T / sqrt(d) + r) v over the present keys; the scores stay in memory.
 
-    PyTorch's function computes the same for a bias with a gradient, more slowly.
+    `F.scaled_dot_product_attention` gives the same, but is slower where the bias needs a gradient.
     """
     scores = q * q.shape[-1] ** -0.5 @ k.mT + r
     if present is not None:

@@ -13,7 +13,10 @@ from paramlens.method.importance.settings import Gamma
 
 
 class Importance(nn.Module):
-    """γ of every site. `shapes`: site name → (d_in, C), in model order."""
+    """The networks γ of all sites; a call gives pre-activations, of which `sigmoids.lower` makes the importances g.
+
+    shapes: site name → (d_in, C), in model order.
+    """
 
     def __init__(self, shapes: Mapping[str, tuple[int, int]], gamma: Gamma, *, max_length: int | None = None) -> None:
         super().__init__()
@@ -60,7 +63,7 @@ class Importance(nn.Module):
         for name, value in pre.items():
             if value.shape[:-1] != present.shape:
                 raise BatchError(
-                    f"site {name}: inputs lead with {tuple(value.shape[:-1])}, the mask of present positions with {tuple(present.shape)}; "
+                    f"site {name}: its input has the leading axes {tuple(value.shape[:-1])}, the padding mask {tuple(present.shape)}; "
                     "leave the site out, or give batches without padding"
                 )
         return {name: pre[name].masked_fill(~present[..., None], 0) for name in inputs}

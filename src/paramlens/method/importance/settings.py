@@ -34,7 +34,8 @@ class Gamma(Section):
     relative: Literal["offset", "query"] = "offset"
     """r in eq. 4: one learned scalar per relative offset (offset), or the 2s x d table contracted with the query (query)."""
     relative_init: Literal["zero", "local"] = "zero"
-    """First values of the scalars per offset: zero, or -0.7 min(|offset|, 8) plus noise, so that γ first attends to neighbours (local)."""
+    """First values of the scalars per offset: zero, or sqrt(d) (-0.7 min(|offset|, 8) plus noise), so that γ
+    first attends to neighbours (local)."""
     relative_lr: Positive = 1.0
     """Factor on γ's learning rate for the relative encodings."""
     output_bias: Number = 0.0

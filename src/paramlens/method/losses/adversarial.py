@@ -1,4 +1,4 @@
-"""KL under masks that are chosen to raise it: training meets the worst case, and not only random masks. The paper has no such loss."""
+"""KL under masks that are chosen to raise it, so that training also sees masks near the worst case. The paper has no such loss."""
 
 from collections.abc import Mapping
 
@@ -24,7 +24,7 @@ def fresh_sources(g: Mapping[str, Float[Tensor, "*batch C"]], *, groups: int, de
 
 
 def sourced_plan(g: Mapping[str, Float[Tensor, "batch *pos C"]], sources: Mapping[str, Tensor], *, delta: bool) -> dict[str, Replacement]:
-    """All sites with masks r = g + (1 - g) s. A group's sources are shared by its rows, neighbours in the batch, and by all positions."""
+    """All sites with masks r = g + (1 - g) s. A group is a run of adjacent rows; its rows and all positions share its sources."""
     plan: dict[str, Replacement] = {}
     for site, value in g.items():
         s = sources[site]

@@ -1,4 +1,4 @@
-"""Minimality by a smooth count of what is on, in which parts that are on often cost more. It comes from later work (VPD, 2026)."""
+"""Minimality as a smooth count of active subcomponents; one that is often active costs more. From the paper's successors (2026)."""
 
 import torch
 from jaxtyping import Float
@@ -12,11 +12,11 @@ from paramlens.method.settings import Smooth
 def smooth_minimality(
     pre: Float[Tensor, "*batch C"], *, width: float, settings: Smooth, present: Float[Tensor, ""] | float = 1.0
 ) -> Float[Tensor, ""]:
-    """Σ_c f_c (1 + b log2(1 + a f_c)) of one site, where f_c is the mean of φ = g² / (g² + γ²) over batch and positions.
+    """Σ_c f_c (1 + b log2(1 + a f_c)) of one site, where f_c is the mean of φ = g² / (g² + w²) over batch and positions.
 
-    φ in [0, 1) counts a subcomponent as on where its g = upper(pre) is above the width γ; f_c is how often it is on. b is
+    g = upper(pre). φ in [0, 1) rises smoothly and is 1/2 where g is the width w; so f_c is about the share of positions where c is on. b is
     `settings.frequency_weight`, a `settings.frequency_scale`: a part that is on everywhere costs up to 1 + b log2(1 + a).
-    width: γ > 0. present: the share of positions that count, in (0, 1]; at all others `pre` is 0, where φ is 0.
+    width: w > 0. present: the share of positions that count, in (0, 1]; at all others `pre` is 0, where φ is 0.
     """
     squared = upper(pre).square()
     often = (squared / (squared + width**2)).flatten(0, -2).mean(0) / present
@@ -24,7 +24,7 @@ def smooth_minimality(
 
 
 def annealed_width(settings: Smooth, step: int, steps: int) -> float:
-    """The width γ at `step`: linear from `settings.start` at step 0 to `settings.final` at step `steps` - 1."""
+    """The width w at `step`: linear from `settings.start` at step 0 to `settings.final` at step `steps` - 1."""
     return settings.start + (settings.final - settings.start) * min(1.0, step / max(1, steps - 1))
 
 

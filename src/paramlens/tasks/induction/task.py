@@ -31,8 +31,8 @@ class TargetTraining(Section):
     warmup: NonNegative = 1000
     """Linear learning-rate warm-up: number of steps if 1 or more, share of all steps if below 1. Table 3: 1000."""
     settle: Natural = 0
-    """Steps of cosine decay to 0 at the end of an attempt, which starts after the phase change. 0: the rate is constant for all `steps`,
-    as in Table 3."""
+    """Steps of cosine decay to 0 that end an attempt. The decay starts at the first check after the phase change. 0: the rate is
+    constant for all `steps`, as in Table 3."""
     settle_from: Natural = 0
     """Earliest step at which the decay can start. Attention gets sharper while the rate is high."""
     settle_accuracy: Share = 0.995
@@ -105,10 +105,10 @@ class InductionTask(BaseTask):
     position_scale: Positive = 1.0
     """Standard deviation of learned position encodings at initialisation; factor on sinusoidal ones."""
     position_offset: NonNegative = 0.0
-    """Standard deviation of one vector that is added to all learned encodings at initialisation. With it, as with the slow waves of
-    sinusoidal encodings, a query can ask for a token at any position."""
+    """Standard deviation of one vector that is added to all learned encodings at initialisation. A query can match this shared
+    direction whatever the position, as it can the low frequencies of sinusoidal encodings."""
     shuffled: Annotated[Number, Field(ge=0, le=1)] = 0.0
-    """Share of each training batch's sequences whose tokens are in random order, so that the decomposition also holds where there is
+    """Share of the sequences of each step whose tokens are in random order, so that the decomposition also holds where there is
     nothing to copy. Held-out sequences never are. The paper: 0."""
     training: TargetTraining = TargetTraining()
 
