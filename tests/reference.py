@@ -54,8 +54,10 @@ def gamma(kind: str, relative: str, x: Tensor, U: Tensor, parameters: dict[str, 
     p = parameters
     if kind == "shared":
         return gelu(x @ p["w_in"] + p["b_in"]) @ p["w_out"] + p["b_out"]
-    if kind == "attention":
+    if kind.startswith("attention"):
         seen = attend(x, p, relative, max_length)
+    if kind == "attention_shared":
+        return gelu(seen @ p["w_in"] + p["b_in"]) @ p["w_out"] + p["b_out"]
     columns = []
     for c in range(C):
         if kind == "scalar":

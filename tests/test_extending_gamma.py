@@ -64,7 +64,7 @@ def test_a_gamma_kind_is_one_file_and_one_line(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert Path(found["package"]).parent == package
-    assert "[choices: scalar, vector, attention, shared, linear]" in " ".join(found["help"].split())
+    assert "[choices: scalar, vector, attention, attention_shared, shared, linear]" in " ".join(found["help"].split())
     sites, width = 3 * 2, TINY["task"]["width"]
     assert found["doctor"]["parameters"]["gamma"] == sites * (width + 1) * TINY["C"]
     assert found["doctor"]["bytes"]["gamma"] == 4 * sites * (width + 1) * TINY["C"]

@@ -34,7 +34,7 @@ def test_same_shapes_share_a_group_and_order_is_kept():
     assert list(importance(inputs(), U)) == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize("kind", ["scalar", "vector", "attention", "shared"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_shapes_and_independence_of_sites(kind: str):
     """A site's importance is a function of that site's input and parameters alone."""
     importance = make(kind=kind)
@@ -45,7 +45,7 @@ def test_shapes_and_independence_of_sites(kind: str):
     assert gradient[1].abs().sum() == 0
 
 
-@pytest.mark.parametrize(("kind", "sees"), [("vector", False), ("scalar", False), ("attention", True)])
+@pytest.mark.parametrize(("kind", "sees"), [("vector", False), ("scalar", False), ("attention", True), ("attention_shared", True)])
 def test_only_attention_sees_other_positions(kind: str, sees: bool):
     importance, x = make(kind=kind), inputs()
     changed = x | {"a": x["a"].clone()}
@@ -138,7 +138,9 @@ def test_parameters_are_as_they_declare(kind):
         name: (2, *declared.sizes(5)) for name, declared in group.declared.items()
     }
     assert sum(declared.count(5) for declared in group.declared.values()) * 2 == sum(value.numel() for value in group.parameters())
-    assert [name for name, declared in group.declared.items() if declared.lr_factor is not None] == ["relative"] * (kind == "attention")
+    assert [name for name, declared in group.declared.items() if declared.lr_factor is not None] == ["relative"] * kind.startswith(
+        "attention"
+    )
 
 
 def test_site_parameters_are_views():

@@ -60,8 +60,9 @@ GAMMAS = [
     Gamma(kind="shared", d_gate=3),
     Gamma(kind="attention", d_gate=3, relative_init="local"),
     Gamma(kind="attention", d_gate=3, relative="query"),
+    Gamma(kind="attention_shared", d_gate=3),
 ]
-NAMES = ["scalar", "vector", "shared", "attention", "attention, query"]
+NAMES = ["scalar", "vector", "shared", "attention", "attention, query", "attention_shared"]
 
 
 def parts(model: LlamaForCausalLM, gamma: Gamma) -> tuple[Decomposition, Importance]:

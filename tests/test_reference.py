@@ -27,7 +27,14 @@ from rounding import TOY, TOY_STEP, bound, near
 RELATIVE = {torch.float32: bound(TOY_STEP, 1), torch.float64: 1e5 * bound(TOY_STEP, 1, torch.float64)}
 """Of the sum of the sizes of what is added up. Double precision is held to half of its digits more than single, and leaves room for the
 condition of g^p, whose slope near g = 0 magnifies what g lost."""
-KINDS = [("scalar", "offset"), ("vector", "offset"), ("attention", "offset"), ("attention", "query"), ("shared", "offset")]
+KINDS = [
+    ("scalar", "offset"),
+    ("vector", "offset"),
+    ("attention", "offset"),
+    ("attention", "query"),
+    ("shared", "offset"),
+    ("attention_shared", "offset"),
+]
 
 
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor, size: float | None = None) -> float:

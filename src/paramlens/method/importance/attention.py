@@ -41,8 +41,17 @@ class AttentionGamma(GammaKind):
                 fan_in=d_in if by_query else None,
                 lr_factor=gamma.relative_lr,
             ),
-            **mlps(2 * d_in, gamma),
+            **cls.readers(2 * d_in, gamma),
         }
+
+    @classmethod
+    def readers(cls, width: int, gamma: Gamma) -> dict[str, Parameter]:
+        """Parameters of what reads the attention's output: one MLP per subcomponent."""
+        return mlps(width, gamma)
+
+    def read(self, rows: Float[Tensor, "site row width"]) -> Float[Tensor, "site row C"]:
+        """Pre-activations from the attention's output and the encoded input (line 6)."""
+        return Mlps.apply(rows, self.w_in, self.b_in, self.w_out, self.b_out)
 
     @classmethod
     def activations(cls, gamma: Gamma, *, d_in: int, C: int, length: int) -> int:
@@ -66,7 +75,7 @@ class AttentionGamma(GammaKind):
         x_pos = seen + self._absolute(seen.shape[2], present)  # line 1
         q, k, v = (torch.einsum("sbnd,sde->sbne", t, w) for t, w in ((seen, self.query), (seen, self.key), (x_pos, self.value)))  # line 2
         combined = torch.cat([self._attend(q, k, v, present), x_pos], dim=-1)  # lines 3 to 5
-        return Mlps.apply(combined.flatten(1, -2), self.w_in, self.b_in, self.w_out, self.b_out)  # line 6
+        return self.read(combined.flatten(1, -2))  # line 6
 
     def _require_fitting(self, batch: tuple[int, ...]) -> None:
         if len(batch) != 2:

@@ -54,6 +54,17 @@ def mlps(width: int, gamma: Gamma) -> dict[str, Parameter]:
     }
 
 
+def shared_mlp(width: int, gamma: Gamma) -> dict[str, Parameter]:
+    """Parameters of one MLP for all C subcomponents of a site: `width` inputs, d_gate hidden units, C outputs."""
+    h = gamma.d_gate
+    return {
+        "w_in": Parameter((width, h), fan_in=width),
+        "b_in": Parameter((h,)),
+        "w_out": Parameter((h, "C"), fan_in=h),
+        "b_out": Parameter(("C",), start=gamma.output_bias),
+    }
+
+
 class GammaKind(nn.Module, ABC):
     """γ of a group of sites of one shape (d_in, C); the first axis of every parameter is the site. Each `gamma.kind` is one subclass."""
 

@@ -10,6 +10,7 @@ KINDS = {
     "scalar": "scalar.ScalarGamma",
     "vector": "vector.VectorGamma",
     "attention": "attention.AttentionGamma",
+    "attention_shared": "attention_shared.AttentionSharedGamma",
     "shared": "shared.SharedGamma",
 }
 """Value of `gamma.kind` → its module and class in this package. A new kind adds a line here."""
@@ -24,8 +25,8 @@ class Gamma(Section):
     """The causal-importance network γ (§4.1, eq. 4, Algorithm 1)."""
 
     kind: Kind = "attention"
-    """Input of each MLP: its inner activation (scalar), the site's input (vector), or that and all other positions (attention). shared: one
-    MLP per site, on the site's input."""
+    """Input of each MLP: its inner activation (scalar), the site's input (vector), or that and all other positions (attention). shared and
+    attention_shared: as vector and attention, with one MLP for all subcomponents of a site, so that γ's size hardly depends on C."""
     d_gate: Count = 16
     """Hidden width of each MLP. Table 4: 16. Figure 6: 64."""
     max_length: Count | None = None

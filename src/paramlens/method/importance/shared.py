@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from paramlens.method.importance.kind import GammaKind, Parameter
+from paramlens.method.importance.kind import GammaKind, Parameter, shared_mlp
 from paramlens.method.importance.settings import Gamma
 
 
@@ -18,13 +18,7 @@ class SharedGamma(GammaKind):
 
     @classmethod
     def parameters_of_site(cls, gamma: Gamma, *, d_in: int, max_length: int | None) -> dict[str, Parameter]:
-        h = gamma.d_gate
-        return {
-            "w_in": Parameter((d_in, h), fan_in=d_in),
-            "b_in": Parameter((h,)),
-            "w_out": Parameter((h, "C"), fan_in=h),
-            "b_out": Parameter(("C",), start=gamma.output_bias),
-        }
+        return shared_mlp(d_in, gamma)
 
     @classmethod
     def activations(cls, gamma: Gamma, *, d_in: int, C: int, length: int) -> int:
@@ -33,6 +27,10 @@ class SharedGamma(GammaKind):
     def forward(
         self, x: Sequence[Float[Tensor, "*batch d_in"]], U: Sequence[Float[Tensor, "_ C"]], present: Bool[Tensor, "batch pos"] | None
     ) -> Float[Tensor, "site row C"]:
-        rows = torch.stack([x_site.flatten(0, -2) for x_site in x])
-        hidden = F.gelu(torch.baddbmm(self.b_in[:, None], rows, self.w_in))
-        return torch.baddbmm(self.b_out[:, None], hidden, self.w_out)
+        return shared_outputs(self, torch.stack([x_site.flatten(0, -2) for x_site in x]))
+
+
+def shared_outputs(group: GammaKind, rows: Float[Tensor, "site row width"]) -> Float[Tensor, "site row C"]:
+    """The outputs of each site's one MLP, whose parameters are those of `shared_mlp`."""
+    hidden = F.gelu(torch.baddbmm(group.b_in[:, None], rows, group.w_in))
+    return torch.baddbmm(group.b_out[:, None], hidden, group.w_out)
