@@ -111,7 +111,10 @@ def test_python_m_paramlens_is_the_command(tmp_path):
         (["circuit", "DIR/a\udcff"], "'DIR/a\\udcff': not valid UTF-8"),
         (["trace", "DIR", "--prompt", "a\udcff", "--subject", "a"], "'a\\udcff': not valid UTF-8"),
         (["bench", "--length", "0"], "bench: task.length: 0: give 1 or more"),
-        (["bench", "--importance", "nope"], "bench: gamma.kind: 'nope': give 'scalar', 'vector', 'attention' or 'shared'"),
+        (
+            ["bench", "--importance", "nope"],
+            "bench: gamma.kind: 'nope': give 'scalar', 'vector', 'attention', 'attention_shared' or 'shared'",
+        ),
         (["bench", "--layerwise-sites", "nope"], "bench: losses.layerwise_sites"),
         (["bench", "--device", "cuda"], "device cuda: torch"),
         (["bench", "--repeats", "0"], "repeats 0, seconds 60: give 1 or more repeats"),

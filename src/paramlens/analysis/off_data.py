@@ -14,7 +14,7 @@ from paramlens.analysis.controls import weight_rank
 from paramlens.analysis.edit import changed, without_largest, without_random
 from paramlens.analysis.held_out import HeldOut, data_of
 from paramlens.method.batch import Batch
-from paramlens.method.decomposition import call
+from paramlens.method.decomposition import Plan, call
 from paramlens.method.evaluate import importances
 from paramlens.method.generators import generator
 from paramlens.method.losses.divergence import LossAt
@@ -27,7 +27,8 @@ FACTS = 64
 
 @dataclass(frozen=True)
 class OffData:
-    """Divergences off the data, in nats. recon: KL(target ‖ masked model), masks g of γ on these inputs.
+    """Divergences off the data, in nats. recon: KL(target ‖ masked model), masks g of γ on these inputs. with_remainder: the same with Δ
+    fully on; None: Δ is no component.
 
     removed: KL(target ‖ target without the subcomponents that are active anywhere on the run's data). controls: the same with as many
     slices removed at the same sites, random ones and, if every site has enough, the largest singular ones. If `removed` is below both,
@@ -37,6 +38,7 @@ class OffData:
     what: str
     sequences: int
     recon: float
+    with_remainder: float | None
     removed: float
     controls: dict[str, float]
     parts: int
@@ -67,12 +69,15 @@ def off_data(run: Run, data: Sequence[HeldOut], *, threshold: float) -> OffData 
         with changed(run.decomposition.model, weights):
             return divergence(call(run.decomposition.model, batch.inputs))
 
-    masked = run.decomposition(batch.inputs, [{site: Replacement(value) for site, value in g.items()}])[0]
+    def masked(plan: Plan) -> float:
+        return divergence(run.decomposition(batch.inputs, [plan])[0])
+
     own, controls, parts = _weights(run, data, threshold)
     return OffData(
         what=what,
         sequences=len(target.logits),
-        recon=divergence(masked),
+        recon=masked({site: Replacement(value) for site, value in g.items()}),
+        with_remainder=masked({site: run.decomposition.without(value) for site, value in g.items()}) if run.decomposition.delta else None,
         removed=without(own),
         controls={name: without(weights) for name, weights in controls.items()},
         parts=parts,

@@ -22,10 +22,10 @@ from paramlens.runs.layout import holds_toy
 from paramlens.tracking.signals import termination
 from paramlens.version import __version__
 
-OVERVIEW = f"""paramlens {__version__} decomposes a Transformer's weights and shows which parts matter on which token
+OVERVIEW = f"""paramlens {__version__} shows which parts of a Transformer's weights matter where
 
   paramlens demo               start here: the induction circuit from nothing
-  paramlens decompose CONFIG   decompose a model; CONFIG: a shipped name, or a YAML file
+  paramlens decompose CONFIG   decompose; CONFIG: a shipped name or a YAML file
   paramlens circuit RUN        what is active where, and how faithful it is
   paramlens inspect RUN        what is active on which token of a sentence
   paramlens report RUN         one offline HTML page

@@ -64,10 +64,13 @@ def read_tree(name_or_path: str | Path) -> tuple[str, dict[str, Any]]:
     return source, tree
 
 
-def make_config(tree: Mapping[str, Any], *, source: str = "config") -> Config:
-    """Make a `Config` from a nested mapping. Raises `ConfigError`, whose message names `source`, the field, the value and the remedy."""
+def make_config(tree: Mapping[str, Any], *, source: str = "config", partial: bool = False) -> Config:
+    """Make a `Config` from a nested mapping. Raises `ConfigError`, whose message names `source`, the field, the value and the remedy.
+
+    partial: whether the tree has only the fields from which a task is rebuilt, so that it need not fit losses that are not there.
+    """
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(tree, context={"partial": partial})
     except ValidationError as error:
         raise ConfigError(explain(error, source=source)) from None
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
 from paramlens.fields import Count, Section
 from paramlens.method.settings import MethodSettings
@@ -54,9 +54,12 @@ class Config(MethodSettings):
         return self
 
     @model_validator(mode="after")
-    def _elsewhere_has_text(self) -> "Config":
-        if bool(self.losses.elsewhere) != self.task.has_elsewhere:
-            raise ValueError("losses.elsewhere and task.elsewhere (sentences per step, of a facts task) go together: give both or neither")
+    def _elsewhere_has_data(self, info: ValidationInfo) -> "Config":
+        partial = info.context is not None and info.context["partial"]
+        if bool(self.losses.elsewhere) != self.task.has_elsewhere and not self.task.given_in_python and not partial:
+            raise ValueError(
+                "losses.elsewhere and task.elsewhere (sequences per step, of an induction or facts task) go together: give both or neither"
+            )
         if self.losses.elsewhere and self.cuda_graph:
             raise ValueError("cuda_graph true captures one batch a step; losses.elsewhere brings a second, so give one of them")
         return self

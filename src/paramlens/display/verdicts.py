@@ -70,6 +70,8 @@ _DIVERGENCES = {
 
 def _off_data(found: Mapping[str, Any]) -> str:
     text = f"KL of the masked model on {found['what']}, which it was not fitted on. "
+    if found.get("with_remainder") is not None:
+        text += f"With the remainder Δ on as well it is {found['with_remainder']:.2g} nats. "
     if found.get("parts") == 0:
         return f"{text}No subcomponent is active on its own data, so there is nothing to remove from the target."
     as_many = ", ".join(f"{name} {value:.2g}" for name, value in found["controls"].items())

@@ -95,8 +95,8 @@ class Losses(Section):
     """Each site's output at each token from its important subcomponents alone: squared error relative to the output's square. The others
     then write nothing there. Ours; the paper has none."""
     elsewhere: Coefficient = 0.0
-    """KL on other text, from `task.elsewhere`, with all subcomponents on except those of one sentence alone, which are partly on, at
-    random: removing them must not matter there. Ours; the paper has none."""
+    """KL on a second stream of data that is not decomposed (`task.elsewhere`; `elsewhere` in Python), with some subcomponents partly on at
+    random (`elsewhere_masks`) and Δ fully on: removing them must not matter there. Ours; the paper has none."""
     faithfulness: Coefficient = 0.0
     """eq. 1. Table 4: 1000. Figure 6: 1e6."""
     minimality: Coefficient = 0.0
@@ -113,6 +113,9 @@ class Losses(Section):
     """Number of mask samples S per stochastic loss and step."""
     layerwise_sites: Count | Literal["all"] = "all"
     """Sites that a layerwise loss replaces in one step, each alone: all, or this many, drawn at random in each step (unbiased)."""
+    elsewhere_masks: Literal["own", "all"] = "own"
+    """What `elsewhere` has at random: subcomponents of one sequence of the decomposed batch alone (own), or all, with a mask in [0, 1] at
+    every position (all). With all, Δ must do there what the target does, so it needs `delta: true`."""
     partial_scope: Literal["forward", "sequence", "position"] = "forward"
     """The subset M of a partial loss is drawn once per forward pass (how we read the paper), sequence or position."""
 
@@ -200,6 +203,10 @@ class MethodSettings(MachineSettings):
             raise ValueError(
                 f"optim.project_from {self.optim.project_from:g} keeps U V = W, and with delta true what U V lacks is a component; "
                 "give one of them"
+            )
+        if self.losses.elsewhere and self.losses.elsewhere_masks == "all" and not self.delta:
+            raise ValueError(
+                "losses.elsewhere_masks all: with every subcomponent at random, only the remainder is left; give delta true with it"
             )
         if self.merge.every is not None and not self.delta:
             raise ValueError(f"merge.every {self.merge.every}: dead subcomponents are merged into the remainder; give delta true with it")

@@ -45,7 +45,7 @@ class Task:
     changes: Mapping[str, Callable[[Batch], AbstractContextManager[None]]] = field(default_factory=dict)
     """Name → a function that changes the target's runs on a batch, inside the context that it returns."""
     elsewhere: Callable[[int], Batch] | None = None
-    """Step → other text, which is not decomposed; there, subcomponents of one sentence alone must not matter."""
+    """Step → a batch of the second stream, which is not decomposed: other data, on which `losses.elsewhere` is taken."""
     other_inputs: Callable[[int], tuple[str, Batch] | None] | None = None
     """Count → a name for, and at most that many, other inputs of the same kind, which are not decomposed. None: tokens are shuffled."""
     tokenizer: Any = None

@@ -55,6 +55,7 @@ def decompose(
     batches: Batches,
     *,
     held_out: Batches | None = None,
+    elsewhere: Batches | None = None,
     sites: str | Sequence[str] = ("*",),
     C: int | Literal["auto"] = 64,
     steps: int = 1000,
@@ -73,6 +74,8 @@ def decompose(
     tokenizers make it, or a `paramlens.Batch` says which positions are present. Other positions are ignored.
     held_out: batches for evaluations and analyses, which are not decomposed, in the same forms (of an iterable, the first 64 are used).
     None: evaluations and analyses use `batches`, and results say "training".
+    elsewhere: batches of other data for `losses.elsewhere`, in the same forms: they are not decomposed, and what is found must not matter
+    there. Give both or neither.
     out: the run directory. Defaults to a new temporary directory. fields: any field of `Config`, as in `optim={"lr": 3e-3}`.
     resume: continue the run in `out` from its newest checkpoint. The result has the same bytes as a run that never stopped.
     extend_steps: continue to this number of steps, if the run so far does not depend on the number of steps.
@@ -91,8 +94,10 @@ def decompose(
         raise ConfigError(f"sites: {sites!r}; give patterns of module paths, such as '*' for every weight matrix")
     tree = {"device": device, **fields, "sites": [sites] if isinstance(sites, str) else list(sites), "C": C, "steps": steps}
     config = make_config(tree, source="decompose")
-    task = dataclasses.replace(own_task(model, batches, held_out=held_out), last_token=_last_logits(model))
-    for name, given in (("batches", batches), ("held_out", held_out)):
+    if bool(config.losses.elsewhere) != (elsewhere is not None):
+        raise ConfigError("elsewhere: batches of other data and a coefficient losses.elsewhere go together; give both or neither")
+    task = dataclasses.replace(own_task(model, batches, held_out=held_out, elsewhere=elsewhere), last_token=_last_logits(model))
+    for name, given in (("batches", batches), ("held_out", held_out), ("elsewhere", elsewhere)):
         if resume and given is not None and not (callable(given) or isinstance(given, Sequence)):
             raise ConfigError(f"resume: {name} from an iterable cannot be taken up at a step; give a function of the step or a sequence")
     follower = as_tracker(tracker)

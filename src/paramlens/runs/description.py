@@ -68,7 +68,7 @@ class ModelDescription(_Checked):
 
     def rebuilt(self) -> Config:
         """A configuration with the task and data of the run, without fields that this version does not know."""
-        return make_config(with_known_fields(self.config), source="model.json")
+        return make_config(with_known_fields(self.config), source="model.json", partial=True)
 
     def importance(self, C: Mapping[str, int] | None = None) -> Importance:
         """γ, without loaded values. C: number of subcomponents of each site. Defaults to None: as at the start."""

@@ -199,7 +199,7 @@ class BaseTask(Section):
 
     @property
     def has_elsewhere(self) -> bool:
-        """Whether every step also has a batch of other text, which is not decomposed, for `losses.elsewhere`."""
+        """Whether every step also has a batch of a second stream, which is not decomposed, for `losses.elsewhere`."""
         return False
 
     @property

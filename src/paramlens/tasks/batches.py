@@ -30,9 +30,17 @@ HELD_OUT = 64
 """Number of held-out batches taken from an iterable, which is read once, before the run."""
 
 
-def own_task(model: nn.Module, batches: Batches, *, held_out: Batches | None = None, evaluated_on: EvaluatedOn = "training") -> Task:
+def own_task(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    held_out: Batches | None = None,
+    elsewhere: Batches | None = None,
+    evaluated_on: EvaluatedOn = "training",
+) -> Task:
     """The task of the caller's own model.
 
+    elsewhere: batches of a second stream for `losses.elsewhere`, in the same forms.
     held_out: batches for evaluations and analyses, in the same forms as `batches`; of an iterable, the first `HELD_OUT` are used. None:
     they use `batches`, and `evaluated_on` says what these are. Raises `ConfigError` and `BatchError` for what is not a series of batches.
     """
@@ -41,12 +49,14 @@ def own_task(model: nn.Module, batches: Batches, *, held_out: Batches | None = N
     if held_out is not None:
         looked_at = held_out if callable(held_out) or isinstance(held_out, Tensor | Mapping | str | Batch | Sequence) else _first(held_out)
         other, evaluated_on = batch_function(looked_at, model, name="held_out"), "held-out"
+    second = None if elsewhere is None else batch_function(elsewhere, model, name="elsewhere")
     return Task(
         model,
         lambda step, stream: train(step, stream) if stream == "train" else other(step, stream),
         longest=max(longest_of(batches, train) or 0, longest_of(looked_at, other) or 0) or None,
         held_out=len(looked_at) if isinstance(looked_at, Sequence) else None,
         evaluated_on=evaluated_on,
+        elsewhere=None if second is None else lambda step: second(step, "train"),
     )
 
 

@@ -70,6 +70,10 @@ def induction_task(task: InductionTask, model: InductionTransformer, *, seed: in
         made = induction_batch(task, seed=seed, stream=stream, step=step, batch=batch)
         return with_shuffled(made, round(task.shuffled * batch), seed=seed, step=step) if stream == "train" else made
 
+    def elsewhere(step: int) -> Batch:
+        made = induction_batch(task, seed=seed, stream="elsewhere", step=step, batch=task.elsewhere)
+        return with_shuffled(made, task.elsewhere, seed=seed, step=step)
+
     patterns = tuple(f"blocks.{i}.attn.pattern" for i in range(task.blocks))
     return Task(
         model=model,
@@ -81,6 +85,7 @@ def induction_task(task: InductionTask, model: InductionTransformer, *, seed: in
             "no position in the query at m": partial(_without_position, model, "q", M),
             "no position in the key at s1": partial(_without_position, model, "k", S1),
         },
+        elsewhere=elsewhere if task.elsewhere else None,
         token_names=(*map(str, range(task.vocabulary)), "s"),
         last_token=lambda tokens: {"tokens": tokens, "last_token_only": True},
     )

@@ -83,7 +83,7 @@ class InductionTask(BaseTask):
     """The induction-head task and its attention-only target (§5.1, Table 3)."""
 
     check: ClassVar = InductionCheck
-    how_trained: ClassVar = frozenset({"training", "embedding_scale", "position_scale", "position_offset", "shuffled"})
+    how_trained: ClassVar = frozenset({"training", "embedding_scale", "position_scale", "position_offset", "shuffled", "elsewhere"})
 
     kind: Literal["induction"] = "induction"
     vocabulary: Annotated[Count, Field(ge=2)] = 128
@@ -110,7 +110,13 @@ class InductionTask(BaseTask):
     shuffled: Annotated[Number, Field(ge=0, le=1)] = 0.0
     """Share of the sequences of each step whose tokens are in random order, so that the decomposition also holds where there is
     nothing to copy. Held-out sequences never are. The paper: 0."""
+    elsewhere: Natural = 0
+    """Sequences with their tokens in random order in each step for `losses.elsewhere`, which are not decomposed. The paper: 0."""
     training: TargetTraining = TargetTraining()
+
+    @property
+    def has_elsewhere(self) -> bool:
+        return self.elsewhere > 0
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "InductionTask":
