@@ -40,6 +40,8 @@ VARIANTS: dict[str, dict[str, object]] = {
     "Δ, adversary": DELTA | {"losses.adversarial": 1.0},
     "Δ, merging, adversary": MERGE | {"losses.adversarial": 1.0},
     "Δ, merging, adversary, a quarter shuffled": MERGE | {"losses.adversarial": 1.0, "task.shuffled": 0.25},
+    "Δ, merging, adversary, second stream": MERGE
+    | {"losses.adversarial": 1.0, "task.elsewhere": 16, "losses.elsewhere": 1.0, "losses.elsewhere_masks": "all"},
     "Δ, merging, adversary, smooth": MERGE
     | {"losses.adversarial": 1.0, "losses.minimality": 0.0, "losses.smooth_minimality": 0.05, "optim.clip": 1.0},
     "C 100": {"C": 100},
@@ -80,6 +82,7 @@ def _measured(run: Run) -> dict[str, Any]:
         "ladder": [[rung.steps, rung.one_start, rung.worst, rung.share] for rung in found.adversary],
         "attacked": found.attacked,
         "off data": None if found.off_data is None else found.off_data.recon,
+        "off data, Δ on": None if found.off_data is None else found.off_data.with_remainder,
         "active": active,
         "at random": {name: found.sites[f"blocks.{name}"].active["random"] for name in HOME},
         "unique": sum(site.unique for site in found.sites.values()),

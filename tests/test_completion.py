@@ -63,7 +63,7 @@ def test_values_where_only_some_are_right(bash):
 def test_configurations_and_run_directories(bash, tmp_path):
     (tmp_path / "runs").mkdir()
     assert bash("decompose", "", cwd=tmp_path) == shipped_configs()
-    assert bash("decompose", "induction-", cwd=tmp_path) == ["induction-cpu", "induction-quick"]
+    assert bash("decompose", "induction-", cwd=tmp_path) == ["induction-cpu", "induction-quick", "induction-robust"]
     for command in ("circuit", "trace", "report", "agreement"):
         assert bash(command, "", cwd=tmp_path) == ["runs"]
     assert bash("agreement", "runs", "r", cwd=tmp_path) == ["runs"]

@@ -13,13 +13,18 @@ from paramlens.runs.decompose import decompose_config
 from paramlens.tasks.facts.facts import read_facts
 
 
-@pytest.mark.parametrize("name", ["induction", "induction-cpu", "induction-quick"])
+@pytest.mark.parametrize("name", ["induction", "induction-cpu", "induction-quick", "induction-robust"])
 def test_shipped_configs_load_and_round_trip(name: str, tmp_path):
     assert name in shipped_configs()
     config = load_config(name)
     file = tmp_path / "again.yaml"
     file.write_text(dump_config(config), encoding="utf-8")
     assert load_config(file) == config
+
+
+def test_induction_robust_is_the_variant_that_the_study_measured():
+    added = {"delta": True, "merge.every": 50, "losses.adversarial": 1.0, "losses.faithfulness": 0.0, "task.shuffled": 0.25}
+    assert load_config("induction-robust") == load_config("induction-quick", overrides=added | {"name": "induction-robust"})
 
 
 def test_induction_is_tables_3_and_4():
