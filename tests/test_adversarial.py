@@ -68,6 +68,7 @@ def test_a_run_begins_without_it(tmp_path):
     ("fields", "message"),
     [
         ({"adversary": {"start": 1}}, "adversary.start"),
+        ({"adversary": {"groups": 2}}, r"adversary\.\* is for losses.adversarial, which is 0; give it a coefficient"),
         ({"losses": {"adversarial": 1.0}, "device": "cuda", "cuda_graph": True}, "cuda_graph true replays one step"),
     ],
 )

@@ -13,7 +13,7 @@ from paramlens.method.losses.reconstruction import RECONSTRUCTIONS
 from paramlens.method.masks import Replacement
 from paramlens.method.settings import Init
 from paramlens.method.sites import find_sites
-from paramlens.method.start import initialise
+from paramlens.method.start import initialise, out_of_reach
 from paramlens.runs.decompose import decompose_config
 from paramlens.runs.rundir import open_run
 from rounding import TOY, assert_near
@@ -97,6 +97,16 @@ def test_a_run_below_the_rank_is_the_weight_at_every_step(tmp_path):
     assert {name: site.remainder for name, site in found.sites.items()} == shares
     removed = catalogue(again, batches=1)
     assert removed.to_json()["sites"].keys() == shares.keys()
+
+
+def test_without_it_too_few_subcomponents_are_told_of(target):
+    sites = find_sites(target, TINY["sites"])
+    assert out_of_reach(Decomposition(target, sites, C=C, delta=True)) is None
+    assert out_of_reach(Decomposition(target, sites, C=4)) is None
+    told = out_of_reach(Decomposition(target, sites, C=C))
+    assert told is not None
+    assert told.startswith("C 3 is below the rank 4 that the weight at blocks.0.attn.q and 5 more sites can have")
+    assert told.endswith("Give delta true, which makes that part a component, or C 4")
 
 
 @pytest.mark.parametrize(

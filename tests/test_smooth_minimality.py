@@ -54,6 +54,13 @@ def test_a_run_lowers_it(tmp_path):
     assert logged[-1] < logged[0]
 
 
+def test_the_log_has_the_width_as_it_narrows(tmp_path, tiny_run):
+    config = tiny_with(losses={"recon": 1.0, "smooth_minimality": 0.1}, smooth={"start": 1.0, "final": 0.1}, steps=3, log_every=1)
+    run = decompose_config(config, out=tmp_path / "run")
+    assert [line["width"] for line in run.metrics if "losses" in line] == near([1.0, 0.55, 0.1], 8)
+    assert not any("width" in line for line in tiny_run.metrics)
+
+
 def test_gradients_are_clipped_apart(tiny_run):
     assert tiny_run.task is not None
     config = tiny_run.config.model_copy(update={"optim": tiny_run.config.optim.model_copy(update={"clip": 1e-4})})
@@ -70,6 +77,7 @@ def test_gradients_are_clipped_apart(tiny_run):
     [
         ({"smooth": {"start": 0.1, "final": 0.2}}, "annealed downwards"),
         ({"optim": {"clip": 0}}, "optim.clip"),
+        ({"smooth": {"final": 0.5}}, r"smooth\.\* is for losses.smooth_minimality, which is 0"),
         ({"losses": {"smooth_minimality": 1.0}, "device": "cuda", "cuda_graph": True}, "changes its width"),
     ],
 )

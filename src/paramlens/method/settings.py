@@ -189,6 +189,16 @@ class MethodSettings(MachineSettings):
     smooth: Smooth = Smooth()
 
     @model_validator(mode="after")
+    def _settings_have_an_effect(self) -> "MethodSettings":
+        sections = {"adversary": ("adversarial", self.adversary != Adversary()), "smooth": ("smooth_minimality", self.smooth != Smooth())}
+        for section, (loss, given) in sections.items():
+            if given and not getattr(self.losses, loss):
+                raise ValueError(f"{section}.* is for losses.{loss}, which is 0; give it a coefficient, or leave {section} out")
+        if self.merge.every is None and self.merge != Merge():
+            raise ValueError("merge.* is for merging, and merge.every is not given; give it a number of steps, or leave merge out")
+        return self
+
+    @model_validator(mode="after")
     def _remainder_is_free(self) -> "MethodSettings":
         if self.C == "auto" and self.optim.project_from is not None:
             raise ValueError(

@@ -20,6 +20,20 @@ def subcomponents(C: int | Literal["auto"], sites: Sequence[Site]) -> int:
     return GENEROUS * max(min(site.d_in, site.d_out) for site in sites) if C == "auto" else C
 
 
+def out_of_reach(decomposition: Decomposition) -> str | None:
+    """A text for the user if C is below the rank that a weight can have and Δ is no component, so that U V cannot be W. None: it can."""
+    wide = {} if decomposition.delta else {site.name: min(site.d_in, site.d_out) for site in decomposition.sites}
+    lacking = [name for name, rank in wide.items() if decomposition.C[name] < rank]
+    if not lacking:
+        return None
+    most = max(lacking, key=lambda name: wide[name])
+    others = f" and {len(lacking) - 1} more sites" if len(lacking) > 1 else ""
+    return (
+        f"C {decomposition.C[most]} is below the rank {wide[most]} that the weight at {most}{others} can have: U V will miss a part of it. "
+        f"Give delta true, which makes that part a component, or C {max(wide.values())}"
+    )
+
+
 @torch.no_grad()
 def initialise(decomposition: Decomposition, init: Init, *, generator: torch.Generator) -> None:
     """Set U and V to their first values, by `init.kind`.

@@ -29,7 +29,7 @@ from paramlens.method.merging import Merging
 from paramlens.method.modes import buffers_kept, default_modes
 from paramlens.method.padding import require_padding_unseen
 from paramlens.method.sites import at_rest, find_sites
-from paramlens.method.start import initialise, subcomponents
+from paramlens.method.start import initialise, out_of_reach, subcomponents
 from paramlens.method.task import Task
 from paramlens.runs import targets
 from paramlens.runs.budget import Footprint, footprint, require_memory
@@ -224,6 +224,8 @@ def _run(
             directory.record(device=config.device, dtype=config.dtype, matmul=config.matmul, seed=config.seed, target=identity, seconds=0.0)
             directory.describe(config, decomposition, importance, identity)
         if state is None:
+            if missed := out_of_reach(decomposition):
+                tracker.message(missed)
             _start_values(config, decomposition, importance)
         else:
             restore(checkpoint_path(path, start), state, decomposition, importance, optimizer, merging)

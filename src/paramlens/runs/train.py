@@ -17,6 +17,7 @@ from paramlens.method.evaluate import active_counts, evaluate, importances, mean
 from paramlens.method.generators import seed_of
 from paramlens.method.importance.network import Importance
 from paramlens.method.losses.divergence import LossAt
+from paramlens.method.losses.smooth_minimality import annealed_width
 from paramlens.method.merging import Merging
 from paramlens.method.settings import Optim
 from paramlens.method.step import Step, Steps
@@ -176,11 +177,12 @@ def _logged(config: Config, result: Step, merging: Merging, done: int, share: fl
         p=float(result.p),
         lr=config.optim.lr * share,
         active=active_counts(result.g, present=batch.present),
+        width=annealed_width(config.smooth, done - 1, config.steps) if config.losses.smooth_minimality else None,
     )
     tracker.update(logged)
     left = {"left": merging.left()} if config.merge.every is not None else {}
     line = {"step": done, "losses": logged.losses, "total": logged.total, "p": logged.p, "lr": logged.lr, "active": logged.active}
-    return line | left
+    return line | left | ({} if logged.width is None else {"width": logged.width})
 
 
 def _evaluated(

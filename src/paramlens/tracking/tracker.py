@@ -20,7 +20,10 @@ from paramlens.display.tables import packed
 
 @dataclass(frozen=True)
 class LoggedStep:
-    """One logged step: losses as in METHOD's table (reconstruction in nats), p, and active subcomponents per position by site."""
+    """One logged step: losses by name (reconstruction in nats), minimality's power p, and active subcomponents per position by site.
+
+    width: w of `losses.smooth_minimality` at this step. None: the run is without that loss.
+    """
 
     step: int
     losses: Mapping[str, float]
@@ -28,12 +31,14 @@ class LoggedStep:
     p: float
     lr: float
     active: Mapping[str, float]
+    width: float | None = None
 
     def scalars(self) -> dict[str, float]:
         """All values in one flat mapping, with names such as `losses/<name>` and `active/<site>`. active: the sum over sites."""
         losses = {f"losses/{name}": value for name, value in self.losses.items()}
         active = {f"active/{name}": value for name, value in self.active.items()}
-        return {**losses, "total": self.total, "p": self.p, "lr": self.lr, **active, "active": sum(self.active.values())}
+        annealed = {"p": self.p} | ({} if self.width is None else {"width": self.width})
+        return {**losses, "total": self.total, **annealed, "lr": self.lr, **active, "active": sum(self.active.values())}
 
 
 @runtime_checkable
