@@ -89,7 +89,8 @@ def test_attention_needs_a_length_and_a_position_axis():
     with pytest.raises(ConfigError, match=r"gamma\.max_length"):
         make(max_length=None, kind="attention")
     with pytest.raises(
-        BatchError, match=r"site a: the attention γ needs inputs \(batch, pos, d_in\), but these have the leading axes \(3,\)"
+        BatchError,
+        match=r"site a: the attention γ needs inputs \(batch, pos, d_in\), but these have the leading axes \(3,\); use gamma.kind vector",
     ):
         make(kind="attention")({name: torch.ones(3, d) for name, (d, _) in SHAPES.items()}, U)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import tiny_with
+from conftest import TINY, tiny_with
 from paramlens import decompose, open_run
 from paramlens.analysis.held_out import held_out
 from paramlens.analysis.off_data import off_data
@@ -29,12 +29,8 @@ ALL: dict[str, object] = {
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory):
-    return decompose_config(tiny_two(), out=tmp_path_factory.mktemp("both") / "run")
-
-
-def tiny_two():
-    task = tiny_with().task.model_dump() | {"elsewhere": 3}
-    return tiny_with(**ALL, task=task)
+    config = tiny_with(**ALL, task=TINY["task"] | {"elsewhere": 3})
+    return decompose_config(config, out=tmp_path_factory.mktemp("both") / "run")
 
 
 def test_the_second_stream_is_shuffled_sequences_of_its_own(both):
@@ -121,6 +117,15 @@ def test_a_second_stream_of_ones_own(tmp_path):
 
     run = own(tmp_path, elsewhere=second)
     assert seen == [0, 1, 2, 3]
+    assert all(line["losses"]["elsewhere"] > 0 for line in run.metrics if "losses" in line)
+
+
+@pytest.mark.parametrize(("masks", "delta"), [("own", False), ("own", True), ("all", True)])
+def test_inputs_without_positions_have_a_second_stream_too(tmp_path, masks: str, delta: bool):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    fields = ALL | {"losses": {"recon": 1.0, "elsewhere": 1.0, "elsewhere_masks": masks}, "delta": delta, "gamma": {"kind": "vector"}}
+    run = decompose(model, [torch.randn(5, 6)], elsewhere=[torch.randn(4, 6)], sites=["0", "2"], out=tmp_path / "run", **fields)
     assert all(line["losses"]["elsewhere"] > 0 for line in run.metrics if "losses" in line)
 
 

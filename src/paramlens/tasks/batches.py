@@ -40,9 +40,9 @@ def own_task(
 ) -> Task:
     """The task of the caller's own model.
 
-    elsewhere: batches of a second stream for `losses.elsewhere`, in the same forms.
     held_out: batches for evaluations and analyses, in the same forms as `batches`; of an iterable, the first `HELD_OUT` are used. None:
-    they use `batches`, and `evaluated_on` says what these are. Raises `ConfigError` and `BatchError` for what is not a series of batches.
+    they use `batches`, and `evaluated_on` says what these are. elsewhere: batches of the second stream, in the same forms.
+    Raises `ConfigError` and `BatchError` for what is not a series of batches.
     """
     train, looked_at = batch_function(batches, model), batches
     other = train

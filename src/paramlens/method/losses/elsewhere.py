@@ -34,7 +34,7 @@ def elsewhere_loss(
     plan: dict[str, Replacement] = {}
     keys = torch.randint(2**31, (len(g),), generator=generator, device=generator.device).tolist()
     for (site, value), key in zip(g.items(), keys, strict=True):
-        own = torch.ones_like(value[0, 0]) if masks == "all" else _own(value.detach())
+        own = value.new_ones(value.shape[-1]) if masks == "all" else _own(value.detach())
         plan[site] = replace(decomposition.without((1 - own).expand(*target.inputs[site].shape[:-1], -1)), key=key)
     at = LossAt(last_token_only, other.present)
     return at.divergence(at.log_probs(target.logits), decomposition(other.inputs, [plan]))[0]
@@ -42,7 +42,7 @@ def elsewhere_loss(
 
 def _own(g: Float[Tensor, "sequence *pos C"]) -> Float[Tensor, "C"]:
     """How far each subcomponent belongs to one sequence alone, in [0, 1]."""
-    most = g.flatten(1, -2).amax(1).sort(0, descending=True).values
+    most = g.reshape(len(g), -1, g.shape[-1]).amax(1).sort(0, descending=True).values
     return most[0] - most[1] if len(most) > 1 else most[0]
 
 
