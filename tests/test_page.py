@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import TINY_FACTS
+from conftest import TINY, TINY_FACTS, tiny_with
 from paramlens.analysis.agreement import agreement
 from paramlens.analysis.circuit import circuit
 from paramlens.analysis.edit import suppress
@@ -24,6 +24,7 @@ from paramlens.config.file import make_config
 from paramlens.display.verdicts import verdicts
 from paramlens.errors import ConfigError, RunDirError
 from paramlens.page import report
+from paramlens.page.training import losses_figure
 from paramlens.runs.decompose import decompose, decompose_config
 from paramlens.runs.rundir import open_run
 
@@ -165,6 +166,22 @@ def test_a_run_on_a_model_of_ones_own_names_no_command(tmp_path):
     assert '"command": null' in html
     assert "model=model, batches=batches" in html
     assert "off the data" not in html
+
+
+def test_a_run_with_all_that_is_beyond_the_paper_has_its_page(tmp_path):
+    """A loss that begins later, merged subcomponents, a second stream and the remainder: as `induction-robust` and more."""
+    losses = {"recon": 1.0, "adversarial": 1.0, "elsewhere": 1.0, "elsewhere_masks": "all", "smooth_minimality": 0.1}
+    config = tiny_with(
+        losses=losses, delta=True, merge={"every": 2}, steps=8, log_every=1, task=TINY["task"] | {"elsewhere": 2, "shuffled": 0.25}
+    )
+    found = decompose_config(config, out=tmp_path / "run")
+    text = report(found.path).read_text(encoding="utf-8")
+    assert "With the remainder Δ on as well it is " in text
+    figure = losses_figure(found.metrics)
+    steps = {line.name: list(line.x) for line in figure.data}
+    assert steps["recon"] == list(range(1, 9))
+    assert steps["adversarial"] == list(range(4, 9))  # from 35 % of the steps on
+    assert "adversarial" in found._repr_html_()
 
 
 def test_verdicts_follow_the_figures(complete):

@@ -22,7 +22,8 @@ def losses_figure(metrics: Sequence[Mapping[str, Any]]) -> go.Figure:
     trained = [line for line in metrics if "losses" in line]
     evaluated = [line for line in metrics if "evaluation" in line]
     for colour, name in enumerate(trained[-1]["losses"] if trained else []):
-        add_line(figure, name, [line["step"] for line in trained], [line["losses"][name] for line in trained], colour)
+        shown = [line for line in trained if name in line["losses"]]  # an adversary begins later
+        add_line(figure, name, [line["step"] for line in shown], [line["losses"][name] for line in shown], colour)
     if evaluated:
         recon = [line["evaluation"]["recon"] for line in evaluated]
         add_line(figure, "recon, evaluated", [line["step"] for line in evaluated], recon, NEUTRAL, dash="dot")
