@@ -177,6 +177,8 @@ def test_a_run_with_all_that_is_beyond_the_paper_has_its_page(tmp_path):
     found = decompose_config(config, out=tmp_path / "run")
     text = report(found.path).read_text(encoding="utf-8")
     assert "With the remainder Δ on as well it is " in text
+    least, most = min(found.decomposition.C.values()), max(found.decomposition.C.values())
+    assert f"sites with {least if least == most else f'{least} to {most}'} subcomponents each" in text
     figure = losses_figure(found.metrics)
     steps = {line.name: list(line.x) for line in figure.data}
     assert steps["recon"] == list(range(1, 9))

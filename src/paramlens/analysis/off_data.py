@@ -1,4 +1,4 @@
-"""A decomposition on inputs of a kind to which it was not fitted: the fit says nothing about these.
+"""A decomposition on inputs of another kind than it is evaluated on. Unless it was trained on such inputs too, its fit says nothing there.
 
 Runs on facts are evaluated on other facts. Runs on tokens are evaluated on their sequences with the tokens of each sequence shuffled.
 For other inputs there is no such evaluation.

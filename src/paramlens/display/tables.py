@@ -1,6 +1,6 @@
 """Tables and charts as plain data, for terminals and notebooks. Does not import torch or rich."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -117,3 +117,9 @@ def packed(entries: Sequence[str], *, width: int, gap: str = "  ") -> list[str]:
         else:
             lines.append(entry)
     return lines
+
+
+def spread(counts: Iterable[int]) -> str:
+    """The smallest and the largest of some counts, as "3 to 5"; "4" if all are the same."""
+    found = sorted(counts)
+    return str(found[0]) if found[0] == found[-1] else f"{found[0]} to {found[-1]}"

@@ -69,7 +69,7 @@ _DIVERGENCES = {
 
 
 def _off_data(found: Mapping[str, Any]) -> str:
-    text = f"KL of the masked model on {found['what']}, which it was not fitted on. "
+    text = f"KL of the masked model on {found['what']}: other inputs than all other figures are measured on. "
     if found.get("with_remainder") is not None:
         text += f"With the remainder Δ on as well it is {found['with_remainder']:.2g} nats. "
     if found.get("parts") == 0:

@@ -33,7 +33,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from paramlens.display.result import Result
-from paramlens.display.tables import Table, columns, row, site_cell
+from paramlens.display.tables import Table, columns, row, site_cell, spread
 from paramlens.errors import BatchError, SiteError
 from paramlens.method.batch import Inputs, map_tensors, row_count, tensors_of
 from paramlens.method.hooks import hooked, swapped_in
@@ -147,8 +147,7 @@ class Decomposition(Result, nn.Module):
         return {name: self.site(name).seen(x) for name, x in inputs.items()}
 
     def summary(self) -> str:
-        counts = sorted(set(self.C.values()))
-        return f"{len(self.sites)} sites, {counts[0]}{f' to {counts[-1]}' if counts[1:] else ''} subcomponents each"
+        return f"{len(self.sites)} sites, {spread(self.C.values())} subcomponents each"
 
     def tables(self) -> tuple[Table, ...]:
         """A table of the sites with the shapes of W, U and V."""

@@ -18,6 +18,7 @@ from plotly.offline import get_plotlyjs
 
 from paramlens.config.file import load_config
 from paramlens.display.figures import Figure
+from paramlens.display.tables import spread
 from paramlens.display.verdicts import verdicts
 from paramlens.errors import ConfigError
 from paramlens.files.plain import read_json, with_nan, write_text
@@ -72,6 +73,7 @@ def report(run: "Run | str | Path", *, budget: float = BUDGET) -> Path:
         "info": read_json(path / "run.json"),
         "evaluated_on": circuit.get("evaluated_on", config.task.evaluated_on),
         "config": config,
+        "subcomponents": spread(len(next(iter(site["subcomponents"].values()))) for site in circuit["sites"].values()),
         "inspections": analyses["inspect"]["prompts"] if config.task.own_sentences else [],
         "target": target,
         "verdicts": list(verdicts(circuit["metrics"], off_data=circuit["off_data"], target=target)),

@@ -13,7 +13,7 @@ from torch import nn
 from paramlens.config.file import load_config
 from paramlens.config.model import Config
 from paramlens.display.result import Result
-from paramlens.display.tables import Chart, Column, Line, Table, columns, metric, row
+from paramlens.display.tables import Chart, Column, Line, Table, columns, metric, row, spread
 from paramlens.display.verdicts import Verdict, verdict_table, verdicts
 from paramlens.errors import RunDirError
 from paramlens.files.plain import json_line, read_json, write_json
@@ -104,7 +104,7 @@ class Run(Result):
         about = {
             "target": target,
             "sites": f"{len(described.sites)}",
-            "C": f"{described.C} subcomponents a site",
+            "C": f"{spread(self.decomposition.C.values())} subcomponents a site",
             "γ": described.gamma.kind,
             "step": f"{self.step:,} of {info.get('steps', self.step):,}",
             "status": f"{info['status']}, {info.get('seconds', 0):,.0f} s",
