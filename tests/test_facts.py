@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -267,6 +268,33 @@ def test_running_text_is_packed_and_drawn_once_an_epoch(facts_run, tmp_path: Pat
     assert held <= {tuple(row) for row in pieces[train:].tolist()}
     with pytest.raises(BatchError, match="fewer than one piece"):
         packed(tokenizer, ["Snow is white"], 8)
+
+
+def test_text_has_a_second_stream_from_another_file(tmp_path: Path, facts_run):
+    own, other = (tmp_path / name for name in ("own.txt", "other.txt"))
+    own.write_text("Tiger Woods plays the sport of golf. " * 20)
+    cities = {"France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "Egypt": "Cairo", "Spain": "Madrid"}
+    other.write_text(" ".join(f"The capital of {country} is {city}." for country, city in cities.items()) * 9)
+    settings = TextTask(model="x", source=str(own), length=8, held_out=0.2, elsewhere=3, elsewhere_source=str(other))
+    tokenizer = facts_run.task.tokenizer
+    task = text_task(settings, Target(facts_run.task.model, tokenizer, "test"), seed=0, batch=5)
+    assert settings.has_elsewhere
+    assert task.elsewhere is not None
+    first, again, second = task.elsewhere(0), task.elsewhere(0), task.elsewhere(1)
+    assert first.inputs["input_ids"].shape == (3, 8)
+    assert first.inputs["input_ids"].equal(again.inputs["input_ids"])
+    assert not first.inputs["input_ids"].equal(second.inputs["input_ids"])
+    assert "capital" in "".join(piece for row in first.texts for piece in row)
+    assert "capital" not in "".join(piece for row in task.batch(0, "train").texts for piece in row)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"elsewhere": 2}, "give its path as elsewhere_source"), ({"elsewhere_source": "b.txt"}, "no step reads it; give elsewhere")],
+)
+def test_a_second_stream_of_text_needs_its_file_and_its_size(fields: dict[str, object], message: str):
+    with pytest.raises(ValidationError, match=message):
+        TextTask(model="x", source="a.txt", **fields)
 
 
 def test_text_files_that_cannot_be_read(facts_run, tmp_path: Path):

@@ -199,8 +199,11 @@ class BaseTask(Section):
 
     @property
     def has_elsewhere(self) -> bool:
-        """Whether every step also has a batch of a second stream, which is not decomposed, for `losses.elsewhere`."""
-        return False
+        """Whether every step also has a batch of a second stream, which is not decomposed, for `losses.elsewhere`.
+
+        Defaults to whether the task has a field `elsewhere` and it is above 0.
+        """
+        return getattr(self, "elsewhere", 0) > 0
 
     @property
     def adds_positions_after_projection(self) -> bool:

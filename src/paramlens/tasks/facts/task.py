@@ -100,10 +100,6 @@ class FactsTask(PretrainedTask):
     def own_sentences(self) -> tuple[str, ...]:
         return self.sentences
 
-    @property
-    def has_elsewhere(self) -> bool:
-        return self.elsewhere > 0
-
     def skeleton(self, *, batch: int) -> Skeleton:
         """A sentence counts as one token per word plus one, as the tokenizer may not be available. `batch` is ignored."""
         words, rows = max(len(sentence.split()) + 1 for sentence in self.sentences), len(self.sentences) + self.others

@@ -114,10 +114,6 @@ class InductionTask(BaseTask):
     """Sequences with their tokens in random order in each step for `losses.elsewhere`, which are not decomposed. The paper: 0."""
     training: TargetTraining = TargetTraining()
 
-    @property
-    def has_elsewhere(self) -> bool:
-        return self.elsewhere > 0
-
     @model_validator(mode="after")
     def _sizes_fit(self) -> "InductionTask":
         if self.width % self.heads:

@@ -20,12 +20,12 @@ from paramlens.tasks.reading import json_lines, read_text
 from paramlens.tasks.text.task import TextTask
 
 
-def read_documents(path: Path) -> list[str]:
+def read_documents(path: Path, *, field: str = "task.source") -> list[str]:
     """The documents of a file: one for a text file, or the field `text` of every line of a .jsonl file.
 
-    Raises `ConfigError` if the file is missing, cannot be read as either, or has no text.
+    field: of the configuration, for messages. Raises `ConfigError` if the file is missing, cannot be read as either, or has no text.
     """
-    what = f"task.source {path}"
+    what = f"{field} {path}"
     if path.suffix.lower() == ".jsonl":
         documents = [_text(value, f"{what} line {number}") for number, value in json_lines(path, what)]
     else:
@@ -69,21 +69,41 @@ def packed(tokenizer: Any, documents: Iterable[str], length: int) -> Tensor:
 
 def text_task(task: TextTask, target: Target, *, seed: int, batch: int) -> Task:
     """The task on pieces of the text, in a new order every epoch. The last share `held_out` is for all streams other than "train"."""
-    pieces = packed(target.tokenizer, read_documents(Path(task.source)), task.length)
-    largest = pieces[pieces.amax(1).argmax()].tolist()
-    require_tokens(target.model, [largest], [f"task.source {task.source} in pieces of task.length {task.length}"])
+    pieces = _pieces(task, target, task.source, "task.source")
     kept = max(1, round(len(pieces) * task.held_out))
     if len(pieces) - kept < 1:
         raise BatchError(f"task.source {task.source}: {len(pieces)} piece of {task.length} tokens; give more text, some is held out")
     train, rest = pieces[:-kept], pieces[-kept:]
+    others = None if task.elsewhere_source is None else _pieces(task, target, task.elsewhere_source, "task.elsewhere_source")
 
-    def piece(step: int, stream: str) -> Batch:
-        own = train if stream == "train" else rest
-        ids = own[_drawn(len(own), batch, step, (seed, "text", stream))]
+    def drawn(own: Tensor, step: int, stream: str, rows: int) -> Batch:
+        ids = own[_drawn(len(own), rows, step, (seed, "text", stream))]
         texts = token_texts(target.tokenizer, ids.flatten().tolist())
         return Batch(model_inputs(ids), texts=tuple(zip(*[iter(texts)] * ids.shape[1], strict=True)))
 
-    return Task(target.model, piece, held_out=-(-len(rest) // batch), longest=task.length, tokenizer=target.tokenizer)
+    def piece(step: int, stream: str) -> Batch:
+        return drawn(train if stream == "train" else rest, step, stream, batch)
+
+    def elsewhere(step: int) -> Batch:
+        assert others is not None
+        return drawn(others, step, "elsewhere", task.elsewhere)
+
+    return Task(
+        target.model,
+        piece,
+        elsewhere=None if others is None else elsewhere,
+        held_out=-(-len(rest) // batch),
+        longest=task.length,
+        tokenizer=target.tokenizer,
+    )
+
+
+def _pieces(task: TextTask, target: Target, source: str, field: str) -> Tensor:
+    """Token ids (piece, length) of a file. Raises `ConfigError` or `BatchError` if the target cannot take them."""
+    pieces = packed(target.tokenizer, read_documents(Path(source), field=field), task.length)
+    largest = pieces[pieces.amax(1).argmax()].tolist()
+    require_tokens(target.model, [largest], [f"{field} {source} in pieces of task.length {task.length}"])
+    return pieces
 
 
 def _drawn(count: int, batch: int, step: int, key: Sequence[int | str]) -> Tensor:

@@ -2,9 +2,9 @@
 
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from paramlens.fields import Count, Number, PathText
+from paramlens.fields import Count, Natural, Number, PathText
 from paramlens.tasks.base import Skeleton, Target
 from paramlens.tasks.language_models.pretrained import PretrainedTask
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class TextTask(PretrainedTask):
     """A language model on running text, which is cut into pieces of equal length."""
 
-    paths: ClassVar = ("model", "source")
+    paths: ClassVar = ("model", "source", "elsewhere_source")
 
     kind: Literal["text"] = "text"
     source: PathText
@@ -24,6 +24,18 @@ class TextTask(PretrainedTask):
     """Tokens per piece."""
     held_out: Annotated[Number, Field(gt=0, lt=1)] = 0.1
     """Share of the pieces, taken from the end, that is held out for evaluation."""
+    elsewhere: Natural = 0
+    """Pieces of `elsewhere_source` in each step for `losses.elsewhere`, which are not decomposed."""
+    elsewhere_source: PathText | None = None
+    """Path of that other text, as `source`."""
+
+    @model_validator(mode="after")
+    def _other_text_is_used(self) -> "TextTask":
+        if self.elsewhere and self.elsewhere_source is None:
+            raise ValueError(f"elsewhere {self.elsewhere}: pieces of another text; give its path as elsewhere_source")
+        if self.elsewhere_source is not None and not self.elsewhere:
+            raise ValueError(f"elsewhere_source {self.elsewhere_source}: no step reads it; give elsewhere, the pieces in each step")
+        return self
 
     @property
     def longest(self) -> int:
