@@ -110,6 +110,10 @@ def test_page_holds_the_tables(run):
     assert "had not converged when its training ended" in html
     for change in numbers["interventions"]:
         assert f"<tr><td>{change['name']}</td><td>{change['kl']:.2e}</td>" in html
+    for rung in numbers["adversary"]:
+        cells = [str(rung["steps"]), f"{rung['one_start']:.3f}", f"{rung['worst']:.3f}", f"{rung['share']:.2f}"]
+        assert "".join(f"<td>{cell}</td>" for cell in cells) in html
+    assert f"Most of it is at {max(numbers['attacked'], key=numbers['attacked'].get)}:" in html
     assert len(html.encode()) < 8e6
 
 
