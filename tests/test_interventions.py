@@ -207,6 +207,8 @@ def test_an_attack_is_a_ladder_from_several_starts(tiny_run, monkeypatch):
     assert in_turns.rungs[0].worst == near(found.rungs[0].worst, TOY_STEP, size=10)
     alone, _ = attacked(tiny_run, starts=1)
     assert alone.rungs[-1].worst == alone.rungs[-1].one_start
+    one = adversarial_recon(tiny_run.decomposition, batch.inputs, target, g, at=at, generator=generator("attack"), steps=8)
+    assert one == near(alone.rungs[-1].one_start, TOY_STEP, size=10)
 
 
 def test_an_attack_uses_the_remainder_if_it_is_a_component(tmp_path):
@@ -219,6 +221,7 @@ def test_an_attack_uses_the_remainder_if_it_is_a_component(tmp_path):
     ones = {name: torch.ones(*batch.inputs.shape, 2) for name in run.decomposition.names}
     how = {"at": LossAt(), "generator": generator("attack"), "steps": (6,), "starts": 2}
     with_it = attack(run.decomposition, batch.inputs, target, ones, **how)
+    one_start = adversarial_recon(run.decomposition, batch.inputs, target, ones, at=LossAt(), generator=generator("one"), steps=6)
     run.decomposition.delta = False
     without = attack(run.decomposition, batch.inputs, target, ones, **how)
     plan = {name: Replacement(value) for name, value in ones.items()}
@@ -227,6 +230,7 @@ def test_an_attack_uses_the_remainder_if_it_is_a_component(tmp_path):
         recon = at.divergence(at.log_probs(target.logits), run.decomposition(batch.inputs, [plan]))[0].item()
     assert without.rungs[-1].worst == near(recon, TOY, size=10)  # masks can only be 1
     assert with_it.rungs[-1].worst != without.rungs[-1].worst
+    assert one_start != near(recon, TOY, size=10)
 
 
 def test_circuit_tells_the_ladder(tiny_run):

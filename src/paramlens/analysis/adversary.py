@@ -16,7 +16,7 @@ from paramlens.method.decomposition import Decomposition, Plan, TargetRun
 from paramlens.method.losses.adversarial import fresh_sources, sourced_plan
 from paramlens.method.losses.divergence import LossAt
 from paramlens.method.losses.reconstruction import stack_size
-from paramlens.method.masks import Replacement, stochastic_mask
+from paramlens.method.masks import Replacement
 
 STEPS = 20
 """Number of steps of projected gradient ascent."""
@@ -35,29 +35,60 @@ def adversarial_recon(
     steps: int = STEPS,
     step_size: float = STEP_SIZE,
 ) -> float:
-    """The largest KL(target ‖ masked), in nats, found by projected gradient ascent over masks r = g + (1 - g) u, u in [0, 1].
+    """The largest KL(target ‖ masked), in nats, found by projected gradient ascent over masks r = g + (1 - g) s, s in [0, 1].
 
-    There is one u per subcomponent, shared by all sequences and positions of the batch. So u only rescales what the decomposition
-    calls unneeded, and cannot fit a single sequence. Starts at u ~ U(0, 1); a step adds `step_size` times the sign of the gradient
-    and clamps the result to [0, 1]. inputs: the inputs of the masked runs.
+    There is one source s per subcomponent, shared by all sequences and positions of the batch, and one for m_Δ if Δ is a component. So
+    s only rescales what the decomposition calls unneeded, and cannot fit a single sequence. Starts at s ~ U(0, 1); a step adds
+    `step_size` times the sign of the gradient and clamps the result to [0, 1]. inputs: the inputs of the masked runs.
     """
-    log_probs = at.log_probs(target.logits)
-    us = {
-        site: torch.rand(value.shape[-1], generator=generator, dtype=torch.float64).to(value).requires_grad_() for site, value in g.items()
-    }
-    worst = 0.0
-    for step in range(steps + 1):
-        with torch.enable_grad():
-            masked = {site: Replacement(stochastic_mask(value, us[site].expand_as(value))) for site, value in g.items()}
-            divergence = at.divergence(log_probs, decomposition(inputs, [masked]))[0]
-        worst = max(worst, divergence.item())
-        if step == steps:
-            break
-        gradients = torch.autograd.grad(divergence, list(us.values()))
-        with torch.no_grad():
-            for u, gradient in zip(us.values(), gradients, strict=True):
-                u.add_(step_size * gradient.sign()).clamp_(0, 1)
-    return worst
+    attacked = _Attacked(decomposition, inputs, g, at, at.log_probs(target.logits))
+    climb = _Climb(attacked, fresh_sources(g, groups=1, delta=decomposition.delta, generator=generator), step_size)
+    for _ in range(steps + 1):
+        climb.step()
+    return climb.best.item()
+
+
+@dataclass(frozen=True)
+class _Attacked:
+    """What is attacked: a decomposition on one batch, with its importances g."""
+
+    decomposition: Decomposition
+    inputs: Inputs
+    g: Mapping[str, Tensor]
+    at: LossAt
+    log_probs: Tensor
+
+    def divergences(self, plans: Sequence[Plan]) -> Float[Tensor, "plan"]:
+        return self.at.divergence(self.log_probs, self.decomposition(self.inputs, plans))
+
+    def plan(self, sources: Mapping[str, Tensor], start: int) -> dict[str, Replacement]:
+        of_start = {site: value[start : start + 1] for site, value in sources.items()}
+        return sourced_plan(self.g, of_start, delta=self.decomposition.delta)
+
+
+class _Climb:
+    """Sign ascent from several starts at once. best: largest KL of each start so far; worst: the sources at which it was found."""
+
+    def __init__(self, attacked: _Attacked, sources: Mapping[str, Float[Tensor, "start source"]], step_size: float) -> None:
+        self.attacked, self.step_size = attacked, step_size
+        self.s = dict(sources)
+        self.worst = {site: value.clone() for site, value in sources.items()}
+        self.best = torch.full((len(next(iter(sources.values()))),), -torch.inf)
+        self.at_once = stack_size(attacked.log_probs.numel(), device=attacked.log_probs.device.type)
+
+    def step(self) -> None:
+        """Measure the KL at the sources, and move every source one step up, as many starts in a pass as fit."""
+        for first in range(0, len(self.best), self.at_once):
+            own = slice(first, first + self.at_once)
+            with torch.enable_grad():
+                leaves = {site: value[own].clone().requires_grad_() for site, value in self.s.items()}
+                found = self.attacked.divergences([self.attacked.plan(leaves, start) for start in range(len(self.best[own]))])
+                slopes = torch.autograd.grad(found.sum(), list(leaves.values()))
+            better = found.detach().cpu() > self.best[own]
+            self.best[own] = torch.where(better, found.detach().cpu(), self.best[own])
+            for (site, leaf), slope in zip(leaves.items(), slopes, strict=True):
+                self.worst[site][own] = torch.where(better.to(leaf.device)[:, None], leaf.detach(), self.worst[site][own])
+                self.s[site][own] = (leaf.detach() + self.step_size * slope.sign()).clamp(0, 1)
 
 
 STARTS = 8
@@ -107,35 +138,15 @@ def attack(
     Masks are r = g + (1 - g) s, and m_Δ is a source too if Δ is a component. A source is shared by all sequences and positions, as in
     `adversarial_recon`, and climbs in the same way.
     """
-    log_probs = at.log_probs(target.logits)
-
-    def divergences(plans: Sequence[Plan]) -> Float[Tensor, "plan"]:
-        return at.divergence(log_probs, decomposition(inputs, plans))
-
-    def plan_of(sources: Mapping[str, Tensor], start: int) -> dict[str, Replacement]:
-        return sourced_plan(g, {site: value[start : start + 1] for site, value in sources.items()}, delta=decomposition.delta)
-
-    at_once = stack_size(log_probs.numel(), device=log_probs.device.type)
-    s = fresh_sources(g, groups=starts, delta=decomposition.delta, generator=generator)
-    best, worst = torch.full((starts,), -torch.inf), {site: value.clone() for site, value in s.items()}
+    attacked = _Attacked(decomposition, inputs, g, at, at.log_probs(target.logits))
+    climb = _Climb(attacked, fresh_sources(g, groups=starts, delta=decomposition.delta, generator=generator), step_size)
+    all_off = attacked.divergences([{site: Replacement(torch.zeros_like(value)) for site, value in g.items()}])[0].item()
     rungs = list[Rung]()
-    all_off = divergences([{site: Replacement(torch.zeros_like(value)) for site, value in g.items()}])[0].item()
     for step in range(steps[-1] + 1):
-        for first in range(0, starts, at_once):
-            own = slice(first, first + at_once)
-            with torch.enable_grad():
-                leaves = {site: value[own].clone().requires_grad_() for site, value in s.items()}
-                found = divergences([plan_of(leaves, start) for start in range(len(best[own]))])
-                slopes = torch.autograd.grad(found.sum(), list(leaves.values()))
-            better = found.detach().cpu() > best[own]
-            best[own] = torch.where(better, found.detach().cpu(), best[own])
-            for (site, leaf), slope in zip(leaves.items(), slopes, strict=True):
-                worst[site][own] = torch.where(better.to(leaf.device)[:, None], leaf.detach(), worst[site][own])
-                s[site][own] = (leaf.detach() + step_size * slope.sign()).clamp(0, 1)
+        climb.step()
         if step in steps:
-            most = best.max().item()
-            rungs.append(Rung(step, best[0].item(), most, most / all_off if all_off > 0 else None))
-    start = int(best.argmax())
-    plan = plan_of(worst, start)
-    without = [divergences([plan | {site: Replacement(value)}])[0].item() for site, value in g.items()]
-    return Attack(rungs, all_off, {site: best.max().item() - each for site, each in zip(g, without, strict=True)})
+            most = climb.best.max().item()
+            rungs.append(Rung(step, climb.best[0].item(), most, most / all_off if all_off > 0 else None))
+    plan = attacked.plan(climb.worst, int(climb.best.argmax()))
+    without = [attacked.divergences([plan | {site: Replacement(value)}])[0].item() for site, value in g.items()]
+    return Attack(rungs, all_off, {site: climb.best.max().item() - each for site, each in zip(g, without, strict=True)})
