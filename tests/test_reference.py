@@ -11,18 +11,18 @@ from paramlens.method.generators import generator
 from paramlens.method.hooks import swapped_in
 from paramlens.method.importance.network import Importance
 from paramlens.method.importance.sigmoids import lower, upper
-from paramlens.method.losses.adversarial import fresh_sources
 from paramlens.method.losses.faithfulness import faithfulness
 from paramlens.method.losses.minimality import minimality
 from paramlens.method.losses.reconstruction import RECONSTRUCTIONS
 from paramlens.method.masks import Replacement, mask_noise
 from paramlens.method.settings import Adversary, Init
 from paramlens.method.sites import at_rest, find_sites
+from paramlens.method.sources import fresh_sources, sources_of
 from paramlens.method.start import initialise
 from paramlens.method.step import training_step
 from paramlens.tasks.induction.model import InductionTransformer
 from paramlens.tasks.induction.sequences import induction_task
-from rounding import TOY, TOY_STEP, bound, near
+from rounding import TOY, TOY_STEP, assert_near, bound, near
 
 RELATIVE = {torch.float32: bound(TOY_STEP, 1), torch.float64: 1e5 * bound(TOY_STEP, 1, torch.float64)}
 """Of the sum of the sizes of what is added up. Double precision is held to half of its digits more than single, and leaves room for the
@@ -172,18 +172,19 @@ def test_step_with_the_remainder(last_token_only: bool):
     check_step("attention", "offset", torch.float64, losses, last_token_only, C=3, delta=True)
 
 
-@pytest.mark.parametrize("delta", [False, True])
-def test_the_adversary(delta: bool):
-    """Sources of each group of rows, the ascent and the loss at its end, with the gradients of U, V and γ."""
+@pytest.mark.parametrize(("delta", "kind"), [(False, "fresh"), (True, "fresh"), (True, "persistent")])
+def test_the_adversary(delta: bool, kind: str):
+    """Sources of each group of rows, the ascent, the loss at its end with the gradients of U, V and γ, and what persistent sources keep."""
     losses = {"adversarial": 1.0, "recon": 0.5}
     config, task, decomposition, importance = make("vector", "offset", torch.float64, C=3, delta=delta, **losses)
-    config = config.model_copy(update={"adversary": Adversary(start=0.2, groups=2, ascents=3, step_size=0.3)})
+    config = config.model_copy(update={"adversary": Adversary(sources=kind, start=0.2, groups=2, ascents=3, step_size=0.3)})
     batch, step = task.batch(0, "train"), 7
     parameters = [*decomposition.parameters(), *importance.parameters()]
     with at_rest(task.model):
         with torch.no_grad():
             assert "adversarial" not in training_step(config, task, decomposition, importance, batch, 1).losses
-        ours = training_step(config, task, decomposition, importance, batch, step)
+        persistent = sources_of(config.adversary)
+        ours = training_step(config, task, decomposition, importance, batch, step, sources=persistent)
         our_gradients = [parameter.grad for parameter in parameters]
         target = decomposition.target_run(batch.inputs)
         pre = reference_pre(config, decomposition, importance, target.inputs)
@@ -217,9 +218,14 @@ def test_the_adversary(delta: bool):
                 site: (value + 0.3 * slope.sign()).clamp(0, 1).detach()
                 for (site, value), slope in zip(sources.items(), slopes, strict=True)
             }
+        sources = {site: value.requires_grad_() for site, value in sources.items()}
         value = attacked(g, sources)
         recon = run({site: (mask, None) for site, mask in g.items()})
     assert relative_error(ours.losses["adversarial"], value) < RELATIVE[torch.float64]
+    assert persistent.kept.keys() == ({} if kind == "fresh" else sources).keys()
+    for slope, (site, kept) in zip(torch.autograd.grad(value, sources.values(), retain_graph=True), persistent.kept.items(), strict=False):
+        clear = slope.abs() > 1e-9  # the sign of a smaller slope is rounding
+        assert_near(kept[clear], (sources[site] + 0.3 * slope.sign()).clamp(0, 1)[clear], TOY, size=1)
     how = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
     theirs, *parts = (torch.autograd.grad(part, parameters, **how) for part in (value + 0.5 * recon, value, 0.5 * recon))
     for mine, their, *sizes in zip(our_gradients, theirs, *parts, strict=True):

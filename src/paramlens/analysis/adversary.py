@@ -13,10 +13,11 @@ from torch import Tensor
 
 from paramlens.method.batch import Inputs
 from paramlens.method.decomposition import Decomposition, Plan, TargetRun
-from paramlens.method.losses.adversarial import fresh_sources, sourced_plan
+from paramlens.method.losses.adversarial import sourced_plan
 from paramlens.method.losses.divergence import LossAt
 from paramlens.method.losses.reconstruction import stack_size
 from paramlens.method.masks import Replacement
+from paramlens.method.sources import fresh_sources
 
 STEPS = 20
 """Number of steps of projected gradient ascent."""

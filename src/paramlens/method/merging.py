@@ -16,19 +16,28 @@ from paramlens.method.decomposition import Decomposition
 from paramlens.method.importance.kind import GammaKind
 from paramlens.method.importance.network import Importance
 from paramlens.method.settings import Merge
+from paramlens.method.sources import FreshSources
 
 
 class Merging:
     """The running maxima of a run, and its merges. They change U, V, γ and the moments in place, as the same parameters of smaller size.
 
-    recent: site → a of every subcomponent, [C].
+    recent: site → a of every subcomponent, [C]. sources: the adversary's, which lose the same subcomponents.
     """
 
     def __init__(
-        self, settings: Merge, steps: int, decomposition: Decomposition, importance: Importance, optimizer: torch.optim.Optimizer
+        self,
+        settings: Merge,
+        steps: int,
+        decomposition: Decomposition,
+        importance: Importance,
+        optimizer: torch.optim.Optimizer,
+        *,
+        sources: FreshSources | None = None,
     ) -> None:
         self.settings, self.steps = settings, steps
         self.decomposition, self.importance, self.optimizer = decomposition, importance, optimizer
+        self.sources = FreshSources() if sources is None else sources
         self.recent: dict[str, Tensor] = {name: U.new_zeros(U.shape[1]) for name, U in decomposition.U.items()}
 
     @torch.no_grad()
@@ -59,6 +68,7 @@ class Merging:
             self._take_gamma(group, [orders[name] for name in group.names])
             group.switch_off([off[name] for name in group.names])
             for name in group.names:
+                self.sources.take(name, orders[name])
                 self.recent[name] = self.recent[name][orders[name]].masked_fill(off[name], 0)
         return before != self.decomposition.C
 

@@ -23,8 +23,10 @@ class Init(Section):
 
 
 class Adversary(Section):
-    """How `losses.adversarial` chooses its masks: sources s in [0, 1], new in every step, climb the KL by the signs of its slopes."""
+    """How `losses.adversarial` chooses its masks: sources s in [0, 1] climb the KL by the signs of its slopes."""
 
+    sources: Literal["fresh", "persistent"] = "fresh"
+    """Drawn anew in every step (fresh), or kept between steps (persistent), which then have one more ascent from the loss's own slopes."""
     start: Share = 0.35
     """Share of all steps before the adversary begins."""
     groups: Count = 8
@@ -194,6 +196,11 @@ class MethodSettings(MachineSettings):
         for section, (loss, given) in sections.items():
             if given and not getattr(self.losses, loss):
                 raise ValueError(f"{section}.* is for losses.{loss}, which is 0; give it a coefficient, or leave {section} out")
+        if self.losses.adversarial and self.adversary.start * self.steps > self.steps - 1:
+            raise ValueError(
+                f"adversary.start {self.adversary.start:g}: the adversary begins after the last of {self.steps} steps; "
+                "give a smaller share, or more steps"
+            )
         if self.merge.every is None and self.merge != Merge():
             raise ValueError("merge.* is for merging, and merge.every is not given; give it a number of steps, or leave merge out")
         return self

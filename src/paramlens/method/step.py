@@ -18,6 +18,7 @@ from paramlens.method.losses.minimality import annealed_p
 from paramlens.method.losses.reconstruction import Reconstruction, reconstruction_backward
 from paramlens.method.masks import noise_from
 from paramlens.method.settings import MethodSettings
+from paramlens.method.sources import FreshSources, sources_of
 from paramlens.method.start import project, project_gradients
 from paramlens.method.task import Task
 
@@ -44,19 +45,22 @@ def training_step(
     step: int,
     *,
     p: float | Tensor | None = None,
+    sources: FreshSources | None = None,
 ) -> Step:
     """Compute the losses on one minibatch and add their gradients to `.grad` of U, V and γ: lines 2 to 9 of Algorithm 3.
 
     Masked runs come first: each forward pass is followed by its own backward pass, which stops at g. Then one backward pass takes the
     gradients at g and those of all other losses through γ. Under `torch.no_grad` only the losses are computed.
-    p: minimality's power. Defaults to its annealed value at `step`.
+    p: minimality's power. Defaults to its annealed value at `step`. sources: the adversary's, which persistent ones keep for the next
+    step. Defaults to new ones.
     """
     with as_batch_error(f"step {step}: the model fails on the batch"):
         target = decomposition.target_run(batch.inputs)  # 2: run the original model
     pre = importance(target.seen, decomposition.U, batch.present)  # 3: causal importances on this batch
     g = {name: lower(value) for name, value in pre.items()}
     p = annealed_p(config.losses, step, config.steps) if p is None else p
-    known = LossInputs(config, task, decomposition, batch, target, pre, g, step, p)
+    sources = sources_of(config.adversary) if sources is None else sources
+    known = LossInputs(config, task, decomposition, batch, target, pre, g, step, p, sources)
     losses = enabled(config.losses)
     # 4, 5, 8: masks, masked runs, divergences
     values, to_g = reconstruction_backward(known, [loss for loss in losses if isinstance(loss, Reconstruction)])
@@ -67,6 +71,7 @@ def training_step(
     roots += [(g[site], gradient) for site, gradient in to_g.items() if g[site].requires_grad]
     if roots:
         torch.autograd.backward([root for root, _ in roots], [gradient for _, gradient in roots])
+    sources.after_backward(config.adversary.step_size)
     values, pre, g = ({name: value.detach() for name, value in each.items()} for each in (values, pre, g))
     return Step(values, total.detach(), p, pre, g, target.logits, batch)
 
@@ -79,8 +84,16 @@ class Steps:
     """
 
     def __init__(
-        self, config: MethodSettings, task: Task, decomposition: Decomposition, importance: Importance, optimizer: torch.optim.Optimizer
+        self,
+        config: MethodSettings,
+        task: Task,
+        decomposition: Decomposition,
+        importance: Importance,
+        optimizer: torch.optim.Optimizer,
+        *,
+        sources: FreshSources | None = None,
     ) -> None:
+        self.sources = sources_of(config.adversary) if sources is None else sources
         self.config, self.task, self.decomposition, self.importance, self.optimizer = config, task, decomposition, importance, optimizer
         self.parameters = [*decomposition.parameters(), *importance.parameters()]
         self.clipped = [list(decomposition.U.values()), list(decomposition.V.values()), list(importance.parameters())]
@@ -96,7 +109,7 @@ class Steps:
 
     def run(self, batch: Batch, step: int, p: Tensor | None = None) -> Step:
         self.optimizer.zero_grad()
-        result = training_step(self.config, self.task, self.decomposition, self.importance, batch, step, p=p)
+        result = training_step(self.config, self.task, self.decomposition, self.importance, batch, step, p=p, sources=self.sources)
         start = self.config.optim.project_from
         projecting = start is not None and step >= start * self.config.steps
         if projecting:

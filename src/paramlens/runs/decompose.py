@@ -25,7 +25,6 @@ from paramlens.method.generators import generator
 from paramlens.method.importance.kind import kind_class
 from paramlens.method.importance.network import Importance
 from paramlens.method.losses.faithfulness import faithfulness
-from paramlens.method.merging import Merging
 from paramlens.method.modes import buffers_kept, default_modes
 from paramlens.method.padding import require_padding_unseen
 from paramlens.method.sites import at_rest, find_sites
@@ -41,7 +40,7 @@ from paramlens.runs.resume import begin, recorded_threads, reopen
 from paramlens.runs.rundir import Run, open_run
 from paramlens.runs.saving import require_space
 from paramlens.runs.target_training import require_device, trained_target
-from paramlens.runs.train import make_optimizer, restore, train
+from paramlens.runs.train import Learner, restore, train
 from paramlens.runs.writer import RunWriter
 from paramlens.tasks.base import BaseTask, Target
 from paramlens.tasks.batches import own_task
@@ -210,8 +209,7 @@ def _run(
     ):
         with buffers_kept(task.model):
             decomposition, importance = _built(config, task)
-        optimizer = make_optimizer(config, decomposition, importance)
-        merging = Merging(config.merge, config.steps, decomposition, importance, optimizer)
+        learner = Learner(config, decomposition, importance)
         start = 0 if state is None else state.step
         require_space(path, config.checkpoint, decomposition, importance, start=start, steps=config.steps)
         identity = target.identity(config.name) | {"sha256": model_sha256(task.model)}
@@ -228,7 +226,7 @@ def _run(
                 tracker.message(missed)
             _start_values(config, decomposition, importance)
         else:
-            restore(checkpoint_path(path, start), state, decomposition, importance, optimizer, merging)
+            restore(checkpoint_path(path, start), state, learner)
         if start == config.steps:
             tracker.message(f"{path}: already finished at step {start}")
         else:
@@ -236,7 +234,7 @@ def _run(
                 tracker.message(SPINNING.format(threads=used))
             how = {"threads": used, "cores": usable_cores(), "waiting": waiting()}
             directory.record(status="running", evaluated_on=task.evaluated_on, **how)
-            train(config, task, decomposition, importance, optimizer, merging, directory, start=start, tracker=tracker)
+            train(config, task, learner, directory, start=start, tracker=tracker)
     return dataclasses.replace(open_run(path, model=task.model), task=task)
 
 

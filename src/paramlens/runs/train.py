@@ -20,6 +20,7 @@ from paramlens.method.losses.divergence import LossAt
 from paramlens.method.losses.smooth_minimality import annealed_width
 from paramlens.method.merging import Merging
 from paramlens.method.settings import Optim
+from paramlens.method.sources import sources_of
 from paramlens.method.step import Step, Steps
 from paramlens.method.task import Task
 from paramlens.runs.checkpoint import CheckpointState, load_parameters
@@ -55,18 +56,17 @@ def rate(optim: Optim, step: int, steps: int) -> float:
     return {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress}[optim.schedule]
 
 
-def train(
-    config: Config,
-    task: Task,
-    decomposition: Decomposition,
-    importance: Importance,
-    optimizer: torch.optim.Optimizer,
-    merging: Merging,
-    directory: RunWriter,
-    *,
-    start: int,
-    tracker: Tracker,
-) -> None:
+class Learner:
+    """What the steps of a run change, and what its checkpoints hold beside the random generators."""
+
+    def __init__(self, config: Config, decomposition: Decomposition, importance: Importance) -> None:
+        self.decomposition, self.importance = decomposition, importance
+        self.optimizer = make_optimizer(config, decomposition, importance)
+        self.sources = sources_of(config.adversary)
+        self.merging = Merging(config.merge, config.steps, decomposition, importance, self.optimizer, sources=self.sources)
+
+
+def train(config: Config, task: Task, learner: Learner, directory: RunWriter, *, start: int, tracker: Tracker) -> None:
     """The loop of Algorithm 3 from step `start`, with logging, evaluation and checkpoints in `directory`.
 
     Raises `DivergedError` before an update with a value that is not finite, `RunInterrupted` after a Ctrl-C or SIGTERM, when the current
@@ -75,7 +75,8 @@ def train(
     began = time.monotonic()
     before = directory.info["seconds"]
     tracker.start("decomposing", steps=config.steps, done=start, path=directory.path, config=config)
-    steps = Steps(config, task, decomposition, importance, optimizer)
+    decomposition, importance, optimizer, merging = learner.decomposition, learner.importance, learner.optimizer, learner.merging
+    steps = Steps(config, task, decomposition, importance, optimizer, sources=learner.sources)
     saver = Saver(directory, every=config.checkpoint.every, message=tracker.message)
     longer = _LongerBatches(importance, tracker)
     status, done = "failed", start
@@ -101,9 +102,7 @@ def train(
                 if saver.due(done) or last or stop:
                     steps.require_finite(result, step)
                     require_finite_parameters(decomposition, importance, done)
-                    saver.save(
-                        partial(_save, config, decomposition, importance, optimizer, merging, directory, done), done, now=bool(last or stop)
-                    )
+                    saver.save(partial(_save, config, learner, directory, done), done, now=bool(last or stop))
                 if stop and not last:
                     raise RunInterrupted(stop)
         status = "finished"
@@ -194,43 +193,34 @@ def _evaluated(
     return {"step": done, "evaluation": metrics}
 
 
-def _save(
-    config: Config,
-    decomposition: Decomposition,
-    importance: Importance,
-    optimizer: torch.optim.Optimizer,
-    merging: Merging,
-    directory: RunWriter,
-    step: int,
-) -> None:
+def _save(config: Config, learner: Learner, directory: RunWriter, step: int) -> None:
     moments = {
         f"{index}.{key}": value if isinstance(value, Tensor) else torch.tensor(value)
-        for index, state in optimizer.state_dict()["state"].items()
+        for index, state in learner.optimizer.state_dict()["state"].items()
         for key, value in state.items()
     }
     if config.merge.every is not None:
-        moments |= {f"{RECENT}{site}": value for site, value in merging.recent.items()}
-    directory.save_checkpoint(config, decomposition, importance, step=step, optimizer=moments, rng=rng_state(config.device))
+        moments |= {f"{RECENT}{site}": value for site, value in learner.merging.recent.items()}
+    moments |= {f"{SOURCES}{site}": value for site, value in learner.sources.kept.items()}
+    directory.save_checkpoint(config, learner.decomposition, learner.importance, step=step, optimizer=moments, rng=rng_state(config.device))
 
 
 RECENT = "recent."
 """Before a site's name: its running maxima, beside the optimizer's moments in a checkpoint."""
+SOURCES = "sources."
+"""Before a site's name: the adversary's persistent sources, in the same place."""
 
 
-def restore(
-    folder: Path,
-    state: CheckpointState,
-    decomposition: Decomposition,
-    importance: Importance,
-    optimizer: torch.optim.Optimizer,
-    merging: Merging,
-) -> None:
-    """Set U, V, γ, the optimizer, the running maxima of merging and all random generators to their state at a checkpoint."""
-    load_parameters(folder, decomposition, importance)
+def restore(folder: Path, state: CheckpointState, learner: Learner) -> None:
+    """Set U, V, γ, the optimizer, merging's running maxima, the adversary's sources and all random generators to those of a checkpoint."""
+    decomposition, optimizer = learner.decomposition, learner.optimizer
+    load_parameters(folder, decomposition, learner.importance)
+    beside = {RECENT: learner.merging.recent, SOURCES: learner.sources.kept}
     moments: dict[int, dict[str, Tensor]] = {}
     for name, value in state.optimizer.items():
-        if name.startswith(RECENT):
-            merging.recent[name.removeprefix(RECENT)] = value.to(decomposition.device)
+        prefix = next((prefix for prefix in beside if name.startswith(prefix)), None)
+        if prefix is not None:
+            beside[prefix][name.removeprefix(prefix)] = value.to(decomposition.device)
             continue
         index, key = name.split(".", 1)
         moments.setdefault(int(index), {})[key] = value

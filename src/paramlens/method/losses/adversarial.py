@@ -8,19 +8,7 @@ from torch import Tensor
 
 from paramlens.method.losses.loss import DirectLoss, LossInputs, register
 from paramlens.method.masks import Replacement, stochastic_mask
-
-Sources = dict[str, Float[Tensor, "group source"]]
-"""Site → for each group of rows one source in [0, 1] per subcomponent, and a last one for Δ if it is a component."""
-
-
-def fresh_sources(g: Mapping[str, Float[Tensor, "*batch C"]], *, groups: int, delta: bool, generator: torch.Generator) -> Sources:
-    """Sources ~ U(0, 1), drawn anew; in every other group rounded to 0 or 1, so that half of the attacks begin at corners."""
-    corners = torch.arange(groups, device=generator.device)[:, None] % 2 == 1
-    found: Sources = {}
-    for site, value in g.items():
-        drawn = torch.rand(groups, value.shape[-1] + delta, generator=generator, device=generator.device, dtype=torch.float64)
-        found[site] = torch.where(corners, drawn.round(), drawn).to(value)
-    return found
+from paramlens.method.sources import climbed
 
 
 def sourced_plan(g: Mapping[str, Float[Tensor, "batch *pos C"]], sources: Mapping[str, Tensor], *, delta: bool) -> dict[str, Replacement]:
@@ -38,7 +26,8 @@ def sourced_plan(g: Mapping[str, Float[Tensor, "batch *pos C"]], sources: Mappin
 def adversarial_loss(known: LossInputs) -> Float[Tensor, ""] | None:
     """KL(target ‖ masked) in nats at sources that a few steps of sign ascent have chosen, with gradient to U, V and γ.
 
-    s ← clamp(s + `adversary.step_size` sign ∂KL/∂s, 0, 1), `adversary.ascents` times. None: before `adversary.start`.
+    s ← clamp(s + `adversary.step_size` sign ∂KL/∂s, 0, 1), `adversary.ascents` times, from where `known.sources` begins.
+    None: before `adversary.start`.
     """
     settings, decomposition = known.config.adversary, known.decomposition
     if known.step < settings.start * known.config.steps:
@@ -51,18 +40,14 @@ def adversarial_loss(known: LossInputs) -> Float[Tensor, ""] | None:
         return known.at.divergence(target_log_probs, decomposition(inputs, [plan], known.target))[0]
 
     fixed = {site: value.detach() for site, value in known.g.items()}
-    groups = min(settings.groups, len(next(iter(fixed.values()))))
-    sources = fresh_sources(fixed, groups=groups, delta=decomposition.delta, generator=known.generator("adversarial"))
+    rows, rng = len(next(iter(fixed.values()))), known.generator("adversarial")
+    sources = known.sources.first(fixed, groups=settings.groups, rows=rows, delta=decomposition.delta, generator=rng)
     for _ in range(settings.ascents):
         with torch.enable_grad():
             leaves = {site: value.requires_grad_() for site, value in sources.items()}
             slopes = torch.autograd.grad(divergence(fixed, leaves), list(leaves.values()))
-        with torch.no_grad():
-            sources = {
-                site: (value + settings.step_size * slope.sign()).clamp(0, 1)
-                for (site, value), slope in zip(leaves.items(), slopes, strict=True)
-            }
-    return divergence(known.g, sources)
+        sources = climbed(leaves, slopes, settings.step_size)
+    return divergence(known.g, known.sources.last(sources))
 
 
 register(DirectLoss("adversarial", adversarial_loss))

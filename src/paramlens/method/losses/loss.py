@@ -1,7 +1,7 @@
 """The definition of a loss: the name of its coefficient, and how it is computed from the inputs of a step."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -13,6 +13,7 @@ from paramlens.method.decomposition import Decomposition, TargetRun
 from paramlens.method.generators import generator
 from paramlens.method.losses.divergence import LossAt
 from paramlens.method.settings import LOSS_NAMES, Losses, MethodSettings
+from paramlens.method.sources import FreshSources
 from paramlens.method.task import Task
 
 
@@ -24,6 +25,7 @@ class LossInputs:
     pre, g: site → γ's pre-activations, and the importances [batch, pos, C] in [0, 1], both with gradient to γ.
     step: number of the step, from 0.
     p: minimality's power at this step; a tensor on the device if the step is captured as a CUDA graph.
+    sources: those of `losses.adversarial`. Defaults to fresh ones.
     """
 
     config: MethodSettings
@@ -35,6 +37,7 @@ class LossInputs:
     g: Mapping[str, Float[Tensor, "*batch C"]]
     step: int
     p: float | Tensor
+    sources: FreshSources = field(default_factory=FreshSources)
 
     @property
     def at(self) -> LossAt:
