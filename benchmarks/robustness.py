@@ -1,7 +1,7 @@
 """What the remainder Δ, merging and the adversary buy, on the induction head: one added at a time, each on the same targets.
 
-    python benchmarks/robustness.py runs [SEED ...]    # all variants on each seed (default 1 2), one thread; goes on where it was stopped
-    python benchmarks/robustness.py tables             # its tables, in Markdown
+    python benchmarks/robustness.py runs [SEED ...] [VARIANT ...]    # default: seeds 1 2, all variants; one thread; goes on where it was stopped
+    python benchmarks/robustness.py tables                           # its tables, in Markdown
 
 Runs go to runs/robustness; every finished one adds its figures to docs/results/robustness.json.
 """
@@ -32,6 +32,7 @@ HOME = {"0.attn.q": "m", "0.attn.k": "s1", "0.attn.v": "s1", "1.attn.q": "s2", "
 
 DELTA: dict[str, object] = {"delta": True, "losses.faithfulness": 0.0}
 MERGE = DELTA | {"merge.every": 50}
+FULL = MERGE | {"losses.adversarial": 1.0, "optim.project_from": None}
 VARIANTS: dict[str, dict[str, object]] = {
     "as shipped": {},
     "Δ": DELTA,
@@ -47,24 +48,29 @@ VARIANTS: dict[str, dict[str, object]] = {
     "C 100": {"C": 100},
     "C 100: Δ, merging": MERGE | {"C": 100},
     "C 100: Δ, merging, adversary": MERGE | {"losses.adversarial": 1.0, "C": 100},
+    "long, C 24": FULL | {"C": 24},
+    "long, C 24, an eighth shuffled": FULL | {"C": 24, "task.shuffled": 0.125},
+    "long, C 100": FULL,
+    "long, C 100, an eighth shuffled": FULL | {"task.shuffled": 0.125},
 }
-"""Name → the fields in which it differs from induction-quick."""
+"""Name → the fields in which it differs from induction-quick, or, where it is long, from induction-cpu."""
 
 
-def runs(seeds: Sequence[int]) -> None:
+def runs(seeds: Sequence[int], variants: Sequence[str]) -> None:
     found = read_json(RESULTS) if RESULTS.is_file() else {"machine": f"{platform.system()} {platform.machine()}, one thread", "runs": {}}
     for seed in seeds:
-        for variant, fields in VARIANTS.items():
+        for variant in variants:
             key = f"{variant}, seed {seed}"
             if key not in found["runs"]:
                 print(key, flush=True)
-                config = load_config("induction-quick", overrides={**fields, "seed": seed, "threads": 1, "evaluate.every": 1500})
+                recipe = "induction-cpu" if variant.startswith("long") else "induction-quick"
+                config = load_config(recipe, overrides={**VARIANTS[variant], "seed": seed, "threads": 1, "evaluate.every": 1500})
                 found["runs"][key] = _measured(_run(config, variant, seed))
                 write_json(RESULTS, found)
 
 
 def _run(config: Config, variant: str, seed: int) -> Run:
-    target, out = RUNS / f"target-s{seed}", RUNS / f"{variant.replace(' ', '-').replace(',', '').replace(':', '')}-s{seed}"
+    target, out = RUNS / f"target-{config.name.removeprefix('induction-')}-s{seed}", RUNS / f"{variant.replace(' ', '-').replace(',', '').replace(':', '')}-s{seed}"
     if not (target / "target.json").is_file():
         train_target(config, out=target)
     if is_run(out) and open_run(out).status == "finished":
@@ -142,6 +148,7 @@ def _each(values: list[float], form: str) -> str:
 
 if __name__ == "__main__":
     if sys.argv[1] == "runs":
-        runs([int(seed) for seed in sys.argv[2:]] or [1, 2])
+        seeds = [int(each) for each in sys.argv[2:] if each.isdecimal()] or [1, 2]
+        runs(seeds, [each for each in sys.argv[2:] if not each.isdecimal()] or list(VARIANTS))
     else:
         tables()

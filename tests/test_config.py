@@ -23,8 +23,9 @@ def test_shipped_configs_load_and_round_trip(name: str, tmp_path):
 
 
 def test_induction_robust_is_the_variant_that_the_study_measured():
-    added = {"delta": True, "merge.every": 50, "losses.adversarial": 1.0, "losses.faithfulness": 0.0, "task.shuffled": 0.25}
-    assert load_config("induction-robust") == load_config("induction-quick", overrides=added | {"name": "induction-robust"})
+    added = {"C": 24, "delta": True, "merge.every": 50, "losses.adversarial": 1.0, "losses.faithfulness": 0.0, "task.shuffled": 0.125}
+    renamed = {"name": "induction-robust", "optim.project_from": None}
+    assert load_config("induction-robust") == load_config("induction-cpu", overrides=added | renamed)
 
 
 def test_induction_is_tables_3_and_4():
