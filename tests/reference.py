@@ -90,6 +90,44 @@ def attend(x: Tensor, p: dict[str, Tensor], relative: str, max_length: int) -> T
     return torch.cat([torch.stack(sequences), x_pos], dim=-1)
 
 
+def transformer(
+    inputs: dict[str, Tensor], trunk: dict[str, Tensor], sites: dict[str, dict[str, Tensor]], heads: int, present: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Pre-activations of all sites, one sequence and one query at a time. inputs: site → (batch, pos, d_in); → (batch, pos, C)."""
+    batch, n = next(iter(inputs.values())).shape[:2]
+    answers: dict[str, list[Tensor]] = {name: [] for name in inputs}
+    for b in range(batch):
+        keys = [i for i in range(n) if present is None or present[b, i]]
+        stream = [torch.cat([normed(inputs[name][b, i]) for name in inputs]) @ trunk["w_in"] for i in range(n)]
+        for layer in range(len(trunk["up"])):
+            own = {name: value[layer] for name, value in trunk.items() if name != "w_in"}
+            triples = [(normed(x) @ own["attend"]).chunk(3) for x in stream]
+            for i in range(n):
+                mixed = []
+                for h in range(heads):
+                    q, k, v = zip(*([part.chunk(heads)[h] for part in triple] for triple in triples), strict=True)
+                    scores = torch.stack([turned(q[i], i) @ turned(k[j], j) / math.sqrt(len(q[i])) for j in keys])
+                    mixed.append(sum(weight * v[j] for weight, j in zip(scores.softmax(0), keys, strict=True)))
+                stream[i] = stream[i] + torch.cat(mixed) @ own["attended"]
+            stream = [x + mlp(normed(x), own["up"], own["b_up"], own["down"], own["b_down"]) for x in stream]
+        for name, p in sites.items():
+            answers[name].append(torch.stack([normed(x) @ p["w_out"] + p["b_out"] for x in stream]))
+    return {name: torch.stack(rows) for name, rows in answers.items()}
+
+
+def normed(x: Tensor) -> Tensor:
+    return x / torch.sqrt(sum(entry**2 for entry in x) / len(x) + 1e-6)
+
+
+def turned(x: Tensor, place: int) -> Tensor:
+    """The rotary encoding: the pair of entries i and i + half is turned by place / 10000^(i / half)."""
+    half = len(x) // 2
+    angles = [place / 10000 ** (i / half) for i in range(half)]
+    first = [x[i] * math.cos(a) - x[i + half] * math.sin(a) for i, a in enumerate(angles)]
+    second = [x[i + half] * math.cos(a) + x[i] * math.sin(a) for i, a in enumerate(angles)]
+    return torch.stack(first + second)
+
+
 def masked_site(
     x: Tensor, U: Tensor, V: Tensor, mask: Tensor, bias: Tensor | None, remainder: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:

@@ -113,7 +113,7 @@ def test_python_m_paramlens_is_the_command(tmp_path):
         (["bench", "--length", "0"], "bench: task.length: 0: give 1 or more"),
         (
             ["bench", "--importance", "nope"],
-            "bench: gamma.kind: 'nope': give 'scalar', 'vector', 'attention', 'attention_shared' or 'shared'",
+            "bench: gamma.kind: 'nope': give 'scalar', 'vector', 'attention', 'attention_shared', 'shared' or 'transformer'",
         ),
         (["bench", "--layerwise-sites", "nope"], "bench: losses.layerwise_sites"),
         (["bench", "--device", "cuda"], "device cuda: torch"),

@@ -53,7 +53,14 @@ def test_every_option_and_every_field(bash):
 
 
 def test_values_where_only_some_are_right(bash):
-    assert bash("decompose", "induction", "--gamma.kind", "") == ["attention", "attention_shared", "scalar", "shared", "vector"]
+    assert bash("decompose", "induction", "--gamma.kind", "") == [
+        "attention",
+        "attention_shared",
+        "scalar",
+        "shared",
+        "transformer",
+        "vector",
+    ]
     assert bash("train-target", "induction", "--task.kind", "f") == ["facts"]
     assert bash("suppress", "run", "--method", "p") == ["projection"]
     assert bash("decompose", "induction", "--optim.lr", "") == []

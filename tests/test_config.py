@@ -71,7 +71,7 @@ def test_induction_is_tables_3_and_4():
         ("compile", 3, "compile: 3: give true or false"),
         ("optim.betas", [0.9], "optim.betas.1: missing; give it"),
         ("optim.betas", [0.9] * 3, "optim.betas: [0.9, 0.9, 0.9]: give at most 2"),
-        ("gamma.kind", "vectr", "gamma.kind: 'vectr': give 'scalar', 'vector', 'attention', 'attention_shared' or 'shared'"),
+        ("gamma.kind", "vectr", "gamma.kind: 'vectr': give 'scalar', 'vector', 'attention', 'attention_shared', 'shared' or 'transformer'"),
         ("gamma.max_length", 3, "gamma.max_length 3 is below task.length 8"),
         ("task.kind", "inducton", "task: give 'induction', 'facts', 'text', 'custom'"),
         ("task.heads", 3, "task: width 4 must be a multiple of heads 3"),

@@ -55,7 +55,7 @@ def test_a_gamma_kind_is_one_file_and_one_line(tmp_path):
     folder = package / "method" / "importance"
     (folder / "linear.py").write_text(LINEAR, encoding="utf-8")
     registry = (folder / "settings.py").read_text(encoding="utf-8")
-    last = '    "shared": "shared.SharedGamma",\n'
+    last = '    "transformer": "transformer.TransformerGamma",\n'
     assert last in registry
     (folder / "settings.py").write_text(registry.replace(last, last + REGISTERED), encoding="utf-8")
     (tmp_path / "tiny.yaml").write_text(dump_config(tiny_with(steps=2)), encoding="utf-8")
@@ -64,7 +64,7 @@ def test_a_gamma_kind_is_one_file_and_one_line(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert Path(found["package"]).parent == package
-    assert "[choices: scalar, vector, attention, attention_shared, shared, linear]" in " ".join(found["help"].split())
+    assert "[choices: scalar, vector, attention, attention_shared, shared, transformer, linear]" in " ".join(found["help"].split())
     sites, width = 3 * 2, TINY["task"]["width"]
     assert found["doctor"]["parameters"]["gamma"] == sites * (width + 1) * TINY["C"]
     assert found["doctor"]["bytes"]["gamma"] == 4 * sites * (width + 1) * TINY["C"]

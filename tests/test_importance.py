@@ -3,6 +3,7 @@ import warnings
 import pytest
 import torch
 
+from paramlens.config.file import make_config
 from paramlens.errors import BatchError, ConfigError
 from paramlens.kernels.flex import flex_by_offset
 from paramlens.method.generators import generator
@@ -36,16 +37,21 @@ def test_same_shapes_share_a_group_and_order_is_kept():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_shapes_and_independence_of_sites(kind: str):
-    """A site's importance is a function of that site's input and parameters alone."""
-    importance = make(kind=kind)
-    pre = importance(inputs(), U)
+    """A site's importance is a function of that site's parameters, and but for the transformer of its input, alone."""
+    importance, x = make(kind=kind), inputs()
+    pre = importance(x, U)
     assert all(value.shape == (2, 8, 5) for value in pre.values())
-    (gradient,) = torch.autograd.grad(pre["a"].square().sum(), importance.groups[0].w_in)
+    (gradient,) = torch.autograd.grad(pre["a"].square().sum(), importance.groups[0].w_out)
     assert gradient[0].abs().sum() > 0
     assert gradient[1].abs().sum() == 0
+    for other in ("b", "c"):
+        changed = importance(x | {other: x[other] + 1.0}, U)
+        assert changed["a"].equal(pre["a"]) is (kind != "transformer")
 
 
-@pytest.mark.parametrize(("kind", "sees"), [("vector", False), ("scalar", False), ("attention", True), ("attention_shared", True)])
+@pytest.mark.parametrize(
+    ("kind", "sees"), [("vector", False), ("scalar", False), ("attention", True), ("attention_shared", True), ("transformer", True)]
+)
 def test_only_attention_sees_other_positions(kind: str, sees: bool):
     importance, x = make(kind=kind), inputs()
     changed = x | {"a": x["a"].clone()}
@@ -95,6 +101,33 @@ def test_attention_needs_a_length_and_a_position_axis():
         make(kind="attention")({name: torch.ones(3, d) for name, (d, _) in SHAPES.items()}, U)
 
 
+def test_the_transformer_needs_a_position_axis_and_one_batch_at_all_sites():
+    importance, x = make(kind="transformer"), inputs()
+    with pytest.raises(
+        BatchError,
+        match=r"site a: the transformer γ needs inputs \(batch, pos, d_in\), but these have the leading axes \(3,\); use gamma.kind vector",
+    ):
+        importance({name: torch.ones(3, d) for name, (d, _) in SHAPES.items()}, U)
+    with pytest.raises(
+        BatchError,
+        match=r"site b: the transformer γ needs inputs \(batch, pos, d_in\) with one \(batch, pos\) at all sites, but these have the "
+        r"leading axes \(2, 7\), those of a \(2, 8\); use gamma.kind vector",
+    ):
+        importance(x | {"b": x["b"][:, 1:]}, U)
+    with pytest.raises(BatchError, match=r"site b: its input has the leading axes \(2, 7\), the padding mask \(2, 8\)"):
+        importance(x | {"b": x["b"][:, 1:]}, U, torch.ones(2, 8, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 1e3])
+def test_the_transformer_reads_directions(scale: float):
+    """What γ reads does not grow with a site's input; an input of 0 is as good as any."""
+    importance, x = make(kind="transformer"), inputs()
+    for name, pre in importance(x | {"b": scale * x["b"]}, U).items():
+        assert pre.isfinite().all()
+        if scale == 1e3:
+            torch.testing.assert_close(pre, importance(x, U)[name], rtol=0, atol=1e-3)  # but for what is added to the mean square
+
+
 def test_scalar_gradient_reaches_u():
     importance = make(kind="scalar")
     reads = {name: value.clone().requires_grad_() for name, value in U.items()}
@@ -126,6 +159,8 @@ def test_removing_subcomponents_is_slicing_every_parameter_along_its_axis(kind, 
                 axis = before.declared[name].C_axis
                 sliced = parameter if axis is None else parameter.index_select(1 + axis, torch.tensor(kept))
                 after.get_parameter(name).copy_(sliced)
+        if whole.trunk is not None:
+            smaller.trunk.load_state_dict(whole.trunk.state_dict())
     ours = smaller(inputs(), {name: value[:, kept] for name, value in U.items()})
     for name, pre in whole(inputs(), U).items():
         assert_near(ours[name], pre[..., kept], TOY_STEP, size=16)  # sums of a dozen products of normal numbers
@@ -142,6 +177,33 @@ def test_parameters_are_as_they_declare(kind):
     assert [name for name, declared in group.declared.items() if declared.lr_factor is not None] == ["relative"] * kind.startswith(
         "attention"
     )
+
+
+def test_names_in_the_file():
+    """A site's parameters begin with its name; what all sites share begins with a dot, as no module's name does."""
+    importance = make(kind="transformer", layers=3)
+    named = importance.named_values()
+    assert {name for name in named if not name.startswith(".")} == {f"{site}.{key}" for site in SHAPES for key in ("w_out", "b_out")}
+    assert {name.removeprefix(".trunk.") for name in named if name.startswith(".")} == set(importance.trunk.declared)
+    assert named[".trunk.w_in"].shape == (4 + 6 + 4, 64)
+    assert named[".trunk.up"].shape == (3, 64, 256)
+    assert sum(value.numel() for value in named.values()) == sum(value.numel() for value in importance.parameters())
+    assert all("." in name and not name.startswith(".") for name in make(kind="attention").named_values())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "vector", "width": 32}, "width 32: only for kind transformer, not vector; leave it out"),
+        ({"layers": 3, "heads": 2}, "layers 3, heads 2: only for kind transformer, not attention; leave it out"),
+        ({"kind": "transformer", "heads": 3}, "width 64 must be a multiple of 6, twice heads 3: rotary position encodings turn pairs"),
+        ({"kind": "transformer", "layers": 0}, "layers"),
+    ],
+)
+def test_sizes_without_effect_or_sense_are_refused(fields: dict[str, object], message: str):
+    with pytest.raises(ConfigError, match=message):
+        make_config({"gamma": fields})
+    assert make_config({"gamma": {"kind": "vector", "width": 64, "layers": 2, "heads": 4}}).gamma.width == 64, "as config.yaml has them"
 
 
 def test_site_parameters_are_views():

@@ -103,9 +103,10 @@ def test_what_is_left_goes_on_as_before(target, kind: str):
         assert_near(gradients_after[name][: len(kept)], part[kept], TOY_STEP, size=10)
 
 
-def test_a_switched_off_subcomponent_stays_off(target):
+@pytest.mark.parametrize("kind", ["vector", "transformer"])
+def test_a_switched_off_subcomponent_stays_off(target, kind: str):
     """Nothing that a step could do turns on what only fills up a site."""
-    made = Made(target, "vector")
+    made = Made(target, kind)
     made.merging.after_step(0, made.losses()[0])
     for _ in range(5):
         made.losses()
@@ -136,9 +137,12 @@ MERGES = {"delta": True, "merge": {"every": 2, "start": 0.2, "threshold": 0.45, 
 FIELDS = {"losses": {"stochastic_recon": 1.0, "recon": 1.0, "minimality": 0.3}, "optim": {"lr": 0.05}, "C": 8}
 
 
-@pytest.fixture(scope="module")
-def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = tiny_with(**MERGES, **FIELDS, checkpoint={"every": 2, "keep_last": 6}, log_every=1)
+GAMMAS = {"attention": {"kind": "attention", "d_gate": 3}, "transformer": {"kind": "transformer", "width": 8, "heads": 2}}
+
+
+@pytest.fixture(scope="module", params=GAMMAS)
+def merged(request, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = tiny_with(**MERGES, **FIELDS, gamma=GAMMAS[request.param], checkpoint={"every": 2, "keep_last": 6}, log_every=1)
     return decompose_config(config, out=tmp_path_factory.mktemp("merged") / "run").path
 
 

@@ -61,8 +61,9 @@ GAMMAS = [
     Gamma(kind="attention", d_gate=3, relative_init="local"),
     Gamma(kind="attention", d_gate=3, relative="query"),
     Gamma(kind="attention_shared", d_gate=3),
+    Gamma(kind="transformer", width=8, heads=2),
 ]
-NAMES = ["scalar", "vector", "shared", "attention", "attention, query", "attention_shared"]
+NAMES = ["scalar", "vector", "shared", "attention", "attention, query", "attention_shared", "transformer"]
 
 
 def parts(model: LlamaForCausalLM, gamma: Gamma) -> tuple[Decomposition, Importance]:

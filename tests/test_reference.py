@@ -10,6 +10,7 @@ from paramlens.method.decomposition import Decomposition, call
 from paramlens.method.generators import generator
 from paramlens.method.hooks import swapped_in
 from paramlens.method.importance.network import Importance
+from paramlens.method.importance.settings import Gamma
 from paramlens.method.importance.sigmoids import lower, upper
 from paramlens.method.losses.faithfulness import faithfulness
 from paramlens.method.losses.minimality import minimality
@@ -34,7 +35,10 @@ KINDS = [
     ("attention", "query"),
     ("shared", "offset"),
     ("attention_shared", "offset"),
+    ("transformer", "offset"),
 ]
+SMALL = {"transformer": {"width": 8, "heads": 2}}
+"""Sizes of a γ kind, for its loops."""
 
 
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor, size: float | None = None) -> float:
@@ -46,7 +50,7 @@ def relative_error(ours: torch.Tensor, theirs: torch.Tensor, size: float | None 
 def make(kind: str, relative: str, dtype: torch.dtype, *, C: int = TINY["C"], delta: bool = False, **losses: float):
     """A decomposition of a tiny target with every subcomponent's γ spread around both kinks."""
     config = tiny_with(
-        gamma={"kind": kind, "d_gate": 3, "relative": relative},
+        gamma={"kind": kind, "d_gate": 3, "relative": relative} | SMALL.get(kind, {}),
         losses=losses or {"recon": 1.0},
         dtype=str(dtype).removeprefix("torch."),
         last_token_only=False,
@@ -69,6 +73,9 @@ def make(kind: str, relative: str, dtype: torch.dtype, *, C: int = TINY["C"], de
 
 def reference_pre(config, decomposition, importance, inputs):
     parameters = importance.site_parameters()
+    if config.gamma.kind == "transformer":
+        seen = {name: inputs[name] for name in decomposition.names}
+        return reference.transformer(seen, dict(importance.trunk.named_parameters()), parameters, config.gamma.heads)
     return {
         name: reference.gamma(
             config.gamma.kind, config.gamma.relative, inputs[name], decomposition.U[name], parameters[name], config.task.length
@@ -89,6 +96,31 @@ def test_gamma(kind: str, relative: str, dtype: torch.dtype, monkeypatch: pytest
     parameters = [*importance.parameters(), *([decomposition.U[name] for name in decomposition.names] if kind == "scalar" else [])]
     weights = {name: torch.randn(value.shape, generator=generator(name), dtype=dtype) for name, value in ours.items()}
     gradients = [torch.autograd.grad(sum((weights[name] * pre[name]).sum() for name in weights), parameters) for pre in (ours, theirs)]
+    for name in ours:
+        assert relative_error(ours[name], theirs[name]) < RELATIVE[dtype]
+    for mine, other in zip(*gradients, strict=True):
+        assert relative_error(mine, other) < RELATIVE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("padded", [False, True])
+def test_transformer_of_sites_of_two_shapes(padded: bool, dtype: torch.dtype):
+    """One trunk over sites of different d_in and C, in the order of the sites and not of the shapes; padding is seen by nobody."""
+    shapes = {"a": (4, 5), "b": (6, 3), "c": (4, 5)}
+    importance = Importance(shapes, Gamma(kind="transformer", width=8, heads=2, layers=2, output_bias=0.3)).to(dtype)
+    importance.initialise(generator("γ"))
+    inputs = {name: torch.randn(2, 7, d_in, generator=generator(name), dtype=dtype) for name, (d_in, _) in shapes.items()}
+    U = {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes.items()}
+    present = torch.tensor([[True] * 7, [False] * 2 + [True] * 4 + [False]]) if padded else None
+    ours = importance(inputs, U, present)
+    theirs = reference.transformer(inputs, dict(importance.trunk.named_parameters()), importance.site_parameters(), 2, present)
+    if padded:
+        theirs = {name: value * present[..., None] for name, value in theirs.items()}
+    weights = {name: torch.randn(value.shape, generator=generator("w", name), dtype=dtype) for name, value in ours.items()}
+    gradients = [
+        torch.autograd.grad(sum((weights[name] * pre[name]).sum() for name in weights), list(importance.parameters()))
+        for pre in (ours, theirs)
+    ]
     for name in ours:
         assert relative_error(ours[name], theirs[name]) < RELATIVE[dtype]
     for mine, other in zip(*gradients, strict=True):

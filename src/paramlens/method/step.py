@@ -141,6 +141,8 @@ class Steps:
         for group in importance.typed_groups:
             for i, site in enumerate(group.names):
                 gradients |= {f"γ's {key} at {site}": value.grad[i] for key, value in group.named_parameters() if value.grad is not None}
+        if (trunk := importance.trunk) is not None:
+            gradients |= {f"γ's {key} in the trunk": value.grad for key, value in trunk.named_parameters()}
         losses = broken(result.losses)
         floats = {str(i): value for i, value in enumerate(_floats(result.batch)) if value.isnan().any()}
         causes = [

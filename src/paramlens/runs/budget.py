@@ -160,9 +160,12 @@ def _gamma_parameters(config: Config, sites: Sequence[Site], length: int, C: int
             numbers = count * parameter.count(C)
             total += numbers
             rearranged = max(rearranged, 2 * numbers * parameter.rearranged)
+    if kind.trunk is not None:
+        d_in = sum(site.d_seen for site in sites)
+        total += sum(parameter.count(C) for parameter in kind.trunk.parameters_of(config.gamma, d_in=d_in).values())
     if total >= MOST_NUMBERS:
         raise ConfigError(
-            f"C {C}, gamma.d_gate {config.gamma.d_gate}, gamma.max_length {config.gamma.max_length}: "
+            f"C {C}, gamma.d_gate {config.gamma.d_gate}, gamma.max_length {config.gamma.max_length}, gamma.width {config.gamma.width}: "
             "no machine has memory for that many parameters; lower them"
         )
     return total, rearranged
@@ -172,7 +175,8 @@ def _gamma_activations(config: Config, sites: Sequence[Site], size: Footprint, C
     """Count of numbers: the sites' inputs, γ's inner activations, its pre-activations, the importances, and their gradients."""
     kind = kind_class(config.gamma.kind)
     kept = [kind.activations(config.gamma, d_in=site.d_seen, C=C, length=size.length) for site in sites]
-    return (sum(kept) + sum(site.d_seen + 5 * C for site in sites)) * size.rows * size.length
+    shared = 0 if kind.trunk is None else kind.trunk.activations(config.gamma, length=size.length)
+    return (shared + sum(kept) + sum(site.d_seen + 5 * C for site in sites)) * size.rows * size.length
 
 
 def _compiled(config: Config) -> bool:

@@ -15,7 +15,7 @@ from paramlens.fields import Count
 from paramlens.files.plain import read_json
 from paramlens.method.decomposition import Decomposition
 from paramlens.method.importance.network import Importance
-from paramlens.method.importance.settings import Gamma, Kind
+from paramlens.method.importance.settings import SIZES, Gamma, Kind
 from paramlens.runs.layout import FORMAT
 
 _REBUILT = ("seed", "batch", "last_token_only", "device", "dtype", "task")
@@ -43,6 +43,14 @@ class GammaShape(_Checked):
     d_gate: Size
     relative: Literal["offset", "query"]
     max_length: Size | None
+    width: Size | None = None
+    layers: Size | None = None
+    heads: Size | None = None
+    """The transformer's sizes. None: another kind."""
+
+    def settings(self) -> Gamma:
+        sizes = {name: value for name in SIZES if (value := getattr(self, name)) is not None}
+        return Gamma(kind=self.kind, d_gate=self.d_gate, relative=self.relative, **sizes)
 
 
 class TargetIdentity(_Checked):
@@ -72,9 +80,8 @@ class ModelDescription(_Checked):
 
     def importance(self, C: Mapping[str, int] | None = None) -> Importance:
         """γ, without loaded values. C: number of subcomponents of each site. Defaults to None: as at the start."""
-        gamma = Gamma(kind=self.gamma.kind, d_gate=self.gamma.d_gate, relative=self.gamma.relative)
         shapes = {site.name: (site.d_seen or site.d_in, self.C if C is None else C[site.name]) for site in self.sites}
-        return Importance(shapes, gamma, max_length=self.gamma.max_length).to(getattr(torch, self.dtype))
+        return Importance(shapes, self.gamma.settings(), max_length=self.gamma.max_length).to(getattr(torch, self.dtype))
 
     def tensors(self, C: Mapping[str, int]) -> dict[str, dict[str, Tensor]]:
         """File stem → tensor name → a meta tensor, as in a checkpoint of this run with C subcomponents at each site."""
@@ -82,12 +89,13 @@ class ModelDescription(_Checked):
         components = {f"{site.name}.U": torch.empty(site.d_in, C[site.name], **kind) for site in self.sites}
         components |= {f"{site.name}.V": torch.empty(C[site.name], site.d_out, **kind) for site in self.sites}
         with torch.device("meta"):
-            return {"components": components, "importance": named_parameters(self.importance(C))}
+            return {"components": components, "importance": self.importance(C).named_values()}
 
 
 def describe(config: Config, decomposition: Decomposition, importance: Importance, target: dict[str, Any]) -> dict[str, Any]:
     """The content of `model.json`. target: id, revision and sha256."""
     gamma = importance.gamma
+    sizes = {name: getattr(gamma, name) for name in SIZES} if importance.trunk is not None else {}
     return {
         "format": FORMAT,
         "C": max(decomposition.C.values()),
@@ -97,7 +105,7 @@ def describe(config: Config, decomposition: Decomposition, importance: Importanc
             {"name": site.name, "d_in": site.d_in, "d_out": site.d_out} | ({"d_seen": site.d_seen} if site.d_seen != site.d_in else {})
             for site in decomposition.sites
         ],
-        "gamma": {"kind": gamma.kind, "d_gate": gamma.d_gate, "relative": gamma.relative, "max_length": importance.max_length},
+        "gamma": {"kind": gamma.kind, "d_gate": gamma.d_gate, "relative": gamma.relative, "max_length": importance.max_length} | sizes,
         "target": target,
         "config": config.model_dump(mode="json", include=set(_REBUILT)),
     }
@@ -127,15 +135,10 @@ def read_description(path: Path) -> ModelDescription:
         raise RunDirError(f"{explain(error, source=str(file))}; restore the file from a copy") from None
 
 
-def named_parameters(importance: Importance) -> dict[str, Tensor]:
-    """Views of γ's parameters by site, with their names in `importance.safetensors`."""
-    return {f"{name}.{key}": value for name, parts in importance.site_parameters().items() for key, value in parts.items()}
-
-
 def parameters(decomposition: Decomposition, importance: Importance) -> dict[str, Mapping[str, Tensor]]:
     """File stem → tensor name → view of U, V or γ, as in a checkpoint."""
     U, V = decomposition.U, decomposition.V
     return {
         "components": {f"{name}.U": U[name] for name in U} | {f"{name}.V": V[name] for name in V},
-        "importance": named_parameters(importance),
+        "importance": importance.named_values(),
     }

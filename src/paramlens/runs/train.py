@@ -24,7 +24,6 @@ from paramlens.method.sources import sources_of
 from paramlens.method.step import Step, Steps
 from paramlens.method.task import Task
 from paramlens.runs.checkpoint import CheckpointState, load_parameters
-from paramlens.runs.description import named_parameters
 from paramlens.runs.randomness import rng_state, set_rng_state
 from paramlens.runs.saving import Saver
 from paramlens.runs.writer import RunWriter
@@ -159,7 +158,7 @@ def held_out(config: Config, task: Task, decomposition: Decomposition, importanc
 def require_finite_parameters(decomposition: Decomposition, importance: Importance, step: int) -> None:
     """Raise `DivergedError` if a parameter is not finite after an update with finite gradients, so that it is not saved."""
     parts = {f"{kind} at {name}": value for kind in ("U", "V") for name, value in getattr(decomposition, kind).items()}
-    parts |= {f"γ's {name}": value for name, value in named_parameters(importance).items()}
+    parts |= {f"γ's {name}": value for name, value in importance.named_values().items()}
     if broken := [name for name, value in parts.items() if not torch.isfinite(value).all()]:
         raise DivergedError(
             f"step {step}: {', '.join(broken[:4])} is not finite after the update; nothing was saved. "

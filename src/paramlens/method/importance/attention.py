@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from paramlens.errors import BatchError
 from paramlens.kernels.flex import FLEX_LENGTH, flex_by_offset
 from paramlens.kernels.mlps import Mlps
-from paramlens.method.importance.kind import GammaKind, Parameter, mlps
+from paramlens.method.importance.kind import GammaKind, Parameter, mlps, require_positions
 from paramlens.method.importance.settings import Gamma
 
 SCORES = 2**27
@@ -78,11 +78,7 @@ class AttentionGamma(GammaKind):
         return self.read(combined.flatten(1, -2))  # line 6
 
     def _require_fitting(self, batch: tuple[int, ...]) -> None:
-        if len(batch) != 2:
-            raise BatchError(
-                f"site {self.names[0]}: the attention γ needs inputs (batch, pos, d_in), but these have the leading axes {tuple(batch)}; "
-                "use gamma.kind vector"
-            )
+        require_positions(self.gamma, self.names[0], batch)
         longest = self.gamma.max_length
         if longest is not None and batch[1] > longest:
             raise BatchError(

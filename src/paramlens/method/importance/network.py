@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from paramlens.errors import BatchError, ConfigError
-from paramlens.method.importance.kind import GammaKind, kind_class
+from paramlens.method.importance.kind import Declared, GammaKind, kind_class
 from paramlens.method.importance.settings import Gamma
 
 
@@ -29,15 +29,22 @@ class Importance(nn.Module):
         self.groups = nn.ModuleList(
             self.kind(names, gamma, d_in=d_in, C=C, max_length=self.max_length) for (d_in, C), names in groups.items()
         )
+        trunk = self.kind.trunk
+        self.trunk = None if trunk is None else trunk({name: d_in for name, (d_in, _) in shapes.items()}, gamma)
 
     @property
     def typed_groups(self) -> list[GammaKind]:
         return cast("list[GammaKind]", list(self.groups))
 
+    @property
+    def declared(self) -> list[Declared]:
+        """Every module that has parameters."""
+        return [*self.typed_groups, *([] if self.trunk is None else [self.trunk])]
+
     def initialise(self, generator: torch.Generator) -> None:
         """Set fan-in normal weights and zero biases (the last bias: `gamma.output_bias`)."""
-        for group in self.typed_groups:
-            group.initialise(generator)
+        for module in self.declared:
+            module.initialise(generator)
 
     @property
     def table_length(self) -> int | None:
@@ -53,33 +60,46 @@ class Importance(nn.Module):
         pre-activations are 0, so nothing there is important or has a cost, and no other position attends to them.
         Raises `BatchError` for a sequence longer than `gamma.max_length`, if that was given, and for inputs that do not match `present`.
         """
+        if present is not None:
+            self._require_padded(inputs, present)
+        seen = inputs if self.trunk is None else dict.fromkeys(inputs, self.trunk(inputs, present))
         pre: dict[str, Tensor] = {}
         for group in self.typed_groups:
-            rows = group([inputs[name] for name in group.names], [U[name] for name in group.names], present)
+            rows = group([seen[name] for name in group.names], [U[name] for name in group.names], present)
             for name, of_site in zip(group.names, rows, strict=True):
                 pre[name] = of_site.unflatten(0, inputs[name].shape[:-1])
         if present is None:
             return {name: pre[name] for name in inputs}
-        for name, value in pre.items():
+        return {name: pre[name].masked_fill(~present[..., None], 0) for name in inputs}
+
+    def _require_padded(self, inputs: Mapping[str, Tensor], present: Bool[Tensor, "batch pos"]) -> None:
+        for name, value in inputs.items():
             if value.shape[:-1] != present.shape:
                 raise BatchError(
                     f"site {name}: its input has the leading axes {tuple(value.shape[:-1])}, the padding mask {tuple(present.shape)}; "
                     "leave the site out, or give batches without padding"
                 )
-        return {name: pre[name].masked_fill(~present[..., None], 0) for name in inputs}
 
     def site_parameters(self) -> dict[str, dict[str, Tensor]]:
-        """Site name → parameter name → that site's values, as a view; these are stored in `importance.safetensors`."""
+        """Site name → parameter name → that site's values, as a view."""
         return {
             name: {key: parameter[i] for key, parameter in group.named_parameters()}
             for group in self.typed_groups
             for i, name in enumerate(group.names)
         }
 
+    def named_values(self) -> dict[str, Tensor]:
+        """Name in `importance.safetensors` → values, as a view: `<site>.<parameter>`, and `.trunk.<parameter>` for what all sites share.
+
+        No site's name begins with a dot, as a module's name is not empty.
+        """
+        named = {f"{site}.{key}": value for site, parts in self.site_parameters().items() for key, value in parts.items()}
+        return named if self.trunk is None else named | {f".trunk.{key}": value for key, value in self.trunk.named_parameters()}
+
     def by_lr_factor(self) -> dict[float | None, list[nn.Parameter]]:
         """Parameters by their factor on γ's learning rate. None: γ's own rate."""
         found: dict[float | None, list[nn.Parameter]] = {}
-        for group in self.typed_groups:
-            for name, parameter in group.named_parameters():
-                found.setdefault(group.declared[name].lr_factor, []).append(parameter)
+        for module in self.declared:
+            for name, parameter in module.named_parameters():
+                found.setdefault(module.declared[name].lr_factor, []).append(parameter)
         return found

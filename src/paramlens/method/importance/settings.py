@@ -12,6 +12,7 @@ KINDS = {
     "attention": "attention.AttentionGamma",
     "attention_shared": "attention_shared.AttentionSharedGamma",
     "shared": "shared.SharedGamma",
+    "transformer": "transformer.TransformerGamma",
 }
 """Value of `gamma.kind` → its module and class in this package. A new kind adds a line here."""
 
@@ -26,7 +27,8 @@ class Gamma(Section):
 
     kind: Kind = "attention"
     """Input of each MLP: its inner activation (scalar), the site's input (vector), or that and all other positions (attention). shared and
-    attention_shared: as vector and attention, with one MLP for all subcomponents of a site, so that γ's size hardly depends on C."""
+    attention_shared: as vector and attention, with one MLP for all subcomponents of a site, so that γ's size hardly depends on C.
+    transformer: one small transformer for all sites, which reads all their inputs at all positions."""
     d_gate: Count = 16
     """Hidden width of each MLP. Table 4: 16. Figure 6: 64."""
     max_length: Count | None = None
@@ -41,9 +43,32 @@ class Gamma(Section):
     """Factor on γ's learning rate for the relative encodings."""
     output_bias: Number = 0.0
     """First value of the last bias; with 1, every subcomponent starts fully on."""
+    width: Count = 64
+    """Width of the transformer γ; its MLPs have four times as many hidden units."""
+    layers: Count = 2
+    """Number of the transformer γ's blocks of attention and MLP."""
+    heads: Count = 4
+    """Number of attention heads in each block of the transformer γ; twice as many must divide `width`."""
 
     @model_validator(mode="after")
     def _local_is_per_offset(self) -> "Gamma":
         if self.relative == "query" and self.relative_init == "local":
             raise ValueError("relative_init local needs relative offset: a table contracted with the query has no value per offset")
         return self
+
+    @model_validator(mode="after")
+    def _transformer_has_its_sizes(self) -> "Gamma":
+        given = {name: getattr(self, name) for name in SIZES if getattr(self, name) != Gamma.model_fields[name].default}
+        if self.kind != "transformer" and given:
+            names = ", ".join(f"{name} {value}" for name, value in given.items())
+            raise ValueError(f"{names}: only for kind transformer, not {self.kind}; leave it out")
+        if self.kind == "transformer" and self.width % (2 * self.heads):
+            raise ValueError(
+                f"width {self.width} must be a multiple of {2 * self.heads}, twice heads {self.heads}: "
+                "rotary position encodings turn pairs of numbers"
+            )
+        return self
+
+
+SIZES = ("width", "layers", "heads")
+"""The fields of `Gamma` that are of the transformer alone."""
