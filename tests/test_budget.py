@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import TINY, tiny_with
+from conftest import TINY, TINY_FACTS, tiny_with
 from paramlens.config.file import load_config, make_config
 from paramlens.errors import ConfigError
 from paramlens.kernels import resources
 from paramlens.kernels.resources import free_memory
+from paramlens.method.importance.network import Importance
+from paramlens.method.importance.settings import KINDS
 from paramlens.method.sites import find_sites
 from paramlens.runs import budget
 from paramlens.runs.budget import Footprint, diagnose, footprint, require_memory
@@ -97,6 +99,39 @@ def test_what_the_model_keeps_is_counted_as_autograd_does():
     assert site + product <= size.kept <= site + product + 4 * 3 * 3
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_gamma_has_as_many_parameters_as_foretold(kind):
+    """At sites of two shapes, with all of γ's numbers: those of each site, and those that all share."""
+    config = make_config(TINY_FACTS | {"gamma": {"kind": kind}})
+    sites, size, _ = forecast(config)
+    assert len({site.d_seen for site in sites}) == 2
+    importance = Importance({site.name: (site.d_seen, config.C) for site in sites}, config.gamma, max_length=size.length)
+    found = diagnose(config, sites, size)
+    assert found.parameters["gamma"] == sum(value.numel() for value in importance.parameters())
+    assert found.bytes["gamma"] == 4 * found.parameters["gamma"]
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_what_the_transformer_keeps_is_counted(layers):
+    config = make_config(TINY_FACTS | {"gamma": {"kind": "transformer", "layers": layers}})
+    sites, size, _ = forecast(config)
+    importance = Importance({site.name: (site.d_seen, config.C) for site in sites}, config.gamma)
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[id(tensor.untyped_storage())] = tensor.untyped_storage()
+        return tensor
+
+    x = {site.name: torch.ones(size.rows, size.length, site.d_seen) for site in sites}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        importance(x, {site.name: torch.zeros(site.d_seen, config.C) for site in sites})
+    own = {id(value.untyped_storage()) for value in importance.parameters()}
+    held = sum(storage.nbytes() for key, storage in kept.items() if key not in own)
+    trunk = importance.kind.trunk.activations(config.gamma, length=size.length)
+    counted = 4 * size.rows * size.length * (trunk + sum(site.d_seen for site in sites))
+    assert held <= counted <= 1.2 * held
+
+
 @pytest.mark.parametrize("name", ["induction-quick", "facts-small"])
 def test_the_shape_alone_foretells_what_weights_would(name):
     config = load_config(name, overrides={} if name == "induction-quick" else {"task.miniature.width": 32, "task.miniature.blocks": 2})
@@ -158,7 +193,7 @@ print(json.dumps({"standing": standing, "foretold": foretold, "peak": peak}))
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read where Linux tells it")
 @pytest.mark.parametrize("kind", ["toy", "GPT-2"])
 @pytest.mark.slow
-@pytest.mark.parametrize("gamma", ["vector", "attention"])
+@pytest.mark.parametrize("gamma", ["vector", "attention", "transformer"])
 def test_a_process_takes_what_was_foretold(kind, gamma, tmp_path):
     sites = ["*.attn.[qkv]"] if kind == "toy" else ["*.c_attn", "*.mlp.*"]
     fields = {"sites": sites, "C": 32, "steps": 2, "threads": 1, "gamma": {"kind": gamma, "d_gate": 8}, "losses": LOSSES}
@@ -179,6 +214,8 @@ def test_a_process_takes_what_was_foretold(kind, gamma, tmp_path):
         ({"C": 4_000_000_000}, r"needs \d+\.\d GiB of memory .*, C \d+ \("),
         ({"C": 2**62}, "no machine has memory for that many parameters"),
         ({"gamma": {"kind": "attention", "max_length": 2**40}}, r"needs \d+\.\d GiB of memory"),
+        ({"gamma": {"kind": "transformer", "width": 2**20}}, r"needs \d+\.\d GiB of memory"),
+        ({"gamma": {"kind": "transformer", "width": 2**40}}, r"gamma.width 1099511627776: no machine has memory"),
         ({"task": TINY["task"] | {"width": 2**40}}, "task: the target is larger than any machine's memory"),
         ({"task": TINY["task"] | {"blocks": 2**40}}, "task.blocks: 1099511627776: give 1000 or less"),
         ({"task": TINY["task"] | {"training": {"batch": 4_000_000_000}}}, r"task.training.batch 4000000000: training the target needs"),

@@ -19,6 +19,7 @@ from paramlens.files.manifest import write_manifest
 from paramlens.method.task import TargetHistory
 from paramlens.runs import rundir, targets, verification
 from paramlens.runs.decompose import decompose, decompose_config
+from paramlens.runs.description import read_description
 from paramlens.runs.integrity import model_sha256
 from paramlens.runs.layout import FORMAT, checkpoints
 from paramlens.runs.rundir import open_run
@@ -94,6 +95,21 @@ def test_model_json_is_enough_to_load(tiny_run):
     assert model["config"]["task"]["kind"] == "induction"
     assert model["sites"][0] == {"name": "blocks.0.attn.q", "d_in": 4, "d_out": 4}
     assert model["gamma"] == {"kind": "attention", "d_gate": 3, "relative": "offset", "max_length": 8}
+
+
+def test_the_transformers_sizes_are_in_model_json(tmp_path):
+    """The run opens with them, whatever the defaults are; sizes that make no network are refused by name."""
+    gamma = {"kind": "transformer", "width": 12, "layers": 1, "heads": 3}
+    run = decompose_config(tiny_with(gamma=gamma), out=tmp_path / "run")
+    file = run.path / "model.json"
+    model = json.loads(file.read_text())
+    assert model["gamma"] == {"d_gate": 16, "relative": "offset", "max_length": 8} | gamma
+    opened = open_run(run.path).importance
+    for name, value in opened.named_values().items():
+        assert value.equal(run.importance.named_values()[name])
+    file.write_text(json.dumps(model | {"gamma": model["gamma"] | {"heads": 4}}))
+    with pytest.raises(RunDirError, match=r"model.json: gamma: .*width 12 must be a multiple of 8.*; restore the file from a copy"):
+        read_description(run.path)
 
 
 def test_older_checkpoints_open_and_are_pruned(tiny_run):

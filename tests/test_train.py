@@ -274,6 +274,17 @@ def test_non_finite_gradient_stops_too(tmp_path, monkeypatch: pytest.MonkeyPatch
         decompose_config(tiny_with(), out=tmp_path / "run")
 
 
+def test_a_gradient_of_what_all_sites_share_is_named(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    def spoiled(*args, **kwargs):
+        args[3].trunk.up.register_hook(lambda gradient: gradient * float("nan"))
+        return original(*args, **kwargs)
+
+    original = step_module.training_step
+    monkeypatch.setattr(step_module, "training_step", spoiled)
+    with pytest.raises(DivergedError, match=r"step 0: a gradient is not finite \(the gradient of γ's up in the trunk\)"):
+        decompose_config(tiny_with(gamma={"kind": "transformer", "width": 8, "heads": 2}), out=tmp_path / "run")
+
+
 def test_non_finite_target_is_refused_before_anything_is_written(tmp_path):
     model = Toy()
     with torch.no_grad():

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
 from paramlens.config.file import explain, make_config, read_tree, with_known_fields
@@ -44,9 +44,14 @@ class GammaShape(_Checked):
     relative: Literal["offset", "query"]
     max_length: Size | None
     width: Size | None = None
-    layers: Size | None = None
+    layers: Annotated[Count, Field(lt=2**10)] | None = None
     heads: Size | None = None
     """The transformer's sizes. None: another kind."""
+
+    @model_validator(mode="after")
+    def _is_a_network(self) -> "GammaShape":
+        self.settings()
+        return self
 
     def settings(self) -> Gamma:
         sizes = {name: value for name in SIZES if (value := getattr(self, name)) is not None}
