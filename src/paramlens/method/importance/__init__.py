@@ -2,6 +2,6 @@
 
 γ maps the site inputs of the *target*, never of a masked run, to one pre-activation per subcomponent. Read `sigmoids` (pre-activations
 to g, and to minimality's input), `kind` (the interface of all γ kinds), then the kinds: `scalar`, `vector`, `attention` (eq. 4,
-Algorithm 1) and our `shared` and `attention_shared`; last `network` (γ of all sites). `settings` has γ's fields of a
-configuration and the registry of kinds.
+Algorithm 1), our `shared` and `attention_shared`, and `transformer`, one network for all sites; last `network` (γ of all sites).
+`settings` has γ's fields of a configuration and the registry of kinds.
 """
