@@ -1,9 +1,9 @@
 """What the remainder Δ, merging and the adversary buy, on the induction head: one added at a time, each on the same targets.
 
-    python benchmarks/robustness.py runs [SEED ...] [VARIANT ...]    # default: seeds 1 2, all variants; one thread; goes on where it was stopped
+    python benchmarks/robustness.py runs [SEED ...] [VARIANT ...]    # default: seeds 1 2, all variants; goes on where it was stopped
     python benchmarks/robustness.py tables                           # its tables, in Markdown
 
-Runs go to runs/robustness; every finished one adds its figures to docs/results/robustness.json.
+One thread. Runs go to runs/robustness; every finished one adds its figures to docs/results/robustness.json.
 """
 
 import platform
@@ -70,7 +70,8 @@ def runs(seeds: Sequence[int], variants: Sequence[str]) -> None:
 
 
 def _run(config: Config, variant: str, seed: int) -> Run:
-    target, out = RUNS / f"target-{config.name.removeprefix('induction-')}-s{seed}", RUNS / f"{variant.replace(' ', '-').replace(',', '').replace(':', '')}-s{seed}"
+    folder = variant.replace(" ", "-").replace(",", "").replace(":", "")
+    target, out = RUNS / f"target-{config.name.removeprefix('induction-')}-s{seed}", RUNS / f"{folder}-s{seed}"
     if not (target / "target.json").is_file():
         train_target(config, out=target)
     if is_run(out) and open_run(out).status == "finished":
