@@ -132,9 +132,11 @@ def test_persistent_sources_go_on_in_the_same_bytes_across_a_merge(tmp_path):
     [
         ({"adversary": {"start": 1}}, "adversary.start"),
         ({"losses": {"adversarial": 1.0}, "adversary": {"start": 0.9}, "steps": 5}, "begins after the last of 5 steps"),
+        ({"losses": {"adversarial": 1.0}}, "losses.adversarial is the only loss and begins after a share of 0.35"),
+        ({"losses": {"adversarial": 1.0}, "adversary": {"ascents": 0}}, "ascents 0: fresh sources that do not climb are random masks"),
         ({"adversary": {"sources": "persistent"}}, r"adversary\.\* is for losses.adversarial, which is 0; give it a coefficient"),
         ({"adversary": {"groups": 2}}, r"adversary\.\* is for losses.adversarial, which is 0; give it a coefficient"),
-        ({"losses": {"adversarial": 1.0}, "device": "cuda", "cuda_graph": True}, "cuda_graph true replays one step"),
+        ({"losses": {"recon": 1.0, "adversarial": 1.0}, "device": "cuda", "cuda_graph": True}, "cuda_graph true replays one step"),
     ],
 )
 def test_what_it_cannot_be_is_refused(fields: dict[str, object], message: str):

@@ -31,10 +31,16 @@ class Adversary(Section):
     """Share of all steps before the adversary begins."""
     groups: Count = 8
     """Groups of a batch's rows; a group shares its sources over rows and positions. Half of them begin at random, half at corners."""
-    ascents: Count = 3
-    """Steps of ascent per training step."""
+    ascents: Natural = 3
+    """Steps of ascent per training step, before the loss is taken. Persistent sources climb with 0 too, by the loss's own slopes."""
     step_size: Positive = 0.4
     """Change of every source in one ascent."""
+
+    @model_validator(mode="after")
+    def _climbs(self) -> "Adversary":
+        if self.sources == "fresh" and not self.ascents:
+            raise ValueError("ascents 0: fresh sources that do not climb are random masks; give 1 or more, or sources persistent")
+        return self
 
 
 class Smooth(Section):
@@ -196,13 +202,24 @@ class MethodSettings(MachineSettings):
         for section, (loss, given) in sections.items():
             if given and not getattr(self.losses, loss):
                 raise ValueError(f"{section}.* is for losses.{loss}, which is 0; give it a coefficient, or leave {section} out")
-        if self.losses.adversarial and self.adversary.start * self.steps > self.steps - 1:
-            raise ValueError(
-                f"adversary.start {self.adversary.start:g}: the adversary begins after the last of {self.steps} steps; "
-                "give a smaller share, or more steps"
-            )
         if self.merge.every is None and self.merge != Merge():
             raise ValueError("merge.* is for merging, and merge.every is not given; give it a number of steps, or leave merge out")
+        return self
+
+    @model_validator(mode="after")
+    def _adversary_begins(self) -> "MethodSettings":
+        start = self.adversary.start
+        if not self.losses.adversarial or not start:
+            return self
+        if start * self.steps > self.steps - 1:
+            raise ValueError(
+                f"adversary.start {start:g}: the adversary begins after the last of {self.steps} steps; give a smaller share, or more steps"
+            )
+        if not any(getattr(self.losses, name) for name in LOSS_NAMES if name != "adversarial"):
+            raise ValueError(
+                f"losses.adversarial is the only loss and begins after a share of {start:g} of the steps, so that the first have none; "
+                "give adversary.start 0, or another loss beside it"
+            )
         return self
 
     @model_validator(mode="after")
