@@ -17,6 +17,7 @@ from paramlens.method.generators import generator
 from paramlens.method.losses.divergence import LossAt, kl_divergence
 from paramlens.method.masks import Replacement
 from paramlens.method.task import Link
+from paramlens.page import report
 from paramlens.runs.decompose import decompose_config
 from paramlens.runs.rundir import open_run
 from paramlens.tasks.induction.model import InductionTransformer
@@ -230,7 +231,35 @@ def test_an_attack_uses_the_remainder_if_it_is_a_component(tmp_path):
         recon = at.divergence(at.log_probs(target.logits), run.decomposition(batch.inputs, [plan]))[0].item()
     assert without.rungs[-1].worst == near(recon, TOY, size=10)  # masks can only be 1
     assert with_it.rungs[-1].worst != without.rungs[-1].worst
+    assert with_it.lacking is not None
+    assert with_it.lacking.endswith("or has been merged; the search moves the remainders Δ alone")
+    assert without.lacking is not None
+    assert without.lacking.endswith("with nothing to move, the figures are those of the importances")
+    almost = ones | {name: value.clone().index_fill_(0, torch.tensor([1]), 0.9) for name, value in list(ones.items())[-1:]}
+    assert attack(run.decomposition, batch.inputs, target, almost, **how).lacking is None
+    present = torch.ones(batch.inputs.shape, dtype=torch.bool).index_fill_(0, torch.tensor([1]), False)
+    padded = attack(run.decomposition, batch.inputs, target, almost, **how | {"at": LossAt(present=present)})
+    assert padded.lacking == without.lacking
     assert one_start != near(recon, TOY, size=10)
+
+
+def test_circuit_and_page_tell_that_all_was_merged(tmp_path):
+    """A decomposition of which nothing but Δ is left: the figures are true; table, verdict and page say what they are of."""
+    losses = {"stochastic_recon": 1.0, "minimality": 0.01}
+    run = decompose_config(tiny_with(C=2, delta=True, losses=losses, steps=2), out=tmp_path / "run")
+    with torch.no_grad():
+        for V in run.decomposition.V.values():
+            V.zero_()
+    found = circuit(run, batches=1, adversary=1)
+    assert found.nothing_to_attack is not None
+    [table] = [table for table in found.tables() if table.title.startswith("Worst masks on the first batch")]
+    assert [note.text for note in table.notes] == [found.nothing_to_attack]
+    verdict = next(each for each in found.verdicts if each.name == "worst case")
+    assert verdict.text.endswith(f"Here {found.nothing_to_attack}.")
+    run.save_analysis("circuit", found.to_json())
+    html = report(run).read_text(encoding="utf-8")
+    assert html.count(f"Here {found.nothing_to_attack}.") == 2
+    assert "Most of it is at" not in html
 
 
 def test_circuit_tells_the_ladder(tiny_run):
@@ -238,6 +267,7 @@ def test_circuit_tells_the_ladder(tiny_run):
     assert [rung.steps for rung in found.adversary] == [20, 21]
     assert found.metrics["recon_worst"] == found.adversary[-1].worst
     assert found.attacked.keys() == set(tiny_run.decomposition.names)
+    assert found.nothing_to_attack is None
     document = found.to_json()
     assert document["adversary"][0].keys() == {"steps", "one_start", "worst", "share"}
     [table] = [table for table in found.tables() if table.title.startswith("Worst masks on the first batch")]

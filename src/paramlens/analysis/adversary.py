@@ -115,11 +115,13 @@ class Attack:
 
     all_off: KL with every subcomponent off, in nats. sites: site → by how many nats the worst KL falls when the masks of this
     site alone are set back to g; the site with the largest figure is the one that is attacked.
+    lacking: if no subcomponent could be turned on, a text that says what the figures then are. None: some could.
     """
 
     rungs: list[Rung]
     all_off: float
     sites: dict[str, float]
+    lacking: str | None
 
 
 def attack(
@@ -150,4 +152,18 @@ def attack(
             rungs.append(Rung(step, climb.best[0].item(), most, most / all_off if all_off > 0 else None))
     plan = attacked.plan(climb.worst, int(climb.best.argmax()))
     without = [attacked.divergences([plan | {site: Replacement(value)}])[0].item() for site, value in g.items()]
-    return Attack(rungs, all_off, {site: climb.best.max().item() - each for site, each in zip(g, without, strict=True)})
+    drops = {site: climb.best.max().item() - each for site, each in zip(g, without, strict=True)}
+    return Attack(rungs, all_off, drops, _lacking(decomposition, g, at))
+
+
+@torch.no_grad()
+def _lacking(decomposition: Decomposition, g: Mapping[str, Float[Tensor, "*batch C"]], at: LossAt) -> str | None:
+    """A text if no mask of a subcomponent can be moved to an effect: each has g = 1 at all positions, or has been merged and writes 0."""
+    for site, value in g.items():
+        off_somewhere = (value if at.present is None else value[at.present]).flatten(0, -2).lt(1).any(0)
+        if (off_somewhere & decomposition.V[site].any(1)).any():
+            return None
+    what = "no subcomponent can be turned on: each has importance 1 at every position, or has been merged"
+    if decomposition.delta:
+        return f"{what}; the search moves the remainders Δ alone"
+    return f"{what}, and no remainder is a component; with nothing to move, the figures are those of the importances"

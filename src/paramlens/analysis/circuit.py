@@ -101,6 +101,8 @@ class Circuit(Result):
     """The worst masks found on the first batch, from several starts, after more and more steps; empty: not searched for."""
     attacked: dict[str, float]
     """Site → by how many nats the worst KL falls when the masks of this site alone are set back to g."""
+    nothing_to_attack: str | None
+    """If no subcomponent could be turned on by the attack, a text that says what its figures then are. None: some could, or no attack."""
     off_data: OffData | None
     """The same decomposition on inputs of another kind. None: the task has no such inputs."""
     verdicts: list[Verdict]
@@ -140,7 +142,7 @@ class Circuit(Result):
             tuple(row(name, metric(name, value)) for name, value in numbers.items()),
             notes=() if self.off_data is None else (Cell(f"off data: {self.off_data.what}", "faint"),),
         )
-        worst = [_attack_table(self.adversary, self.attacked)] if self.adversary else []
+        worst = [_attack_table(self.adversary, self.attacked, self.nothing_to_attack)] if self.adversary else []
         telling = any(change.attention or change.accuracy is not None for change in self.interventions)
         return active, metrics, *([_changes(self.interventions)] if telling else []), *worst, verdict_table(self.verdicts)
 
@@ -149,17 +151,18 @@ _WIDE = 6
 """Up to this many roles, the table shows three decimal places; with more roles, one."""
 
 
-def _attack_table(rungs: Sequence[Rung], attacked: Mapping[str, float]) -> Table:
+def _attack_table(rungs: Sequence[Rung], attacked: Mapping[str, float], lacking: str | None) -> Table:
     site, most = max(attacked.items(), key=lambda each: each[1])
     rows = tuple(
         row(str(rung.steps), f"{rung.one_start:.3f}", f"{rung.worst:.3f}", "-" if rung.share is None else f"{rung.share:.2f}")
         for rung in rungs
     )
+    most_at = f"most of it at {site}: with the masks of this site put back to the importances, {most:.3g} nats less"
     return Table(
         "Worst masks on the first batch, KL in nats",
         columns("steps of ascent", "one start", f"worst of {STARTS} starts", "share of KL with all off"),
         rows,
-        notes=(Cell(f"most of it at {site}: with the masks of this site put back to the importances, {most:.3g} nats less", "faint"),),
+        notes=(Cell(most_at, "faint") if lacking is None else Cell(lacking, "warn"),),
     )
 
 
@@ -200,6 +203,7 @@ def circuit(run: Run, *, threshold: float = ACTIVE, batches: int = 16, adversary
         changed = interventions(decomposition, task, data, threshold=threshold, last_token_only=last_token_only)
         worst = _attacked(run, task, data[0], adversary) if adversary else None
         metrics |= {} if worst is None else {"recon_worst": worst.rungs[-1].worst}
+        lacking = None if worst is None else worst.lacking
         elsewhere = off_data(run, data, threshold=threshold)
         patterns = [_patterns(decomposition, held, task.attention_patterns) for held in data]
     ragged = len({held.roles.shape[1:] for held in data}) > 1  # batches of different lengths cannot be stacked
@@ -237,8 +241,11 @@ def circuit(run: Run, *, threshold: float = ACTIVE, batches: int = 16, adversary
         example=_example(data[0], roles, patterns[0]),
         adversary=[] if worst is None else worst.rungs,
         attacked={} if worst is None else worst.sites,
+        nothing_to_attack=lacking,
         off_data=elsewhere,
-        verdicts=list(verdicts(metrics, off_data=None if elsewhere is None else asdict(elsewhere), target=trained)),
+        verdicts=list(
+            verdicts(metrics, off_data=None if elsewhere is None else asdict(elsewhere), target=trained, nothing_to_attack=lacking)
+        ),
     )
 
 

@@ -29,13 +29,18 @@ class Verdict:
 
 
 def verdicts(
-    metrics: Mapping[str, float], *, off_data: Mapping[str, Any] | None = None, target: Mapping[str, Any] | None = None
+    metrics: Mapping[str, float],
+    *,
+    off_data: Mapping[str, Any] | None = None,
+    target: Mapping[str, Any] | None = None,
+    nothing_to_attack: str | None = None,
 ) -> Iterator[Verdict]:
     """The verdicts for the given metrics.
 
     metrics: of a circuit or an evaluation, by name.
     off_data: as in `circuit.json`. Defaults to None: not measured.
     target: as in `target.json`. Defaults to None: the target was not trained here.
+    nothing_to_attack: as in `circuit.json`. Defaults to None: there was something, or nothing is known of it.
     """
     if target is not None and not target["converged"]:
         text = "The target had not converged when its training ended: what follows is the circuit of a half-trained model."
@@ -57,6 +62,8 @@ def verdicts(
     worst = [metrics[name] for name in ("recon_adversarial", "recon_worst") if name in metrics]
     if worst:
         text = "How far predictions move when inactive subcomponents are turned on by the worst masks that a search finds."
+        if nothing_to_attack is not None:
+            text = f"{text} Here {nothing_to_attack}."
         yield _kl("worst case", max(worst), text)
     if off_data is not None:
         yield _kl("off the data", off_data["recon"], _off_data(off_data))

@@ -76,7 +76,9 @@ def report(run: "Run | str | Path", *, budget: float = BUDGET) -> Path:
         "subcomponents": spread(len(next(iter(site["subcomponents"].values()))) for site in circuit["sites"].values()),
         "inspections": analyses["inspect"]["prompts"] if config.task.own_sentences else [],
         "target": target,
-        "verdicts": list(verdicts(circuit["metrics"], off_data=circuit["off_data"], target=target)),
+        "verdicts": list(
+            verdicts(circuit["metrics"], off_data=circuit["off_data"], target=target, nothing_to_attack=circuit.get("nothing_to_attack"))
+        ),
         "sections": sections,
         "figures": _embedded({figure.name: _drawn(figure) for section in sections for figure in section.figures}),
         "style": Markup(_shipped("style.css")),
