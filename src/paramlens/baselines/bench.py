@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from paramlens.baselines.naive import HIDDEN, NaiveStep
 from paramlens.config.file import make_config
@@ -32,6 +33,7 @@ from paramlens.method.importance.network import Importance
 from paramlens.method.sites import find_sites
 from paramlens.method.start import initialise, subcomponents
 from paramlens.method.step import Steps
+from paramlens.method.task import Task
 from paramlens.runs.target_training import require_device
 from paramlens.runs.train import make_optimizer
 from paramlens.tasks.base import Target
@@ -221,22 +223,27 @@ def busy_process() -> Iterator[None]:
             process.kill()
 
 
-def training(config: Config, side: Literal["ours", "naive"]) -> Callable[[int], Any]:
-    """A function that takes an index and does one training step, with the update, on that batch. The toy target is not trained."""
-    longest = config.task.longest
-    assert longest is not None
+def beginning(config: Config, model: nn.Module | None = None) -> tuple[Task, Decomposition, Importance]:
+    """The task, and the first U, V and γ of its decomposition. model: the target. Defaults to a toy target that is not trained."""
     torch.manual_seed(0)
-    model = config.task.network().to(config.device)
+    model = (config.task.network() if model is None else model).to(config.device)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     task = config.task.make(Target(model.eval()), seed=0, batch=config.batch)
     sites = find_sites(model, config.sites)
     C = subcomponents(config.C, sites)
     decomposition = Decomposition(model, sites, C=C)
-    importance = Importance({site.name: (site.d_seen, C) for site in sites}, config.gamma, max_length=longest)
+    importance = Importance({site.name: (site.d_seen, C) for site in sites}, config.gamma, max_length=config.task.longest)
     initialise(decomposition, config.init, generator=generator(0, "init"))
     importance.initialise(generator(0, "gamma"))
-    importance = importance.to(config.device)
+    return task, decomposition, importance.to(config.device)
+
+
+def training(config: Config, side: Literal["ours", "naive"]) -> Callable[[int], Any]:
+    """A function that takes an index and does one training step, with the update, on that batch. The toy target is not trained."""
+    longest = config.task.longest
+    assert longest is not None
+    task, decomposition, importance = beginning(config)
 
     def batch(i: int) -> Batch:
         return task.batch(i, "train").to(config.device)
