@@ -88,7 +88,9 @@ def reference_pre(config, decomposition, importance, inputs):
 @pytest.mark.parametrize(("kind", "relative"), KINDS)
 def test_gamma(kind: str, relative: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(native, "cached_numbers", lambda: 100)  # several uneven chunks
+    monkeypatch.setattr(native, "MIN_NUMBERS", 100)
     monkeypatch.setattr(mlps, "MIN_CHUNK", 5)
+    monkeypatch.setattr(mlps, "WHOLE", 1)
     config, task, decomposition, importance = make(kind, relative, dtype)
     target = decomposition.target_run(task.batch(0, "train").inputs)
     ours = importance(target.inputs, decomposition.U)

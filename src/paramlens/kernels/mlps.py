@@ -11,8 +11,11 @@ from torch.nn import functional as F
 from paramlens.kernels import native
 from paramlens.kernels.machine import fusible
 
-MIN_CHUNK = 64
+MIN_CHUNK = 128
 """Minimum number of rows in a chunk: with fewer, each chunk reads all of γ's weights for little work."""
+
+WHOLE = 64
+"""Rows in a chunk of hidden units are a multiple of this: numbers beyond the last whole vector are computed one by one."""
 
 GPU_CHUNK = 2**28
 """Number of γ's hidden units computed at once on a GPU: 1 GiB in fp32."""
@@ -117,7 +120,7 @@ def _native_backward(
 
 def _hidden_memory(rows: Tensor, hidden: int) -> tuple[int, Tensor]:
     """Number of rows in a chunk, such that its hidden units fit into the threads' caches, and memory for these hidden units."""
-    size = min(max(MIN_CHUNK, native.cached_numbers() // hidden), rows.shape[1])
+    size = min(max(MIN_CHUNK, native.cached_numbers() // hidden // WHOLE * WHOLE), rows.shape[1])
     return size, rows.new_empty(hidden * size)
 
 
@@ -136,14 +139,13 @@ class ScalarMlps(torch.autograd.Function):
         inner, w_in, b_in, w_out, b_out = (each.contiguous() for each in (inner, w_in, b_in, w_out, b_out))
         ctx.save_for_backward(inner, w_in, b_in, w_out)
         pre = torch.empty_like(inner)
+        if native.serves(inner, w_in, b_in, w_out, b_out):
+            for s, x, out in _site_chunks(inner, pre):
+                native.scalar_mlps_forward(x.shape[1], x, w_in[s], b_in[s], w_out[s], b_out[s], out, *x.shape, w_in.shape[-1])
+            return pre
         for part in _chunks(inner, w_in):
-            if native.serves(inner, w_in, b_in, w_out, b_out):
-                for s in range(len(inner)):
-                    x, out = inner[s, part], pre[s, part]
-                    native.scalar_mlps_forward(x.shape[1], x, w_in[s], b_in[s], w_out[s], b_out[s], out, *x.shape, w_in.shape[-1])
-            else:
-                hidden = F.gelu(torch.addcmul(b_in[:, None], inner[:, part, :, None], w_in[:, None]))
-                pre[:, part] = hidden.mul_(w_out[:, None]).sum(-1).add_(b_out[:, None])
+            hidden = F.gelu(torch.addcmul(b_in[:, None], inner[:, part, :, None], w_in[:, None]))
+            pre[:, part] = hidden.mul_(w_out[:, None]).sum(-1).add_(b_out[:, None])
         return pre
 
     @staticmethod
@@ -153,22 +155,28 @@ class ScalarMlps(torch.autograd.Function):
         grad, grad_inner = grad.contiguous(), torch.empty_like(inner)
         grad_w_in, grad_b_in, grad_w_out = torch.zeros_like(w_in), torch.zeros_like(b_in), torch.zeros_like(w_out)
         grad_b_out = b_in.new_zeros(b_in.shape[:2])
+        if native.serves(inner, w_in, b_in, w_out, grad):
+            for s, x, above, to_x in _site_chunks(inner, grad, grad_inner):
+                sums = (grad_w_in[s], grad_b_in[s], grad_w_out[s], grad_b_out[s])
+                native.scalar_mlps_backward(x.shape[1], x, w_in[s], b_in[s], w_out[s], above, to_x, *sums, *x.shape, w_in.shape[-1])
+            return grad_inner, grad_w_in, grad_b_in, grad_w_out, grad_b_out
         for part in _chunks(inner, w_in):
-            if native.serves(inner, w_in, b_in, w_out, grad):
-                for s in range(len(inner)):
-                    x, sums = inner[s, part], (grad_w_in[s], grad_b_in[s], grad_w_out[s], grad_b_out[s])
-                    given = (x, w_in[s], b_in[s], w_out[s], grad[s, part], grad_inner[s, part])
-                    native.scalar_mlps_backward(x.shape[1], *given, *sums, *x.shape, w_in.shape[-1])
-            else:
-                x, above = inner[:, part, :, None], grad[:, part, :, None]
-                before = torch.addcmul(b_in[:, None], x, w_in[:, None])
-                grad_w_out += F.gelu(before).mul_(above).sum(1)
-                below = torch.ops.aten.gelu_backward(above * w_out[:, None], before)
-                grad_w_in += (below * x).sum(1)
-                grad_b_in += below.sum(1)
-                grad_inner[:, part] = (below * w_in[:, None]).sum(-1)
-                grad_b_out += above[..., 0].sum(1)
+            x, above = inner[:, part, :, None], grad[:, part, :, None]
+            before = torch.addcmul(b_in[:, None], x, w_in[:, None])
+            grad_w_out += F.gelu(before).mul_(above).sum(1)
+            below = torch.ops.aten.gelu_backward(above * w_out[:, None], before)
+            grad_w_in += (below * x).sum(1)
+            grad_b_in += below.sum(1)
+            grad_inner[:, part] = (below * w_in[:, None]).sum(-1)
+            grad_b_out += above[..., 0].sum(1)
         return grad_inner, grad_w_in, grad_b_in, grad_w_out, grad_b_out
+
+
+def _site_chunks(*tensors: Float[Tensor, "site row C"]) -> Iterator[tuple[Any, ...]]:
+    """For every site and chunk of rows: the site's index, and each tensor's part."""
+    size = native.chunk_rows(tensors[0].shape[-1], tensors=2 * len(tensors))
+    for s, of_site in enumerate(zip(*tensors, strict=True)):
+        yield from ((s, *parts) for parts in zip(*(each.split(size) for each in of_site), strict=True))
 
 
 def _chunks(rows: Float[Tensor, "site row _"], w_in: Float[Tensor, "site C *_ d_gate"]) -> Iterator[slice]:

@@ -19,16 +19,24 @@ from torch.nn import Parameter
 
 from paramlens.kernels.openmp import library
 
+MIN_NUMBERS = 2**16
+"""Minimum number of float32 numbers in each tensor of a chunk: with fewer, the calls take as long as the work."""
+
 
 def serves(*tensors: Tensor) -> bool:
     """Whether the compiled kernels can use these tensors: float32 on the CPU, no subclass such as DTensor, with Numba installed."""
-    plain = all(type(each) in (Tensor, Parameter) and each.device.type == "cpu" and each.dtype == torch.float32 for each in tensors)
+    plain = all(type(each) in (Tensor, Parameter) and each.is_cpu and each.dtype is torch.float32 for each in tensors)
     return plain and loop_compiler() is not None
 
 
 def cached_numbers() -> int:
     """How many float32 numbers fit into the second-level caches of PyTorch's threads: the size of a chunk."""
     return _cache_bytes() // 4 * torch.get_num_threads()
+
+
+def chunk_rows(width: int, *, tensors: int) -> int:
+    """Number of rows in a chunk whose `tensors` tensors, of `width` numbers a row, fit into the threads' caches, if not too few."""
+    return max(1, max(cached_numbers() // tensors, MIN_NUMBERS) // width)
 
 
 @cache
@@ -62,7 +70,7 @@ class _Kernel:
 
     def __init__(self, name: str, types: str) -> None:
         """types: one letter per argument: t, a contiguous float32 tensor on the CPU; i, an integer; f, a float."""
-        self.name, self.types = name, types
+        self.name, self.types, self.pack = name, types, [_PACK[kind] for kind in types]
         self.run: Any = None
 
     def __call__(self, units: int, *arguments: Tensor | float) -> None:
@@ -72,7 +80,7 @@ class _Kernel:
         threads = min(torch.get_num_threads(), units)
         openmp = library()
         if openmp is None or threads <= 1:
-            self.run.ctypes(ctypes.cast(packed, ctypes.POINTER(ctypes.c_int64)))
+            self.run.ctypes(packed)
         else:
             packed[-1] = True
             openmp.GOMP_parallel(self.run.address, packed, threads, 0)
@@ -82,14 +90,19 @@ class _Kernel:
         if len(arguments) != len(self.types):
             raise TypeError(f"kernel {self.name}: {len(arguments)} arguments; it takes {len(self.types)} after the units")
         try:
-            words = [_PACK[kind](value) for kind, value in zip(self.types, arguments, strict=True)]
+            words = [pack(value) for pack, value in zip(self.pack, arguments, strict=True)]
         except TypeError as error:
             raise TypeError(f"kernel {self.name}: {error}") from None
-        return (ctypes.c_int64 * loop_compiler().loops.SLOTS)(operator.index(units), *words)
+        return _packed_words()(operator.index(units), *words)
+
+
+@cache
+def _packed_words() -> "type[ctypes.Array[ctypes.c_int64]]":
+    return ctypes.c_int64 * loop_compiler().loops.SLOTS
 
 
 def _address(value: object) -> int:
-    if not (isinstance(value, Tensor) and value.dtype == torch.float32 and value.device.type == "cpu" and value.is_contiguous()):
+    if not (isinstance(value, Tensor) and value.dtype is torch.float32 and value.is_cpu and value.is_contiguous()):
         raise TypeError(f"a contiguous float32 tensor on the CPU is needed, not {_described(value)}")
     return value.data_ptr()
 

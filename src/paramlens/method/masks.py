@@ -212,5 +212,5 @@ def _noise(key: int | None, place: int) -> tuple[int, int, int]:
 
 
 def _chunk_rows(rows: Float[Tensor, "plan row d_in"], U: Float[Tensor, "d_in C"]) -> int:
-    """Number of rows whose inner activations fit into the threads' caches."""
-    return min(max(16, native.cached_numbers() // (8 * U.shape[1])), rows.shape[1])
+    """Number of rows in a chunk: inner activations, g and their gradients fit into half of the threads' caches, if these are not small."""
+    return min(max(16, native.chunk_rows(U.shape[1], tensors=8)), rows.shape[1])
