@@ -29,6 +29,7 @@ from typing import Any
 from unittest.mock import MagicMock, patch
 
 import torch
+from paper_form import PAPER_FORM
 from torch import Tensor
 
 from paramlens import decompose_config, load_config
@@ -44,7 +45,7 @@ from paramlens.method.losses.minimality import annealed_p
 from paramlens.method.masks import mask_noise
 from paramlens.method.step import Steps, training_step
 from paramlens.method.task import Task
-from paramlens.runs.shipped import example
+from paramlens.runs.target_training import train_target
 from paramlens.runs.train import make_optimizer, rate
 
 KINDS = {"scalar": "mlp", "vector": "vector_mlp"}
@@ -53,7 +54,7 @@ LENGTHS = (16, 64)
 REPEATS, WARM = 15, 2
 UNUSED = ("datasets", "wandb_workspaces.reports.v2", "wandb_workspaces.workspaces")
 """Modules that the published code imports and a step does not use."""
-RECIPE = {
+RECIPE = PAPER_FORM | {
     "gamma.kind": "vector",
     "losses.recon_layerwise": 0.0,
     "evaluate.every": 10_000,
@@ -266,12 +267,13 @@ def _disturb(decomposition: Decomposition) -> None:
 
 
 def run(repository: str, steps: int = 1500) -> None:
-    """Both codes for as many steps on the example's target: seconds, and what they reach on the same held-out batches."""
+    """Both codes for as many steps on the target of induction-quick: seconds, and what they reach on the same held-out batches."""
     find_published(repository)
     with tempfile.TemporaryDirectory() as folder:
         shared: dict[str, Any] = {**RECIPE, "steps": steps}
         config = load_config("induction-quick", overrides=shared)
-        target = example(Path(folder) / "example")
+        train_target(config, out=Path(folder) / "target")
+        target = Path(folder) / "target"
         warm = {**shared, **OURS, "steps": 2}
         decompose_config(load_config("induction-quick", overrides=warm), out=Path(folder) / "warm", target=target)
         own = load_config("induction-quick", overrides={**shared, **OURS})

@@ -1,10 +1,10 @@
-"""What docs/choosing.md shows: induction-quick in 600 steps, one knob turned at a time, on one target.
+"""What docs/choosing.md shows: the paper's own losses on the induction head in 600 steps, one knob turned at a time, on one target.
 
     python benchmarks/choosing.py runs       what is not there yet; docs/results/choosing.json, about half an hour of one core
     python benchmarks/choosing.py tables     Markdown and the pictures of what is there
 
 The target is trained first (`paramlens train-target induction-quick`), and every run is `paramlens decompose induction-quick --target ...`
-with 600 steps, two fifths of the shipped 1500, and the fields named.
+with the fields of `paper_form.PAPER_FORM`, 600 steps, and the fields named.
 """
 
 import json
@@ -17,6 +17,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 import torch
+from paper_form import PAPER_FORM
 from picture import save_figure
 from plotly.subplots import make_subplots
 
@@ -46,7 +47,7 @@ RUNS: dict[str, dict[str, dict[str, object]]] = {
         "stochastic masks: a tenth": {"losses.stochastic_recon": 0.1, "losses.stochastic_recon_layerwise": 0.1},
     },
 }
-"""Knob → its setting → the fields that differ from the shipped recipe."""
+"""Knob → its setting → the fields that differ from `PAPER_FORM`."""
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results" / "choosing.json"
 IMAGES = ROOT / "docs" / "images"
@@ -76,7 +77,7 @@ def runs() -> None:
 
 
 def _decomposed(fields: Mapping[str, object], path: Path, target: Path) -> Any:
-    return decompose_config(load_config(CONFIG, overrides={**SHORTER, **fields}), out=path, target=target, overwrite=True)
+    return decompose_config(load_config(CONFIG, overrides={**PAPER_FORM, **SHORTER, **fields}), out=path, target=target, overwrite=True)
 
 
 def _measured(fields: Mapping[str, object], path: Path, target: Path) -> dict[str, object]:
@@ -109,7 +110,7 @@ def tables() -> None:
     for knob, rows in found.items():
         if knob != "shipped":
             print(f"\n{knob}\n")
-            print(_table({"as shipped": found["shipped"]["shipped"], **rows}))
+            print(_table({"the recipe": found["shipped"]["shipped"], **rows}))
     C = {24: found["shipped"]["shipped"], **{int(name): row for name, row in found["C"].items()}}
     pressure = {0.2: found["shipped"]["shipped"], **{float(name): row for name, row in found["minimality"].items()}}
     columns = [("C, subcomponents a site", C, 24), ("coefficient of minimality", pressure, 0.2)]

@@ -5,7 +5,7 @@
     python benchmarks/induction.py ablations   # one part of the method taken away at a time
     python benchmarks/induction.py bounds      # the least KL that few rank-1 terms reach in the first block's queries and keys
     python benchmarks/induction.py quick       # docs/results.md: five seeds of induction-quick
-    python benchmarks/induction.py vector      # the same on the same targets with the vector γ
+    python benchmarks/induction.py vector      # the paper's own losses on the same targets with the vector γ
     python benchmarks/induction.py tables      # Markdown of all that docs/results holds
 
 Runs go to runs/; as many at a time as there are cores.
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from paper_form import PAPER_FORM
 
 from paramlens import Run, agreement, circuit, load_config, open_run, svd_baseline
 from paramlens.config.model import Config
@@ -72,7 +73,7 @@ def quick() -> None:
 
 
 def vector() -> None:
-    fields = {"gamma.kind": "vector"}
+    fields = PAPER_FORM | {"gamma.kind": "vector"}
     _decompose(load_config(QUICK, overrides=fields), SEEDS, RUNS / "vector", target=RUNS / QUICK / "s{seed}")
     rows = [_measure(RUNS / "vector" / f"s{seed}") for seed in range(SEEDS)]
     _write("vector", {"config": QUICK, "fields": fields, "seeds": rows})

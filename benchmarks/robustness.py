@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from paper_form import PAPER_FORM
 
 from paramlens import circuit, load_config, open_run
 from paramlens.analysis.circuit import Circuit
@@ -34,7 +35,7 @@ DELTA: dict[str, object] = {"delta": True, "losses.faithfulness": 0.0}
 MERGE = DELTA | {"merge.every": 50}
 FULL = MERGE | {"losses.adversarial": 1.0, "optim.project_from": None}
 VARIANTS: dict[str, dict[str, object]] = {
-    "as shipped": {},
+    "the paper's losses": {},
     "Δ": DELTA,
     "Δ, merging": MERGE,
     "adversary": {"losses.adversarial": 1.0},
@@ -53,7 +54,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "long, C 100": FULL,
     "long, C 100, an eighth shuffled": FULL | {"task.shuffled": 0.125},
 }
-"""Name → the fields in which it differs from induction-quick, or, where it is long, from induction-cpu."""
+"""Name → the fields in which it differs from `PAPER_FORM`, or, where it is long, from induction-cpu."""
 
 
 def runs(seeds: Sequence[int], variants: Sequence[str]) -> None:
@@ -63,8 +64,9 @@ def runs(seeds: Sequence[int], variants: Sequence[str]) -> None:
             key = f"{variant}, seed {seed}"
             if key not in found["runs"]:
                 print(key, flush=True)
-                recipe = "induction-cpu" if variant.startswith("long") else "induction-quick"
-                config = load_config(recipe, overrides={**VARIANTS[variant], "seed": seed, "threads": 1, "evaluate.every": 1500})
+                recipe, base = ("induction-cpu", {}) if variant.startswith("long") else ("induction-quick", PAPER_FORM)
+                fields = base | VARIANTS[variant] | {"seed": seed, "threads": 1, "evaluate.every": 1500}
+                config = load_config(recipe, overrides=fields)
                 found["runs"][key] = _measured(_run(config, variant, seed))
                 write_json(RESULTS, found)
 

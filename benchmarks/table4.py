@@ -1,8 +1,7 @@
 """Table 4's own losses and coefficients on the induction head, at growing lengths.
 
     python benchmarks/table4.py runs [SEED ...]    # default 1 2, one thread, about an hour a seed; goes on where it was stopped
-    python benchmarks/table4.py ranks [SEED ...]   # the least that Q0 and K0 can have of it with r parts at their role
-    python benchmarks/table4.py tables             # all tables, in Markdown
+    python benchmarks/table4.py tables             # its table, in Markdown
 
 Runs go to runs/table4; every finished one adds its figures to docs/results/table4.json.
 """
@@ -14,21 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from paramlens import circuit, load_config, open_run
 from paramlens.analysis.held_out import divergences, held_out
 from paramlens.files.plain import read_json, write_json
-from paramlens.method.batch import Batch
 from paramlens.method.generators import generator
-from paramlens.method.hooks import hooked
 from paramlens.method.losses.divergence import LossAt
 from paramlens.method.losses.reconstruction import RECONSTRUCTIONS
 from paramlens.runs.decompose import decompose_config
 from paramlens.runs.layout import is_run
 from paramlens.runs.rundir import Run
 from paramlens.runs.target_training import train_target
-from paramlens.tasks.induction.sequences import ROLES
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, RUNS = ROOT / "docs/results/table4.json", ROOT / "runs/table4"
@@ -86,63 +81,6 @@ def _measured(run: Run) -> dict[str, Any]:
     }
 
 
-RANKS = (1, 2, 3, 4, 6, 8)
-FIT, FIT_LR = 600, 0.05
-
-
-def ranks(seeds: Sequence[int]) -> None:
-    """For the key at s1 and the query at m of the first block: the lowest KL found with any table (position, r) times any (r, d).
-
-    It is 0 at all other positions, where every part of the site is off. Rows of the table stand for r parts' importances and reads, each
-    free at each position, so that no γ and no U of rank r can do better, but for what they could learn from the token besides.
-    """
-    found = read_json(RESULTS)
-    found["ranks"] = found.get("ranks", {})
-    for seed in seeds:
-        run = open_run(RUNS / f"steps-{STEPS[0]}-s{seed}")
-        for site in ("K0", "Q0"):
-            for rank in RANKS:
-                key = f"{site}, rank {rank}, seed {seed}"
-                if key not in found["ranks"]:
-                    found["ranks"][key] = min(_lowest(run, site, rank, start) for start in range(2))
-                    print(key, f"{found['ranks'][key]:.2e}", flush=True)
-                    write_json(RESULTS, found)
-
-
-def _lowest(run: Run, site: str, rank: int, start: int) -> float:
-    """Mean KL in nats on held-out sequences after training table and directions on the layerwise loss of this site."""
-    torch.set_num_threads(1)
-    name, role = HOME[site]
-    model, index = run.decomposition.model, ROLES.index(role)
-    module = model.get_submodule(f"blocks.{name}")
-    rng = torch.Generator().manual_seed(start)
-    codes = model.positions.detach() @ module.weight.detach().T
-    left, sizes, right = torch.linalg.svd(codes, full_matrices=False)
-    table, directions = left[:, :rank] * sizes[:rank], right[:rank].clone()
-    if start:
-        table, directions = (torch.randn(each.shape, generator=rng) * each.std() for each in (table, directions))
-    table.requires_grad_(), directions.requires_grad_()
-    optimizer = torch.optim.Adam([table, directions], lr=FIT_LR)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, FIT)
-
-    def divergence(batch: Batch) -> Tensor:
-        assert batch.roles is not None
-        at, here = LossAt(last_token_only=True, present=None), (batch.roles == index)[..., None]
-        with torch.no_grad():
-            log_probs = at.log_probs(model(batch.inputs))
-        with hooked(after=[(module, lambda _module, _args, _kwargs, output: torch.where(here, table @ directions, 0.0).to(output))]):
-            return at.divergence(log_probs, at.logits(model(batch.inputs))[None])[0]
-
-    assert run.task is not None
-    for step in range(FIT):
-        optimizer.zero_grad()
-        divergence(run.task.batch(step, "train")).backward()
-        optimizer.step()
-        schedule.step()
-    with torch.no_grad():
-        return sum(divergence(each.batch).item() for each in held_out(run, batches=BATCHES)) / BATCHES
-
-
 def tables() -> None:
     found = read_json(RESULTS)
     names = ("recon", "stochastic_recon", "recon_layerwise", "faithfulness")
@@ -167,19 +105,10 @@ def tables() -> None:
         cells += [f"{sum(stochastic) / len(stochastic):.1e}"]
         cells += [", ".join(f"{values[site]:.1e}" for site in ("Q0", "K0")) for values in layerwise.values()]
         print(f"| {' | '.join(cells)} | {row['seconds']:.0f} |")
-    if "ranks" in found:
-        seeds = sorted({key.rpartition(" ")[2] for key in found["ranks"]})
-        heads = [f"{site}, seed {seed}" for site in ("K0", "Q0") for seed in seeds]
-        print(f"\n| rank | {' | '.join(heads)} |\n|---:{'|---:' * len(heads)}|")
-        for rank in RANKS:
-            values = [found["ranks"][f"{site}, rank {rank}, seed {seed}"] for site in ("K0", "Q0") for seed in seeds]
-            print(f"| {rank} | {' | '.join(f'{value:.1e}' for value in values)} |")
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "runs":
         runs([int(seed) for seed in sys.argv[2:]] or [1, 2])
-    elif sys.argv[1] == "ranks":
-        ranks([int(seed) for seed in sys.argv[2:]] or [1, 2])
     else:
         tables()

@@ -1,0 +1,17 @@
+"""The recipe of the studies of the paper's own losses: induction-quick without what the paper does not have, and at their sizes."""
+
+PAPER_FORM: dict[str, object] = {
+    "steps": 1500,
+    "batch": 64,
+    "C": 24,
+    "delta": False,
+    "task.shuffled": 0.0,
+    "losses.recon_layerwise": 0.5,
+    "losses.layerwise_sites": "all",
+    "losses.adversarial": 0.0,
+    "losses.faithfulness": 1000.0,
+    "losses.minimality": 0.2,
+    "merge.every": None,
+    "merge.start": 0.15,
+}
+"""The fields in which it differs from induction-quick, whose target it has."""
