@@ -147,6 +147,9 @@ class Circuit(Result):
         return active, metrics, *([_changes(self.interventions)] if telling else []), *worst, verdict_table(self.verdicts)
 
 
+ATTACKED = 4
+"""Number of batches that are attacked from one start each."""
+
 _WIDE = 6
 """Up to this many roles, the table shows three decimal places; with more roles, one."""
 
@@ -189,7 +192,7 @@ def circuit(run: Run, *, threshold: float = ACTIVE, batches: int = 16, adversary
     A task without held-out batches is evaluated on its training data, and `evaluated_on` says so. A task without roles has one, "all".
 
     adversary: number of steps of projected gradient ascent to the worst masks; 0 leaves it out. recon_adversarial is from one start, mean
-    over batches; `Circuit.adversary` is from several, on the first batch, after 20, 40, 80 ... steps up to this number.
+    over the first four batches; `Circuit.adversary` is from several, on the first batch, after 20, 40, 80 ... steps up to this number.
     Raises `ConfigError` for a number out of range and for a run on your own model that was opened without batches.
     """
     task = data_of(run)
@@ -277,7 +280,7 @@ def _metrics(run: Run, task: Task, data: Sequence[HeldOut], *, threshold: float,
             threshold=threshold,
             seed=seed_of(seed, index),
         )
-        if adversary:
+        if adversary and index < ATTACKED:
             row["recon_adversarial"] = adversarial_recon(
                 run.decomposition,
                 task.loss_inputs(held.batch, last_token_only=last_token_only),
@@ -289,7 +292,8 @@ def _metrics(run: Run, task: Task, data: Sequence[HeldOut], *, threshold: float,
             )
         rows.append(row)
     counts = [LossAt(last_token_only, held.batch.present).count(held.target.logits) for held in data]
-    metrics = {name: mean_over_batches([row[name] for row in rows], counts) for name in rows[0]}
+    of_all = {name: [row[name] for row in rows if name in row] for name in rows[0]}
+    metrics = {name: mean_over_batches(values, counts[: len(values)]) for name, values in of_all.items()}
     return metrics | left_out(run.decomposition)
 
 
