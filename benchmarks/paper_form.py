@@ -5,12 +5,9 @@ PAPER_FORM: dict[str, object] = {
     "batch": 64,
     "C": 24,
     "delta": False,
-    "task.shuffled": 0.0,
     "losses.recon_layerwise": 0.5,
     "losses.layerwise_sites": "all",
-    "losses.adversarial": 0.0,
     "losses.faithfulness": 1000.0,
-    "losses.minimality": 0.2,
     "merge.every": None,
     "merge.start": 0.15,
 }
