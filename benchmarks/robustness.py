@@ -6,20 +6,20 @@
 One thread. Runs go to runs/robustness; every finished one adds its figures to docs/results/robustness.json.
 """
 
-import platform
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from paper_form import PAPER_FORM
+from studies import each_once
 
 from paramlens import circuit, load_config, open_run
 from paramlens.analysis.circuit import Circuit
-from paramlens.config.model import Config
-from paramlens.files.plain import read_json, write_json
+from paramlens.files.plain import read_json
 from paramlens.runs.decompose import decompose_config
 from paramlens.runs.layout import is_run
 from paramlens.runs.rundir import Run
@@ -58,20 +58,12 @@ VARIANTS: dict[str, dict[str, object]] = {
 
 
 def runs(seeds: Sequence[int], variants: Sequence[str]) -> None:
-    found = read_json(RESULTS) if RESULTS.is_file() else {"machine": f"{platform.system()} {platform.machine()}, one thread", "runs": {}}
-    for seed in seeds:
-        for variant in variants:
-            key = f"{variant}, seed {seed}"
-            if key not in found["runs"]:
-                print(key, flush=True)
-                recipe, base = ("induction-cpu", {}) if variant.startswith("long") else ("induction-quick", PAPER_FORM)
-                fields = base | VARIANTS[variant] | {"seed": seed, "threads": 1, "evaluate.every": 1500}
-                config = load_config(recipe, overrides=fields)
-                found["runs"][key] = _measured(_run(config, variant, seed))
-                write_json(RESULTS, found)
+    each_once(RESULTS, {f"{variant}, seed {seed}": partial(_measured, variant, seed) for seed in seeds for variant in variants})
 
 
-def _run(config: Config, variant: str, seed: int) -> Run:
+def _run(variant: str, seed: int) -> Run:
+    recipe, base = ("induction-cpu", {}) if variant.startswith("long") else ("induction-quick", PAPER_FORM)
+    config = load_config(recipe, overrides=base | VARIANTS[variant] | {"seed": seed, "threads": 1, "evaluate.every": 1500})
     folder = variant.replace(" ", "-").replace(",", "").replace(":", "")
     target, out = RUNS / f"target-{config.name.removeprefix('induction-')}-s{seed}", RUNS / f"{folder}-s{seed}"
     if not (target / "target.json").is_file():
@@ -81,8 +73,9 @@ def _run(config: Config, variant: str, seed: int) -> Run:
     return decompose_config(config, out=out, target=target, overwrite=out.exists())
 
 
-def _measured(run: Run) -> dict[str, Any]:
+def _measured(variant: str, seed: int) -> dict[str, Any]:
     torch.set_num_threads(1)
+    run = _run(variant, seed)
     found: Circuit = circuit(run, batches=BATCHES, adversary=STEPS)
     active = {name: found.sites[f"blocks.{name}"].active[role] for name, role in HOME.items()}
     return {

@@ -6,17 +6,18 @@
 Runs go to runs/table4; every finished one adds its figures to docs/results/table4.json.
 """
 
-import platform
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from studies import each_once
 
 from paramlens import circuit, load_config, open_run
 from paramlens.analysis.held_out import divergences, held_out
-from paramlens.files.plain import read_json, write_json
+from paramlens.files.plain import read_json
 from paramlens.method.generators import generator
 from paramlens.method.losses.divergence import LossAt
 from paramlens.method.losses.reconstruction import RECONSTRUCTIONS
@@ -40,14 +41,7 @@ HOME = {"Q0": ("0.attn.q", "m"), "K0": ("0.attn.k", "s1"), "V0": ("0.attn.v", "s
 
 
 def runs(seeds: Sequence[int]) -> None:
-    found = read_json(RESULTS) if RESULTS.is_file() else {"machine": f"{platform.system()} {platform.machine()}, one thread", "runs": {}}
-    for seed in seeds:
-        for steps in STEPS:
-            key = f"{steps} steps, seed {seed}"
-            if key not in found["runs"]:
-                print(key, flush=True)
-                found["runs"][key] = _measured(_run(steps, seed))
-                write_json(RESULTS, found)
+    each_once(RESULTS, {f"{steps} steps, seed {seed}": partial(_measured, steps, seed) for seed in seeds for steps in STEPS})
 
 
 def _run(steps: int, seed: int) -> Run:
@@ -61,16 +55,17 @@ def _run(steps: int, seed: int) -> Run:
     return decompose_config(config, out=out, target=target, overwrite=out.exists())
 
 
-@torch.no_grad()
-def _measured(run: Run) -> dict[str, Any]:
+def _measured(steps: int, seed: int) -> dict[str, Any]:
     torch.set_num_threads(1)
+    run = _run(steps, seed)
     found = circuit(run, batches=BATCHES)
     layerwise = {name: [0.0] * len(HOME) for name in ("recon_layerwise", "stochastic_recon_layerwise")}
     for batch in held_out(run, batches=BATCHES):
         at = LossAt(last_token_only=True, present=batch.batch.present)
         for name, sums in layerwise.items():
             plans = list(RECONSTRUCTIONS[name].plans(batch.g, generator=generator(0, "table 4")))
-            found_here = divergences(run.decomposition, batch.batch.inputs, plans, at=at, log_probs=at.log_probs(batch.target.logits))
+            with torch.no_grad():
+                found_here = divergences(run.decomposition, batch.batch.inputs, plans, at=at, log_probs=at.log_probs(batch.target.logits))
             layerwise[name] = [total + value / BATCHES for total, value in zip(sums, found_here, strict=True)]
     return {
         "seconds": run.info["seconds"],

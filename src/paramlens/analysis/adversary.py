@@ -17,7 +17,7 @@ from paramlens.method.losses.adversarial import sourced_plan
 from paramlens.method.losses.divergence import LossAt
 from paramlens.method.losses.reconstruction import stack_size
 from paramlens.method.masks import Replacement
-from paramlens.method.sources import fresh_sources
+from paramlens.method.sources import climbed, fresh_sources
 
 STEPS = 20
 """Number of steps of projected gradient ascent."""
@@ -87,9 +87,10 @@ class _Climb:
                 slopes = torch.autograd.grad(found.sum(), list(leaves.values()))
             better = found.detach().cpu() > self.best[own]
             self.best[own] = torch.where(better, found.detach().cpu(), self.best[own])
-            for (site, leaf), slope in zip(leaves.items(), slopes, strict=True):
-                self.worst[site][own] = torch.where(better.to(leaf.device)[:, None], leaf.detach(), self.worst[site][own])
-                self.s[site][own] = (leaf.detach() + self.step_size * slope.sign()).clamp(0, 1)
+            for site, moved in climbed(leaves, slopes, self.step_size).items():
+                at = leaves[site].detach()
+                self.worst[site][own] = torch.where(better.to(at.device)[:, None], at, self.worst[site][own])
+                self.s[site][own] = moved
 
 
 STARTS = 8
