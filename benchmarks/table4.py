@@ -1,13 +1,14 @@
 """Table 4's own losses and coefficients on the induction head, at growing lengths.
 
-    python benchmarks/table4.py runs [SEED ...]    # default 1 2, one thread, about an hour a seed; goes on where it was stopped
-    python benchmarks/table4.py tables             # its table, in Markdown
+    python benchmarks/table4.py runs [SEED ...]               # default 1 2, one thread, about an hour a seed; goes on where it was stopped
+    python benchmarks/table4.py gpu STEPS BATCH [SEED ...]    # the same on a GPU, with Table 4's d_gate
+    python benchmarks/table4.py tables                        # its table, in Markdown
 
 Runs go to runs/table4; every finished one adds its figures to docs/results/table4.json.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS, RUNS = ROOT / "docs/results/table4.json", ROOT / "runs/table4"
 STEPS = (800, 3200, 11000)
 BATCHES = 4
-SMALLER: dict[str, object] = {"batch": 32, "gamma.d_gate": 8, "threads": 1, "evaluate.every": 100000}
+SMALLER: dict[str, object] = {"batch": 32, "gamma.d_gate": 8}
 """Where it is smaller than Tables 3 and 4, besides the steps and the target's training (that of induction-quick)."""
 HOME = {"Q0": ("0.attn.q", "m"), "K0": ("0.attn.k", "s1"), "V0": ("0.attn.v", "s1")} | {
     "Q1": ("1.attn.q", "s2"),
@@ -41,23 +42,31 @@ HOME = {"Q0": ("0.attn.q", "m"), "K0": ("0.attn.k", "s1"), "V0": ("0.attn.v", "s
 
 
 def runs(seeds: Sequence[int]) -> None:
-    each_once(RESULTS, {f"{steps} steps, seed {seed}": partial(_measured, steps, seed) for seed in seeds for steps in STEPS})
+    each_once(
+        RESULTS, {f"{steps} steps, seed {seed}": partial(_measured, SMALLER | {"steps": steps}, seed) for seed in seeds for steps in STEPS}
+    )
 
 
-def _run(steps: int, seed: int) -> Run:
-    target, out = RUNS / f"target-s{seed}", RUNS / f"steps-{steps}-s{seed}"
+def gpu(steps: int, batch: int, seeds: Sequence[int]) -> None:
+    fields = {"steps": steps, "batch": batch, "device": "cuda", "cuda_graph": True}
+    each_once(RESULTS, {f"{steps} steps of {batch} on a GPU, seed {seed}": partial(_measured, fields, seed) for seed in seeds})
+
+
+def _run(fields: Mapping[str, object], seed: int) -> Run:
+    name = "-".join(str(fields[key]) for key in ("steps", "batch"))
+    target, out = RUNS / f"target-s{seed}", RUNS / f"{name}-s{seed}"
     quick = load_config("induction-quick", overrides={"seed": seed, "threads": 1})
     if not (target / "target.json").is_file():
         train_target(quick, out=target)
     if is_run(out) and open_run(out).status == "finished":
         return open_run(out)
-    config = load_config("induction", overrides={**SMALLER, "seed": seed, "steps": steps, "task": quick.task.model_dump()})
-    return decompose_config(config, out=out, target=target, overwrite=out.exists())
+    own = {"seed": seed, "threads": 1, "evaluate.every": 100000, "task": quick.task.model_dump()}
+    return decompose_config(load_config("induction", overrides={**own, **fields}), out=out, target=target, resume=out.exists())
 
 
-def _measured(steps: int, seed: int) -> dict[str, Any]:
+def _measured(fields: Mapping[str, object], seed: int) -> dict[str, Any]:
     torch.set_num_threads(1)
-    run = _run(steps, seed)
+    run = _run(fields, seed)
     found = circuit(run, batches=BATCHES)
     layerwise = {name: [0.0] * len(HOME) for name in ("recon_layerwise", "stochastic_recon_layerwise")}
     for batch in held_out(run, batches=BATCHES):
@@ -92,9 +101,9 @@ def tables() -> None:
     )
     print(f"| {' | '.join(heads)} |\n|{'---:|' * len(heads)}")
     for key, row in found["runs"].items():
-        steps, seed = key.split(" steps, seed ")
+        steps, seed = key.split(", seed ")
         layerwise = row["layerwise"]
-        cells = [steps, seed, *(f"{value:.1f}" for value in row["active"].values()), f"{row['unique']}"]
+        cells = [steps.removesuffix(" steps"), seed, *(f"{value:.1f}" for value in row["active"].values()), f"{row['unique']}"]
         cells += [f"{row['metrics'][name]:.1e}" for name in names]
         stochastic = list(layerwise["stochastic_recon_layerwise"].values())
         cells += [f"{sum(stochastic) / len(stochastic):.1e}"]
@@ -105,5 +114,8 @@ def tables() -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "runs":
         runs([int(seed) for seed in sys.argv[2:]] or [1, 2])
+    elif sys.argv[1] == "gpu":
+        steps, batch, *seeds = map(int, sys.argv[2:])
+        gpu(steps, batch, seeds or [1])
     else:
         tables()

@@ -1,10 +1,8 @@
 """A step's guard and its replay, as far as a CPU can try what is meant for a GPU."""
 
 import math
-import os
 import shutil
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,44 +12,11 @@ from paramlens import decompose
 from paramlens.errors import BatchError, ConfigError, DivergedError
 from paramlens.kernels.machine import machine
 from paramlens.method import step as step_module
-from paramlens.method.batch import Batch
-from paramlens.method.decomposition import Decomposition
-from paramlens.method.generators import generator
-from paramlens.method.importance.network import Importance
 from paramlens.method.losses.faithfulness import faithfulness
 from paramlens.method.losses.minimality import annealed_p
-from paramlens.method.sites import find_sites
-from paramlens.method.start import initialise
-from paramlens.method.step import Steps
-from paramlens.runs.train import make_optimizer, set_rates
-from paramlens.tasks.induction.model import InductionTransformer
-from paramlens.tasks.induction.sequences import induction_task
-from rounding import TOY_STEP, bound, near
-
-
-def make(**fields: object) -> Steps:
-    config = tiny_with(**fields)
-    torch.manual_seed(5)
-    dtype = getattr(torch, config.dtype)
-    model = InductionTransformer(config.task).to(dtype)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    sites = find_sites(model, config.sites)
-    decomposition = Decomposition(model, sites, C=config.C, dtype=dtype)
-    initialise(decomposition, config.init, generator=generator("init"))
-    importance = Importance({site.name: (site.d_seen, config.C) for site in sites}, config.gamma, max_length=config.task.length)
-    importance.initialise(generator("gamma"))
-    importance.to(dtype)
-    task = induction_task(config.task, model, seed=0, batch=config.batch)
-    return Steps(config, task, decomposition, importance, make_optimizer(config, decomposition, importance))
-
-
-def parameters(steps: Steps) -> list[torch.Tensor]:
-    return [parameter.detach().clone() for parameter in steps.parameters]
-
-
-def batch(steps: Steps, step: int) -> Batch:
-    return steps.task.batch(step, "train")
+from paramlens.runs.train import set_rates
+from rounding import near
+from toy_steps import batch, make, parameters, run_unchecked
 
 
 def test_a_guard_that_does_not_wait_keeps_every_later_update_out():
@@ -125,31 +90,10 @@ def test_rates_reach_an_optimizer_that_reads_them_from_tensors():
     assert kept[0].item() == near(0.5 * steps.config.optim.lr, 2)
 
 
-COMPILED = """
-import torch
-from paramlens.baselines import bench
-from paramlens.kernels import native
-from paramlens.kernels.machine import machine
-
-native.serves = lambda *_: False  # as on a GPU
-losses = []
-for compile in (False, True):
-    case = bench.Case(length=6, batch=3, C=5, threads=1, compile=compile)
-    with machine(case.config()):
-        step = bench.training(case.config(), "ours")
-        losses.append([step(i).total.item() for i in range(3)])
-for plain, fused in zip(*losses):
-    assert abs(plain - fused) < BOUND * plain, losses
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_compiled_steps_are_the_same_steps(tmp_path):
-    """In a process of its own: torch.compile does not look through the type checks that the tests put around functions."""
-    code, environment = COMPILED.replace("BOUND", str(bound(TOY_STEP, 1))), os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def test_compiled_steps_are_the_same_steps(tmp_path: Path):
+    run_unchecked("compiled_steps_are_the_same_steps", "cpu", cache=tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from paramlens.kernels.transfer import to_device
+
 Leaf = TypeVar("Leaf")
 
 
@@ -36,7 +38,7 @@ class Batch:
     texts: tuple[tuple[str, ...], ...] | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
-        return self.map(lambda tensor: tensor.to(device))
+        return self.map(lambda tensor: to_device(tensor, device))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         """The batch with `function` applied to every tensor."""

@@ -242,7 +242,10 @@ class Decomposition(Result, nn.Module):
             if calls[site] != 1:
                 raise SiteError(f"site {site.name}: called {calls[site]} times in a masked run; a site must be called exactly once")
         logits = logits.unflatten(0, (len(plans), -1))
-        return logits if order == sorted(order) else logits[torch.tensor(order).argsort().to(logits.device)]
+        if order == sorted(order):
+            return logits
+        of_run = logits.unbind()
+        return torch.stack([of_run[order.index(i)] for i in range(len(order))])
 
     def masked_inputs(self, inputs: Inputs, plan: Plan) -> dict[str, Float[Tensor, "batch *pos d_in"]]:
         """Each site's input in the masked run of `plan`."""

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from paramlens.kernels.transfer import to_device
 from paramlens.method.settings import Adversary
 
 Sources = dict[str, Float[Tensor, "group source"]]
@@ -21,7 +22,7 @@ def fresh_sources(g: Mapping[str, Float[Tensor, "*batch C"]], *, groups: int, de
     found: Sources = {}
     for site, value in g.items():
         drawn = torch.rand(groups, value.shape[-1] + delta, generator=generator, device=generator.device, dtype=torch.float64)
-        found[site] = torch.where(corners, drawn.round(), drawn).to(value)
+        found[site] = to_device(torch.where(corners, drawn.round(), drawn).to(value.dtype), value.device)
     return found
 
 

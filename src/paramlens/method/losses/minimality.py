@@ -35,8 +35,9 @@ class _Minimality(torch.autograd.Function):
         ctx.p, ctx.eps, ctx.rows = p, eps, rows
         ctx.has_slope = native.serves(pre) and not isinstance(p, Tensor)
         if not ctx.has_slope:
+            ctx.p = torch.full((), p, dtype=pre.dtype, device=pre.device) if isinstance(p, float) else p  # a number is compiled for anew
             ctx.save_for_backward(pre)
-            return _minimality(pre, p, eps) / rows
+            return _minimality(pre, ctx.p, eps) / rows
         pre = pre.contiguous()
         slope, sums = torch.empty_like(pre), pre.new_empty(native.units(pre))
         native.minimality(len(sums), pre, slope, sums, pre.numel(), p, eps)
@@ -52,12 +53,12 @@ class _Minimality(torch.autograd.Function):
 
 
 @fusible
-def _minimality(pre: Tensor, p: float | Tensor, eps: float) -> Tensor:
+def _minimality(pre: Tensor, p: Tensor, eps: float) -> Tensor:
     return ((upper(pre) + eps).pow(p) - eps**p).sum()
 
 
 @fusible
-def _minimality_slope(pre: Tensor, scale: Tensor, p: float | Tensor, eps: float) -> Tensor:
+def _minimality_slope(pre: Tensor, scale: Tensor, p: Tensor, eps: float) -> Tensor:
     slope = scale * p * (upper(pre) + eps).pow(p - 1) * torch.where(pre > 1, LEAK, 1.0)
     return torch.where(pre <= 0, 0, slope)
 

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from paramlens.kernels import native
+from paramlens.kernels.transfer import to_device
 from paramlens.method.decomposition import Plan
 from paramlens.method.losses.loss import Loss, LossInputs, register
 from paramlens.method.masks import Replacement, remainder_noise, site_subsets, subset_shape
@@ -88,7 +89,8 @@ def _subset(
     chosen = site_subsets(len(replacements), subset_shape(scope, tuple(g.shape[:-1])), generator)
     if scope == "forward":
         return {site: each for (site, each), inside in zip(replacements.items(), chosen, strict=True) if inside}
-    return {site: replace(each, where=inside) for (site, each), inside in zip(replacements.items(), chosen.to(g.device), strict=True)}
+    inside = to_device(chosen, g.device)
+    return {site: replace(each, where=where) for (site, each), where in zip(replacements.items(), inside, strict=True)}
 
 
 RECONSTRUCTIONS: dict[str, Reconstruction] = {
