@@ -20,15 +20,13 @@ import torch
 from paper_form import PAPER_FORM
 from picture import save_figure
 from plotly.subplots import make_subplots
+from studies import HOME, SHORT
 
 from paramlens import circuit, decompose_config, load_config, open_run
 from paramlens.baselines.bench import _processor
 from paramlens.errors import ParamLensError
 
 CONFIG = "induction-quick"
-HOME = {"0.attn.q": "m", "0.attn.k": "s1", "0.attn.v": "s1", "1.attn.q": "s2", "1.attn.k": "m", "1.attn.v": "m"}
-"""Site → the role at which the paper's circuit reads it (Table 1a)."""
-SHORT = {site: f"{site[-1].upper()}{site[0]}" for site in HOME}
 SHORTER = {"steps": 600, "checkpoint.every": 600, "evaluate.every": 600}
 GAMMA = {"attention": (4, 16), "vector": (8, 16), "scalar": (8, 16), "shared": (8, 64)}
 RUNS: dict[str, dict[str, dict[str, object]]] = {

@@ -2,6 +2,7 @@
 
     python benchmarks/facts.py seeds      # five seeds of facts-small, each its own target: edits, controls, tracing
     python benchmarks/facts.py edit       # facts-edit on the same targets, made for taking a sentence's own subcomponents out
+    python benchmarks/facts.py robust     # facts-robust on the same targets: the worst case, other text, edits
     python benchmarks/facts.py variants   # one thing changed at a time, and without the partial losses, on the same targets
     python benchmarks/facts.py stories    # a Llama trained on TinyStories, ../shared/models/stories260K; skipped if it is missing
     python benchmarks/facts.py gpt2       # GPT-2's shape with random weights: a step of gpt2-facts, its time and peak memory
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from paramlens import Run, decompose_config, evaluate_edit, load_config, open_run, suppress, trace
+from paramlens import Run, circuit, decompose_config, evaluate_edit, load_config, open_run, suppress, trace
 from paramlens.analysis.components import inspect_prompt
 from paramlens.analysis.edit import unique
 from paramlens.analysis.effect import CONTROLS, KINDS
@@ -51,6 +52,7 @@ from paramlens.tracking.tracker import Terminal
 CONFIG = "facts-small"
 SEEDS = 5
 EDIT = "facts-edit"
+ROBUST = "facts-robust"
 VARIANT_SEEDS = 2
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -101,6 +103,11 @@ def edit() -> None:
     _write(EDIT, {"config": EDIT, "seeds": _each(_measure_fully, [RUNS / EDIT / f"s{seed}" for seed in range(SEEDS)])})
 
 
+def robust() -> None:
+    _decompose(ROBUST, {}, SEEDS, RUNS / ROBUST, target=RUNS / CONFIG / "s{seed}")
+    _write(ROBUST, {"config": ROBUST, "seeds": _each(_measure_robust, [RUNS / ROBUST / f"s{seed}" for seed in range(SEEDS)])})
+
+
 def variants() -> None:
     rows: dict[str, list[dict[str, Any]]] = {
         "as it is": _each(_measure_briefly, [RUNS / CONFIG / f"s{seed}" for seed in range(VARIANT_SEEDS)])
@@ -144,6 +151,15 @@ def _measure_briefly(path: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     names = ("top 2", "all of the name", "2 a name token", "2 a name token, subtracted", "all of the name, subtracted")
     return _measure(open_run(path), {name: EDITS[name] for name in names}, dict.fromkeys(names[3:], ("activation read",)))
+
+
+def _measure_robust(path: Path) -> dict[str, Any]:
+    found, seen = _measure_briefly(path), circuit(open_run(path), adversary=320)
+    assert seen.off_data is not None
+    return found | {
+        "ladder": [[rung.steps, rung.one_start, rung.worst, rung.share] for rung in seen.adversary],
+        "off data": [seen.off_data.recon, seen.off_data.with_remainder],
+    }
 
 
 def _measure(run: Run, edits: Mapping[str, Mapping[str, Any]], controls: Mapping[str, Sequence[str]]) -> dict[str, Any]:
@@ -347,6 +363,8 @@ def tables() -> None:
         if (RESULTS / f"{name}.json").is_file():
             print(f"\n{name}")
             _print_seeds(read_json(RESULTS / f"{name}.json")["seeds"])
+    if (RESULTS / f"{ROBUST}.json").is_file():
+        _print_robust(read_json(RESULTS / f"{ROBUST}.json")["seeds"])
     if (RESULTS / "facts-variants.json").is_file():
         _print_variants(read_json(RESULTS / "facts-variants.json")["rows"])
     if (RESULTS / "facts-stories.json").is_file():
@@ -411,6 +429,27 @@ def _print_seeds(rows: Sequence[Mapping[str, Any]]) -> None:
                 ]
             )
     _print_table(["seed", "answer", "P", "corrupted", "MLPs restored, best", "one MLP zero, share kept", "best own slices"], lines)
+
+
+def _print_robust(rows: Sequence[Mapping[str, Any]]) -> None:
+    print(f"\n{ROBUST}")
+    losses = ("recon", "recon_layerwise", "stochastic_recon", "recon_rounded")
+    lines = [
+        [
+            str(row["seed"]),
+            f"{row['ladder'][-1][2]:.2f}",
+            f"{row['ladder'][-1][3]:.3f}",
+            f"{row['ladder'][0][1]:.2f}",
+            *(f"{row['metrics'][name]:.1e}" for name in losses),
+            *(f"{value:.3f}" for value in row["off data"]),
+            f"{row['active']} of {row['total']}",
+            f"{row['seconds']:.0f}",
+        ]
+        for row in rows
+    ]
+    heads = ["seed", "worst of 8, 320 steps, nats", "share of all off", "one start, 20 steps", *losses]
+    _print_table([*heads, "off the data", "with Δ on", "active", "seconds"], lines)
+    _print_table(["edit", "sentence", "slices", *KINDS], _edit_lines(rows, rows[0]["edits"]))
 
 
 def _edit_lines(rows: Sequence[Mapping[str, Any]], edits: Mapping[str, Any]) -> list[list[str]]:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from paper_form import PAPER_FORM
+from studies import HOME, SHORT
 
 from paramlens import Run, agreement, circuit, load_config, open_run, svd_baseline
 from paramlens.config.model import Config
@@ -34,9 +35,6 @@ from paramlens.tasks.induction.task import InductionTask
 CONFIG = "induction-cpu"
 QUICK = "induction-quick"
 SEEDS = 5
-HOME = {"0.attn.q": "m", "0.attn.k": "s1", "0.attn.v": "s1", "1.attn.q": "s2", "1.attn.k": "m", "1.attn.v": "m"}
-"""Site → the role at which the paper's circuit reads it (Table 1a)."""
-SHORT = {site: f"{site[-1].upper()}{site[0]}" for site in HOME}
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
 RUNS = ROOT / "runs"

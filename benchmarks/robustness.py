@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from paper_form import PAPER_FORM
-from studies import each_once
+from studies import HOME, SHORT, each_once
 
 from paramlens import circuit, load_config, open_run
 from paramlens.analysis.circuit import Circuit
@@ -28,12 +28,11 @@ from paramlens.runs.target_training import train_target
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, RUNS = ROOT / "docs/results/robustness.json", ROOT / "runs/robustness"
 BATCHES, STEPS = 4, 320
-HOME = {"0.attn.q": "m", "0.attn.k": "s1", "0.attn.v": "s1", "1.attn.q": "s2", "1.attn.k": "m", "1.attn.v": "m"}
-"""Site → the role at which the paper's circuit reads it (Table 1a)."""
 
 DELTA: dict[str, object] = {"delta": True, "losses.faithfulness": 0.0}
 MERGE = DELTA | {"merge.every": 50}
 FULL = MERGE | {"losses.adversarial": 1.0, "optim.project_from": None}
+SPARING: dict[str, object] = {"task.shuffled": 1 / 64, "losses.recon_layerwise": 8.0, "losses.minimality": 0.3}
 VARIANTS: dict[str, dict[str, object]] = {
     "the paper's losses": {},
     "Δ": DELTA,
@@ -51,8 +50,10 @@ VARIANTS: dict[str, dict[str, object]] = {
     "C 100: Δ, merging, adversary": MERGE | {"losses.adversarial": 1.0, "C": 100},
     "long, C 24": FULL | {"C": 24},
     "long, C 24, an eighth shuffled": FULL | {"C": 24, "task.shuffled": 0.125},
+    "long, C 24, a 64th shuffled": FULL | SPARING | {"C": 24},
     "long, C 100": FULL,
     "long, C 100, an eighth shuffled": FULL | {"task.shuffled": 0.125},
+    "long, C 100, a 64th shuffled": FULL | SPARING,
 }
 """Name → the fields in which it differs from `PAPER_FORM`, or, where it is long, from induction-cpu."""
 
@@ -126,7 +127,7 @@ def tables() -> None:
             _each([row["seconds"] for row in rows], ".0f"),
         ]
         print(f"| {variant} | {' | '.join(cells)} |")
-    heads = (*(f"{name[-1].upper()}{name[0]}" for name in HOME), "unique", "left", "‖Δ‖ / ‖W‖, most")
+    heads = (*SHORT.values(), "unique", "left", "‖Δ‖ / ‖W‖, most")
     print(f"\n| variant | {' | '.join(heads)} |\n|---{'|---:' * len(heads)}|")
     for variant, rows in _rows():
         cells = [_each([row["active"][name] for row in rows], ".1f") for name in HOME]

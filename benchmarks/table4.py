@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from studies import each_once
+from studies import HOME, SHORT, each_once
 
 from paramlens import circuit, load_config, open_run
 from paramlens.analysis.held_out import divergences, held_out
@@ -33,12 +33,6 @@ STEPS = (800, 3200, 11000)
 BATCHES = 4
 SMALLER: dict[str, object] = {"batch": 32, "gamma.d_gate": 8}
 """Where it is smaller than Tables 3 and 4, besides the steps and the target's training (that of induction-quick)."""
-HOME = {"Q0": ("0.attn.q", "m"), "K0": ("0.attn.k", "s1"), "V0": ("0.attn.v", "s1")} | {
-    "Q1": ("1.attn.q", "s2"),
-    "K1": ("1.attn.k", "m"),
-    "V1": ("1.attn.v", "m"),
-}
-"""Site → its module and the role at which the paper's circuit reads it (Table 1a)."""
 
 
 def runs(seeds: Sequence[int]) -> None:
@@ -68,7 +62,7 @@ def _measured(fields: Mapping[str, object], seed: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     run = _run(fields, seed)
     found = circuit(run, batches=BATCHES)
-    layerwise = {name: [0.0] * len(HOME) for name in ("recon_layerwise", "stochastic_recon_layerwise")}
+    layerwise = {name: [0.0] * len(SHORT) for name in ("recon_layerwise", "stochastic_recon_layerwise")}
     for batch in held_out(run, batches=BATCHES):
         at = LossAt(last_token_only=True, present=batch.batch.present)
         for name, sums in layerwise.items():
@@ -79,8 +73,8 @@ def _measured(fields: Mapping[str, object], seed: int) -> dict[str, Any]:
     return {
         "seconds": run.info["seconds"],
         "metrics": found.metrics,
-        "layerwise": {name: dict(zip(HOME, values, strict=True)) for name, values in layerwise.items()},
-        "active": {site: found.sites[f"blocks.{name}"].active[role] for site, (name, role) in HOME.items()},
+        "layerwise": {name: dict(zip(SHORT.values(), values, strict=True)) for name, values in layerwise.items()},
+        "active": {SHORT[site]: found.sites[f"blocks.{site}"].active[role] for site, role in HOME.items()},
         "unique": sum(site.unique for site in found.sites.values()),
     }
 
@@ -91,7 +85,7 @@ def tables() -> None:
     heads = (
         "steps",
         "seed",
-        *HOME,
+        *SHORT.values(),
         "unique",
         *names,
         "stochastic layerwise",

@@ -73,7 +73,10 @@ def test_python_m_paramlens_is_the_command(tmp_path):
     [
         (["frob"], 'Unknown command "frob". Available commands: demo, train-target, decompose, '),
         (["decompos"], 'Unknown command "decompos". Did you mean "decompose"?'),
-        (["decompose", "nope"], "no configuration 'nope'. Give a YAML file or one of facts-edit, facts-small, gpt2-facts, induction, "),
+        (
+            ["decompose", "nope"],
+            "no configuration 'nope'. Give a YAML file or one of facts-edit, facts-robust, facts-small, gpt2-facts, induction, ",
+        ),
         (["decompose", "CONFIG", "--optim.lrr", "3"], "decompose: Unknown option: --optim.lrr. Did you mean --optim.lr?"),
         (["decompose", "CONFIG", "--C", "0"], "C: 0: give 1 or more"),
         (["decompose", "CONFIG", "--steps", "many"], "steps: 'many': give a whole number"),
@@ -90,7 +93,7 @@ def test_python_m_paramlens_is_the_command(tmp_path):
         (["decompose", "CONFIG", "--out", "CONFIG/x"], "tiny.yaml is no writable directory); give another out"),
         (
             ["decompose"],
-            "decompose: give CONFIG first, then options; CONFIG: facts-edit, facts-small, gpt2-facts, induction, ",
+            "decompose: give CONFIG first, then options; CONFIG: facts-edit, facts-robust, facts-small, gpt2-facts, induction, ",
         ),
         (["decompose", "--sites", "a", "CONFIG"], "decompose: give CONFIG first, then options; CONFIG: facts-edit, "),
         (["circuit"], "circuit: give RUN first, then options; RUN: Run directory."),

@@ -13,7 +13,9 @@ from paramlens.runs.decompose import decompose_config
 from paramlens.tasks.facts.facts import read_facts
 
 
-@pytest.mark.parametrize("name", ["induction", "induction-cpu", "induction-quick", "induction-robust"])
+@pytest.mark.parametrize(
+    "name", ["facts-edit", "facts-robust", "facts-small", "induction", "induction-cpu", "induction-quick", "induction-robust"]
+)
 def test_shipped_configs_load_and_round_trip(name: str, tmp_path):
     assert name in shipped_configs()
     config = load_config(name)
@@ -26,6 +28,11 @@ def test_induction_robust_is_the_variant_that_the_study_measured():
     added = {"C": 24, "delta": True, "merge.every": 50, "losses.adversarial": 1.0, "losses.faithfulness": 0.0, "task.shuffled": 0.125}
     renamed = {"name": "induction-robust", "optim.project_from": None}
     assert load_config("induction-robust") == load_config("induction-cpu", overrides=added | renamed)
+
+
+def test_facts_robust_is_facts_edit_with_what_makes_it_hold():
+    added = {"delta": True, "merge.every": 50, "losses.adversarial": 1.0, "losses.faithfulness": 0.0, "losses.elsewhere_masks": "all"}
+    assert load_config("facts-robust") == load_config("facts-edit", overrides=added | {"name": "facts-robust"})
 
 
 def test_induction_is_tables_3_and_4():
