@@ -32,7 +32,8 @@ BATCHES, STEPS = 4, 320
 DELTA: dict[str, object] = {"delta": True, "losses.faithfulness": 0.0}
 MERGE = DELTA | {"merge.every": 50}
 FULL = MERGE | {"losses.adversarial": 1.0, "optim.project_from": None}
-SPARING: dict[str, object] = {"task.shuffled": 1 / 64, "losses.recon_layerwise": 8.0, "losses.minimality": 0.3}
+ONE_IN_64: dict[str, object] = {"task.shuffled": 1 / 64, "losses.recon_layerwise": 8.0, "losses.minimality": 0.3}
+HALF: dict[str, object] = {"losses.adversarial": 0.5}
 VARIANTS: dict[str, dict[str, object]] = {
     "the paper's losses": {},
     "Δ": DELTA,
@@ -50,10 +51,11 @@ VARIANTS: dict[str, dict[str, object]] = {
     "C 100: Δ, merging, adversary": MERGE | {"losses.adversarial": 1.0, "C": 100},
     "long, C 24": FULL | {"C": 24},
     "long, C 24, an eighth shuffled": FULL | {"C": 24, "task.shuffled": 0.125},
-    "long, C 24, a 64th shuffled": FULL | SPARING | {"C": 24},
+    "long, C 24, one in 64 shuffled": FULL | ONE_IN_64 | {"C": 24},
+    "long, C 24, one in 64 shuffled, half the adversary": FULL | ONE_IN_64 | HALF | {"C": 24},
     "long, C 100": FULL,
     "long, C 100, an eighth shuffled": FULL | {"task.shuffled": 0.125},
-    "long, C 100, a 64th shuffled": FULL | SPARING,
+    "long, C 100, one in 64 shuffled, half the adversary": FULL | ONE_IN_64 | HALF,
 }
 """Name → the fields in which it differs from `PAPER_FORM`, or, where it is long, from induction-cpu."""
 

@@ -25,9 +25,9 @@ def test_shipped_configs_load_and_round_trip(name: str, tmp_path):
 
 
 def test_induction_robust_is_the_variant_that_the_study_measured():
-    added = {"C": 24, "delta": True, "merge.every": 50, "losses.adversarial": 1.0, "losses.faithfulness": 0.0, "task.shuffled": 0.125}
-    renamed = {"name": "induction-robust", "optim.project_from": None}
-    assert load_config("induction-robust") == load_config("induction-cpu", overrides=added | renamed)
+    added = {"C": 24, "delta": True, "merge.every": 50, "losses.adversarial": 0.5, "losses.faithfulness": 0.0, "task.shuffled": 1 / 64}
+    weighted = {"losses.recon_layerwise": 8.0, "losses.minimality": 0.3, "name": "induction-robust", "optim.project_from": None}
+    assert load_config("induction-robust") == load_config("induction-cpu", overrides=added | weighted)
 
 
 def test_facts_robust_is_facts_edit_with_what_makes_it_hold():
