@@ -99,7 +99,8 @@ def _measured(variant: str, seed: int) -> dict[str, Any]:
 def _rows() -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
     found = read_json(RESULTS)["runs"]
     for variant in VARIANTS:
-        rows = [row for key, row in found.items() if key.rpartition(", seed ")[0] == variant]
+        of_seed = {int(key.rpartition(" ")[2]): row for key, row in found.items() if key.rpartition(", seed ")[0] == variant}
+        rows = [of_seed[seed] for seed in sorted(of_seed)]
         if rows:
             yield variant, rows
 
