@@ -35,7 +35,7 @@ class _Minimality(torch.autograd.Function):
         ctx.p, ctx.eps, ctx.rows = p, eps, rows
         ctx.has_slope = native.serves(pre) and not isinstance(p, Tensor)
         if not ctx.has_slope:
-            ctx.p = torch.full((), p, dtype=pre.dtype, device=pre.device) if isinstance(p, float) else p  # a number is compiled for anew
+            ctx.p = p if isinstance(p, Tensor) else torch.full((), p, dtype=pre.dtype, device=pre.device)  # a number is compiled for anew
             ctx.save_for_backward(pre)
             return _minimality(pre, ctx.p, eps) / rows
         pre = pre.contiguous()
