@@ -55,7 +55,7 @@ def _run(fields: Mapping[str, object], seed: int) -> Run:
     if is_run(out) and open_run(out).status == "finished":
         return open_run(out)
     own = {"seed": seed, "threads": 1, "evaluate.every": 100000, "task": quick.task.model_dump()}
-    return decompose_config(load_config("induction", overrides={**own, **fields}), out=out, target=target, resume=out.exists())
+    return decompose_config(load_config("induction", overrides={**own, **fields}), out=out, target=target, overwrite=out.exists())
 
 
 def _measured(fields: Mapping[str, object], seed: int) -> dict[str, Any]:

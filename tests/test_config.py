@@ -13,11 +13,8 @@ from paramlens.runs.decompose import decompose_config
 from paramlens.tasks.facts.facts import read_facts
 
 
-@pytest.mark.parametrize(
-    "name", ["facts-edit", "facts-robust", "facts-small", "induction", "induction-cpu", "induction-quick", "induction-robust"]
-)
+@pytest.mark.parametrize("name", shipped_configs())
 def test_shipped_configs_load_and_round_trip(name: str, tmp_path):
-    assert name in shipped_configs()
     config = load_config(name)
     file = tmp_path / "again.yaml"
     file.write_text(dump_config(config), encoding="utf-8")

@@ -11,7 +11,6 @@ from conftest import TINY, TINY_FACTS, tiny_with
 from paramlens import circuit, evaluate_edit, open_run, suppress
 from paramlens.analysis.components import inspect_prompt
 from paramlens.config.file import make_config
-from paramlens.errors import DivergedError
 from paramlens.kernels.machine import machine
 from paramlens.method import masks, products
 from paramlens.method.generators import generator, seed_of
@@ -19,7 +18,7 @@ from paramlens.runs.decompose import decompose_config
 from paramlens.runs.layout import checkpoints
 from paramlens.runs.train import set_rates
 from rounding import TOY_STEP, assert_near
-from toy_steps import batch, make, parameters, run_unchecked
+from toy_steps import batch, make, no_update_follows_a_broken_gradient, parameters, run_unchecked
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -99,17 +98,7 @@ def test_a_step_does_not_wait_for_the_gpu(fields: dict[str, object]):
 
 
 def test_no_update_follows_a_gradient_that_is_not_finite():
-    steps = make(device=DEVICE)
-    for i in range(2):
-        steps.require_finite(steps(batch(steps, i), i), i)
-    before = parameters(steps)
-    hook = steps.decomposition.V["blocks.0.attn.v"].register_hook(lambda gradient: gradient * torch.nan)
-    steps(batch(steps, 2), 2)
-    hook.remove()
-    result = steps(batch(steps, 3), 3)
-    assert all(torch.equal(mine, other) for mine, other in zip(parameters(steps), before, strict=True))
-    with pytest.raises(DivergedError, match=r"^by step 3: a gradient is not finite"):
-        steps.require_finite(result, 3)
+    no_update_follows_a_broken_gradient(make(device=DEVICE))
 
 
 @pytest.mark.parametrize("kind", ["attention", "vector", "transformer"])

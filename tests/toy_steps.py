@@ -1,14 +1,17 @@
 """Training steps of the toy, without a run directory; and checks that need a process of their own."""
 
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from conftest import tiny_with
 from paramlens.baselines import bench
+from paramlens.errors import DivergedError
 from paramlens.kernels import native
 from paramlens.kernels.flex import FLEX_LENGTH
 from paramlens.kernels.machine import machine
@@ -28,7 +31,7 @@ from rounding import TOY_STEP, bound
 
 
 def make(**fields: object) -> Steps:
-    """The steps of the tiny configuration with fields replaced, on its device; the same start on every device."""
+    """The steps of the tiny configuration with fields replaced, on its device. Signs of singular vectors are a device's own."""
     config = tiny_with(**fields)
     torch.manual_seed(5)
     dtype = getattr(torch, config.dtype)
@@ -51,6 +54,20 @@ def parameters(steps: Steps) -> list[torch.Tensor]:
 
 def batch(steps: Steps, step: int) -> Batch:
     return steps.task.batch(step, "train").to(steps.config.device)
+
+
+def no_update_follows_a_broken_gradient(steps: Steps) -> None:
+    """Of steps that do not wait: from the one whose gradient is not finite on, the optimizer skips, and the next look tells."""
+    for i in range(2):
+        steps.require_finite(steps(batch(steps, i), i), i)
+    before = parameters(steps)
+    hook = steps.decomposition.V["blocks.0.attn.v"].register_hook(lambda gradient: gradient * math.nan)
+    steps(batch(steps, 2), 2)
+    hook.remove()
+    result = steps(batch(steps, 3), 3)
+    assert all(torch.equal(mine, other) for mine, other in zip(parameters(steps), before, strict=True))
+    with pytest.raises(DivergedError, match=r"^by step 3: a gradient is not finite"):
+        steps.require_finite(result, 3)
 
 
 def run_unchecked(function: str, *words: str, cache: Path) -> None:
